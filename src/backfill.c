@@ -1,0 +1,634 @@
+/*-------------------------------------------------------------------------
+ *
+ * backfill.c
+ *	  The step "backfill": the rolling HOT way to fill a new column.
+ *
+ * An UPDATE of all rows of a page that is full puts every new version on
+ * another page and every index gets a new entry for it: that, not the
+ * conversion, is what makes a batched UPDATE slow and leaves the table twice
+ * as large.  A new version that finds room on its own page is heap-only: no
+ * index is touched and little WAL is written.  So room is made first:
+ *
+ *	A window is a range of pages, visited again and again.  At each visit the
+ *	page is pruned (what earlier visits left behind goes, since those have
+ *	committed and nobody can see it) and as many rows are converted as now fit
+ *	on it.  At its first visit a full page gives some of its rows away to other
+ *	pages, just enough that the rest fit in a handful of visits: with old rows
+ *	of s bytes, new ones of n, and r = s / n, a page on which k of its rows have
+ *	left can convert k*r + k*r*r + ... further ones, at most k*r/(1-r).
+ *
+ *	Transactions end after max_row_lock_time, and within a batch of at most so
+ *	many rows, so no other writer waits long for a row.  They commit without
+ *	waiting for the disk; at the end of each batch the WAL is flushed, after
+ *	the locks are gone.
+ *
+ *	A window counts as done only when all its rows are: only then the state
+ *	row's next_block moves.  After a crash the window is looked at again; rows
+ *	that are converted already show it by their value.
+ *
+ *	A row that somebody else has locked is left for the next visit, and, when
+ *	nothing else remains in the window, written down in skipped_row.  These
+ *	are visited at the end, one to a transaction, with a wait of bounded
+ *	length that holds no other row's lock.
+ *
+ * The way ends: the last page was fixed when the sync trigger was in place.
+ * What is written after that, anywhere, the trigger converts.
+ *
+ * Easy to get wrong:
+ *
+ *	A snapshot that is older than our last visit keeps pruning from making
+ *	room.  A pass over the window in which nothing could be done says so; then
+ *	we rest a little, holding nothing, and if that does not help convert the
+ *	rest of the window the plain way, wherever there is room.
+ *
+ *	When a transaction fails, the pages are as they were but our memory of
+ *	them is not: everything remembered about a window is thrown away then.
+ *
+ *	Page numbers mean something for one relfilenode only.  After VACUUM FULL,
+ *	CLUSTER or TRUNCATE we begin again at page 0.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heapam.h"
+#include "access/table.h"
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "risky_migrations.h"
+#include "rows.h"
+#include "state.h"
+#include "steps.h"
+#include "storage/bufmgr.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+
+/* pages of a window: large enough that a pass outlasts other transactions */
+#define WINDOW_PAGES 1024
+/* visits in which a page is to be done; fewer give more rows away */
+#define AIMED_VISITS 6
+/* how long to rest in one window for the sake of an old snapshot, in ms */
+#define PATIENCE 200
+/* the same after a window in which resting did not help */
+#define LITTLE_PATIENCE 4
+/* passes in a row that find nothing but locked rows before these are put off */
+#define LOCK_PASSES 2
+
+/* what is known of one page of the window */
+typedef struct PageState
+{
+	bool		done;			/* nothing is left to do */
+	bool		visited;
+} PageState;
+
+/* the window, and the batch it is counted in; lives across transactions */
+typedef struct Backfill
+{
+	BlockNumber start;			/* window, [start, end) */
+	BlockNumber end;
+	PageState	pages[WINDOW_PAGES];
+	BlockNumber next;			/* page to visit next in this pass */
+	int64		pass_rows;		/* converted in this pass */
+	int64		pass_left;		/* left in this pass for want of room */
+	int			lock_passes;	/* passes that left nothing but locked rows */
+	bool		plain;			/* convert without regard to room */
+	bool		careful;		/* a value in this window does not convert */
+	bool		converting;		/* the user's expression is being evaluated */
+	int			rested_ms;
+	int			patience_ms;
+	List	   *locked;			/* TIDs found locked in this pass */
+	List	   *failed;			/* TIDs in the window that do not convert */
+
+	bool		dirty;			/* a transaction is under way, or has failed */
+	int64		batch_rows;		/* in the batch, committed */
+	int64		xact_rows;
+	int64		xact_hot;
+	int64		base_rows;		/* run->rows_changed before the transaction */
+	int64		base_hot;
+	int64		base_batches;
+	bool		batch_complete;
+	int64		rows_done;		/* copies of the state row's for the notices */
+	int64		rows_estimated;
+	int64		blocks_done;
+	int64		blocks;
+	int64		first_block;	/* where this run began */
+	instr_time	batch_started;
+	instr_time	first_row;		/* of the transaction */
+	int64		failures;
+	bool		nothing_to_do;
+} Backfill;
+
+/* is the row at that place one of those? */
+static bool
+is_member(List *tids, BlockNumber block, OffsetNumber offset)
+{
+	ListCell   *lc;
+
+	foreach(lc, tids)
+	{
+		ItemPointer tid = lfirst(lc);
+
+		if (ItemPointerGetBlockNumber(tid) == block &&
+			ItemPointerGetOffsetNumber(tid) == offset)
+			return true;
+	}
+	return false;
+}
+
+/* adds a copy of tid to the list, in the memory of the step */
+static List *
+add_tid(RmRun *run, List *tids, ItemPointer tid)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(run->cxt);
+	ItemPointer copy = palloc(sizeof(ItemPointerData));
+
+	ItemPointerCopy(tid, copy);
+	tids = lappend(tids, copy);
+	MemoryContextSwitchTo(oldcxt);
+	return tids;
+}
+
+/* another pass over the window */
+static void
+begin_pass(Backfill *b)
+{
+	b->next = b->start;
+	b->pass_rows = 0;
+	b->pass_left = 0;
+	list_free_deep(b->locked);
+	b->locked = NIL;
+}
+
+/* a window from start on, of which nothing is known yet */
+static void
+reset_window(Backfill *b, BlockNumber start, BlockNumber end)
+{
+	b->start = start;
+	b->end = Min(start + WINDOW_PAGES, end);
+	memset(b->pages, 0, sizeof(b->pages));
+	b->plain = false;
+	b->rested_ms = 0;
+	b->lock_passes = 0;
+	list_free_deep(b->failed);
+	b->failed = NIL;
+	begin_pass(b);
+}
+
+/* rows to give away so that the others fit in AIMED_VISITS visits */
+static int
+rows_to_evict(int rows, Size old_size, Size new_size)
+{
+	double		r = Min(1.0, (double) old_size / (double) new_size);
+	double		gain = 0;
+	double		term = 1;
+
+	for (int i = 0; i < AIMED_VISITS; i++)
+	{
+		term *= r;
+		gain += term;
+	}
+	return Max(1, (int) ((double) rows / (1 + gain) + 0.999));
+}
+
+/* has the transaction had its rows or its time? */
+static bool
+transaction_full(RmRun *run)
+{
+	Backfill   *b = run->work;
+
+	if (b->batch_rows + b->xact_rows >= run->batch)
+		return true;
+	/* the commit takes its time too */
+	return b->xact_rows > 0 &&
+		rm_elapsed_ms(b->first_row) >= rm_max_row_lock_time * 0.8;
+}
+
+/* stores the new version of the row in the slot; false if it is locked */
+static bool
+store_row(RmRun *run, RmRows *rows, bool *hot)
+{
+	Backfill   *b = run->work;
+	TM_Result	result;
+
+	if (b->xact_rows == 0)
+		INSTR_TIME_SET_CURRENT(b->first_row);
+	result = rm_row_store(rows, false, hot);
+	switch (result)
+	{
+		case TM_Ok:
+			b->xact_rows++;
+			b->pass_rows++;
+			if (*hot)
+				b->xact_hot++;
+			return true;
+		case TM_Updated:
+		case TM_Deleted:
+			return true;		/* its successor was converted by the trigger */
+		default:
+			b->locked = add_tid(run, b->locked, &rows->slot->tts_tid);
+			return false;
+	}
+}
+
+/*
+ * Visits one page of the window.  False if the transaction was full before
+ * the page was through.
+ */
+static bool
+visit_page(RmRun *run, RmRows *rows, BlockNumber block)
+{
+	Backfill   *b = run->work;
+	PageState  *page = &b->pages[block - b->start];
+	OffsetNumber offsets[MaxHeapTuplesPerPage];
+	Buffer		buf;
+	Size		room;
+	int			n;
+	int			dead;
+	int			stored = 0;
+	int			left = 0;
+	int			evict = -1;		/* not yet decided */
+	bool		through = true;
+
+	ExecClearTuple(rows->slot); /* its pin would prevent pruning */
+	buf = ReadBuffer(rows->rel, block);
+	heap_page_prune_opt(rows->rel, buf);
+	n = rm_rows_on_page(rows, buf, true, offsets, &dead);
+	room = PageGetHeapFreeSpace(BufferGetPage(buf));
+
+	for (int i = 0; i < n; i++)
+	{
+		Datum		value;
+		bool		isnull;
+		ErrorData  *error;
+		Size		need;
+		bool		hot;
+
+		if (b->failed != NIL && is_member(b->failed, block, offsets[i]))
+			continue;
+		if (transaction_full(run))
+		{
+			through = false;
+			break;
+		}
+		rm_row_get(rows, buf, offsets[i]);
+		b->converting = true;
+		if (!rm_row_convert(rows, b->careful, &value, &isnull, &error))
+		{
+			b->converting = false;
+			rm_row_record_failure(rows, error);
+			b->failures++;
+			b->failed = add_tid(run, b->failed, &rows->slot->tts_tid);
+			continue;
+		}
+		b->converting = false;
+		if (isnull)
+			continue;			/* that is what the column holds */
+
+		need = rm_row_make(rows, value, isnull);
+		if (need > room && !b->plain)
+		{
+			if (evict < 0)
+			{
+				/* what is dead will be room at the next visit */
+				if (dead > 0 || (page->visited && stored > 0))
+					evict = 0;
+				else if (!page->visited)
+					evict = rows_to_evict(n - i,
+										  MAXALIGN(((HeapTupleTableSlot *) rows->slot)->tuple->t_len),
+										  need);
+				else
+					evict = Max(1, (n - i) / 4);
+			}
+			if (evict == 0)
+			{
+				left++;
+				b->pass_left++;
+				continue;
+			}
+			evict--;
+		}
+		if (store_row(run, rows, &hot))
+		{
+			stored++;
+			room -= Min(room, hot ? need : 0);
+		}
+		else
+			left++;
+	}
+	ReleaseBuffer(buf);
+	if (through)
+	{
+		page->visited = true;
+		page->done = (left == 0);
+	}
+	return through;
+}
+
+/* a notice of how far it is, at most once a second */
+static void
+notice_progress(RmRun *run)
+{
+	Backfill   *b = run->work;
+	double		ms = rm_elapsed_ms(b->batch_started);
+	double		total_ms = rm_elapsed_ms(run->started);
+	int64		visited = b->blocks_done - b->first_block;
+	int64		left = b->blocks - b->blocks_done;
+	char		rows[32];
+	char		total[32];
+
+	rm_format_count(rows, sizeof(rows), b->batch_rows);
+	rm_format_count(total, sizeof(total), Max(b->rows_estimated, b->rows_done));
+	ereport(NOTICE,
+			(errmsg("batch %lld: %s rows backfilled (%.1f s), %d %% of %s, about %.0f s left",
+					(long long) run->batches, rows, ms / 1000.0,
+					(int) (b->blocks > 0 ? 100 * b->blocks_done / b->blocks : 100),
+					total,
+					visited > 0 ? total_ms / 1000.0 * left / visited : 0.0)));
+}
+
+/* the window is through but for rows that stay locked: write those down */
+static void
+close_window(RmRun *run, BlockNumber end)
+{
+	Backfill   *b = run->work;
+	RmMigration *m = run->m;
+	ListCell   *lc;
+
+	foreach(lc, b->locked)
+	{
+		Oid			types[] = {INT8OID, OIDOID, TIDOID};
+		Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(m->relfilenode),
+		PointerGetDatum(lfirst(lc))};
+
+		rm_state_execute("INSERT INTO risky_migrations.skipped_row VALUES ($1, $2, $3)",
+						 3, types, v, NULL);
+	}
+	b->patience_ms = b->plain ? LITTLE_PATIENCE : PATIENCE;
+	b->careful = false;
+	m->next_block = b->end;
+	reset_window(b, b->end, end);
+}
+
+/* a pass over the window has ended: close it, or how to go on? */
+static void
+end_pass(RmRun *run, BlockNumber end)
+{
+	Backfill   *b = run->work;
+
+	if (b->pass_left == 0 &&
+		(b->locked == NIL || b->lock_passes++ >= LOCK_PASSES))
+	{
+		close_window(run, end);
+		return;
+	}
+	if (b->pass_left == 0)
+		run->pause_ms = 1;		/* let those who hold the locks go on */
+	else if (b->pass_rows == 0)
+	{
+		/* an old snapshot keeps the dead rows: rest, then do without room */
+		if (b->rested_ms >= b->patience_ms)
+			b->plain = true;
+		else
+		{
+			run->pause_ms = Max(1, Min(20, b->rested_ms));
+			b->rested_ms += run->pause_ms;
+		}
+	}
+	begin_pass(b);
+}
+
+/* one transaction's worth of the window */
+static void
+work_on_window(RmRun *run, Relation rel, BlockNumber end)
+{
+	Backfill   *b = run->work;
+	RmRows	   *rows = rm_rows_open(run->m, rel, false);
+	bool		full = false;
+
+	while (b->next < b->end && !full)
+	{
+		CHECK_FOR_INTERRUPTS();
+		if (!b->pages[b->next - b->start].done &&
+			!visit_page(run, rows, b->next))
+			break;
+		b->next++;
+		full = transaction_full(run);
+	}
+	rm_rows_close(rows);
+	if (b->next >= b->end)
+		end_pass(run, end);
+}
+
+/*
+ * One of the rows that were locked when the window was closed.  Its version
+ * may be gone by now: then the trigger has converted the new one.  True when
+ * there are no more.
+ */
+static bool
+visit_skipped_row(RmRun *run, Relation rel)
+{
+	Backfill   *b = run->work;
+	RmMigration *m = run->m;
+	Oid			types[] = {INT8OID, OIDOID, TIDOID};
+	Datum		v[3];
+	ItemPointerData tid;
+	RmRows	   *rows;
+
+	v[0] = Int64GetDatum(m->id);
+	v[1] = ObjectIdGetDatum(m->relfilenode);
+	rm_state_execute("DELETE FROM risky_migrations.skipped_row WHERE ctid ="
+					 " (SELECT ctid FROM risky_migrations.skipped_row"
+					 "   WHERE migration_id = $1 AND relfilenode = $2"
+					 "   ORDER BY row_tid LIMIT 1) RETURNING row_tid",
+					 2, types, v, NULL);
+	if (SPI_processed == 0)
+		return true;
+	ItemPointerCopy((ItemPointer) DatumGetPointer(rm_result_datum(0, 1)), &tid);
+
+	rows = rm_rows_open(m, rel, false);
+	if (rm_row_get_tid(rows, &tid))
+	{
+		bool		isnull;
+		Datum		value;
+		ErrorData  *error;
+		bool		hot;
+
+		(void) rm_row_target(rows, &isnull);
+		if (!isnull)
+			;					/* done meanwhile */
+		else if (!rm_row_convert(rows, true, &value, &isnull, &error))
+		{
+			rm_row_record_failure(rows, error);
+			b->failures++;
+		}
+		else if (!isnull)
+		{
+			(void) rm_row_make(rows, value, isnull);
+			INSTR_TIME_SET_CURRENT(b->first_row);
+			if (rm_row_store(rows, true, &hot) == TM_Ok)
+			{
+				b->xact_rows++;
+				b->xact_hot += hot;
+			}
+		}
+	}
+	rm_rows_close(rows);
+	return false;
+}
+
+/* pages have other numbers now: begin again */
+static void
+start_over(RmRun *run, Relation rel)
+{
+	RmMigration *m = run->m;
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	ereport(NOTICE,
+			(errmsg("table %s has been rewritten or truncated meanwhile, the backfill starts again at its first page",
+					m->relation)));
+	rm_state_execute("DELETE FROM risky_migrations.skipped_row WHERE migration_id = $1",
+					 1, types, v, NULL);
+	rm_backfill_fix_end(m, rel);
+	m->phase = 0;
+}
+
+/* fixes the amount of work: the pages that exist now; the caller saves m */
+void
+rm_backfill_fix_end(RmMigration *m, Relation rel)
+{
+	m->relfilenode = rel->rd_rel->relfilenode;
+	m->next_block = 0;
+	m->end_block = RelationGetNumberOfBlocks(rel);
+}
+
+/* the memory of the step, as it has to be at the start of a transaction */
+static Backfill *
+begin_work(RmRun *run)
+{
+	Backfill   *b = run->work;
+
+	if (b == NULL)
+	{
+		b = run->work = MemoryContextAllocZero(run->cxt, sizeof(Backfill));
+		b->patience_ms = PATIENCE;
+		INSTR_TIME_SET_CURRENT(b->batch_started);
+		b->first_block = run->m->next_block;
+		reset_window(b, run->m->next_block, run->m->end_block);
+	}
+	else if (b->dirty)
+	{
+		/* the last transaction failed: nothing of what it did is true */
+		run->rows_changed = b->base_rows;
+		run->rows_hot = b->base_hot;
+		run->batches = b->base_batches;
+		reset_window(b, run->m->next_block, run->m->end_block);
+	}
+	b->dirty = true;
+	b->base_rows = run->rows_changed;
+	b->base_hot = run->rows_hot;
+	b->base_batches = run->batches;
+	b->xact_rows = b->xact_hot = 0;
+	b->batch_complete = false;
+	return b;
+}
+
+static RmStepResult
+backfill_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	RmStepResult result = RM_STEP_AGAIN;
+	Backfill   *b;
+	Relation	rel;
+
+	rm_lock_relation(&run->locks, m->relid, RowExclusiveLock);
+	rel = table_open(m->relid, NoLock);
+	rm_check_ground(m, rel);
+	b = begin_work(run);
+	if (m->relfilenode != rel->rd_rel->relfilenode)
+	{
+		start_over(run, rel);
+		b->first_block = 0;
+		reset_window(b, 0, m->end_block);
+	}
+
+	if (m->phase == 0)
+	{
+		BlockNumber end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
+
+		b->end = Min(b->end, end);
+		if (m->next_block < end)
+			work_on_window(run, rel, end);
+		if (m->next_block >= end)
+			m->phase = 1;
+	}
+	else if (visit_skipped_row(run, rel))
+		result = RM_STEP_DONE;
+
+	m->rows_done += b->xact_rows;
+	run->rows_changed += b->xact_rows;
+	run->rows_hot += b->xact_hot;
+	run->async_commit = true;
+	b->batch_complete = b->batch_rows + b->xact_rows >= run->batch;
+	if (b->batch_complete ||
+		(result == RM_STEP_DONE && b->batch_rows + b->xact_rows > 0))
+		run->batches++;
+	b->rows_done = m->rows_done;
+	b->rows_estimated = m->rows_estimated;
+	b->blocks_done = m->phase == 0 ? b->next : m->end_block;
+	b->blocks = m->end_block;
+	table_close(rel, NoLock);
+	return result;
+}
+
+static void
+backfill_committed(RmRun *run, RmStepResult result)
+{
+	Backfill   *b = run->work;
+
+	b->dirty = false;
+	b->batch_rows += b->xact_rows;
+	if (!b->batch_complete && result != RM_STEP_DONE)
+		return;
+
+	/* the locks are gone: now the batch may wait for the disk */
+	XLogFlush(XactLastCommitEnd);
+	if (b->batch_rows > 0 && (rm_notice_due(run) || result == RM_STEP_DONE))
+		notice_progress(run);
+	b->batch_rows = 0;
+	INSTR_TIME_SET_CURRENT(b->batch_started);
+	if (result == RM_STEP_DONE && b->failures > 0)
+		ereport(WARNING,
+				(errcode(ERRCODE_DATA_EXCEPTION),
+				 errmsg("%lld rows hold values that do not convert",
+						(long long) b->failures),
+				 errdetail("They are recorded, and nothing was lost; they stand in the way of the next step."),
+				 errhint("SELECT * FROM rm_conversion_errors; mended rows are converted as they are written.")));
+}
+
+/* a value that does not convert: the same again, row by row */
+static bool
+backfill_retry(RmRun *run, ErrorData *error)
+{
+	Backfill   *b = run->work;
+
+	if (b == NULL || !b->converting || b->careful ||
+		!rm_is_conversion_failure(error->sqlerrcode))
+		return false;
+	b->converting = false;
+	b->careful = true;
+	return true;
+}
+
+const RmStep rm_step_backfill = {
+	.name = "backfill",
+	.apply = backfill_apply,
+	.revert = rm_backfill_revert,
+	.committed = backfill_committed,
+	.retry = backfill_retry,
+};

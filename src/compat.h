@@ -1,0 +1,177 @@
+/*-------------------------------------------------------------------------
+ *
+ * compat.h
+ *	  Differences between PostgreSQL 15, 16, 17 and 18.
+ *
+ * The only place with #if PG_VERSION_NUM: everything else is written against
+ * the wrappers here, which have the shape of the newest version's functions.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_COMPAT_H
+#define RM_COMPAT_H
+
+#include "access/htup_details.h"
+#include "access/tableam.h"
+#include "catalog/pg_authid.h"
+#include "executor/executor.h"
+#include "miscadmin.h"
+#include "parser/parse_type.h"
+#include "postmaster/bgworker.h"
+#include "storage/lock.h"
+#include "tcop/pquery.h"
+#include "utils/acl.h"
+#include "utils/regproc.h"
+#include "utils/guc_tables.h"
+#include "utils/syscache.h"
+#include "utils/wait_event.h"
+
+#if PG_VERSION_NUM < 150000
+#error risky_migrations needs PostgreSQL 15 or later
+#endif
+
+/* which indexes must be told of a new row version: summarizing ones are 16+ */
+#if PG_VERSION_NUM < 160000
+typedef bool RmUpdateIndexes;
+
+#define rm_update_needs_indexes(u) (u)
+#define rm_update_was_hot(u) (!(u))
+#else
+typedef TU_UpdateIndexes RmUpdateIndexes;
+
+#define rm_update_needs_indexes(u) ((u) != TU_None)
+#define rm_update_was_hot(u) ((u) != TU_All)
+#endif
+
+/* index entries for a row version that an update has just stored */
+static inline void
+rm_insert_index_tuples(ResultRelInfo *rri, TupleTableSlot *slot,
+					   EState *estate, RmUpdateIndexes update_indexes)
+{
+#if PG_VERSION_NUM < 160000
+	list_free(ExecInsertIndexTuples(rri, slot, estate, true, false, NULL, NIL));
+#else
+	list_free(ExecInsertIndexTuples(rri, slot, estate, true, false, NULL, NIL,
+									update_indexes == TU_Summarizing));
+#endif
+}
+
+/* does the role own the relation, or may it act as the owner? */
+static inline bool
+rm_owns_relation(Oid relid, Oid roleid)
+{
+#if PG_VERSION_NUM < 160000
+	return pg_class_ownercheck(relid, roleid);
+#else
+	return object_ownercheck(RelationRelationId, relid, roleid);
+#endif
+}
+
+/*
+ * Flags with which our background workers connect.  They act for a session
+ * that is connected already, so a database that takes no new connections does
+ * not stop them, nor, where the flag exists, a role that may not log in.
+ */
+#if PG_VERSION_NUM < 170000
+#define RM_WORKER_CONNECT_FLAGS BGWORKER_BYPASS_ALLOWCONN
+#else
+#define RM_WORKER_CONNECT_FLAGS \
+	(BGWORKER_BYPASS_ALLOWCONN | BGWORKER_BYPASS_ROLELOGINCHECK)
+#endif
+
+/* can a worker connect as this role?  Before 17 only as one that may log in */
+static inline bool
+rm_worker_can_be(Oid roleid)
+{
+#if PG_VERSION_NUM < 170000
+	HeapTuple	tuple = SearchSysCache1(AUTHOID, ObjectIdGetDatum(roleid));
+	bool		can_login = false;
+
+	if (HeapTupleIsValid(tuple))
+	{
+		can_login = ((Form_pg_authid) GETSTRUCT(tuple))->rolcanlogin;
+		ReleaseSysCache(tuple);
+	}
+	return can_login;
+#else
+	return true;
+#endif
+}
+
+/* a wait event of that name; before 17 extensions share one without a name */
+static inline uint32
+rm_wait_event(const char *name)
+{
+#if PG_VERSION_NUM < 170000
+	return PG_WAIT_EXTENSION;
+#else
+	return WaitEventExtensionNew(name);
+#endif
+}
+
+/* runs a portal to its end */
+static inline void
+rm_portal_run(Portal portal, bool is_top_level, DestReceiver *dest)
+{
+#if PG_VERSION_NUM < 180000
+	(void) PortalRun(portal, FETCH_ALL, is_top_level, true, dest, dest, NULL);
+#else
+	(void) PortalRun(portal, FETCH_ALL, is_top_level, dest, dest, NULL);
+#endif
+}
+
+/* all settings that this backend knows */
+static inline struct config_generic **
+rm_guc_variables(int *count)
+{
+#if PG_VERSION_NUM < 160000
+	*count = GetNumConfigOptions();
+	return get_guc_variables();
+#else
+	return get_guc_variables(count);
+#endif
+}
+
+/* does this backend hold exactly this lock?  Looks at its own table only */
+static inline bool
+rm_holds_lock(const LOCKTAG *tag, LOCKMODE mode)
+{
+#if PG_VERSION_NUM < 170000
+	return LockHeldByMe(tag, mode);
+#else
+	return LockHeldByMe(tag, mode, false);
+#endif
+}
+
+#if PG_VERSION_NUM >= 160000
+#include "nodes/miscnodes.h"
+#endif
+
+/* parses a type's name; false, without an error, if there is no such type */
+static inline bool
+rm_parse_type(const char *name, Oid *type, int32 *typmod)
+{
+#if PG_VERSION_NUM < 160000
+	parseTypeString(name, type, typmod, true);
+	return OidIsValid(*type);
+#else
+	ErrorSaveContext escontext = {T_ErrorSaveContext};
+
+	return parseTypeString(name, type, typmod, (Node *) &escontext);
+#endif
+}
+
+/* parts of a possibly qualified, possibly quoted name (42602 if it is none) */
+static inline List *
+rm_qualified_name_list(const char *name)
+{
+#if PG_VERSION_NUM < 160000
+	return stringToQualifiedNameList(name);
+#else
+	return stringToQualifiedNameList(name, NULL);
+#endif
+}
+
+#endif							/* RM_COMPAT_H */

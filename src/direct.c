@@ -1,0 +1,204 @@
+/*-------------------------------------------------------------------------
+ *
+ * direct.c
+ *	  The method direct: plain ALTER TABLE, with a bounded wait for its lock.
+ *
+ * One step, one transaction: take ACCESS EXCLUSIVE (or let everybody through
+ * and try again), run ALTER TABLE ... ALTER COLUMN ... TYPE ... USING, commit.
+ * While it runs nobody reads or writes the table: that is what it is here to
+ * show, and for small tables it is all that is needed.
+ *
+ * The way back is the same with the reverse expression, if one was given.  It
+ * is exact only for rows whose old value the new one still tells.  Under the
+ * lock, before anything is changed, the way forth counts the rows for which
+ * that does not hold (exact_check, a boolean over the old column), and the
+ * way back those that were written since and have no form in the old type
+ * (reverse_check, over the new one); if either is not zero, it refuses.
+ *
+ * Easy to get wrong: ALTER TABLE says which value does not convert, but not in
+ * which row.  The row is looked for afterwards, without the lock.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heapam.h"
+#include "access/table.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "rows.h"
+#include "state.h"
+#include "steps.h"
+#include "storage/bufmgr.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+
+static const char *
+relation_sql(Oid relid)
+{
+	return quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+									  get_rel_name(relid));
+}
+
+static int64
+count_rows(const char *rel_sql, const char *condition)
+{
+	rm_execute(psprintf("SELECT pg_catalog.count(*) FROM ONLY %s WHERE %s", rel_sql,
+						condition));
+	return rm_result_int64(0, 1);
+}
+
+/* locks the table and makes sure that it is still the one that was meant */
+static const char *
+begin_alter(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Relation	rel;
+
+	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	rel = table_open(m->relid, NoLock);
+	rm_check_ground(m, rel);
+	rm_check_owner(m->relid, m->relation);
+	table_close(rel, NoLock);
+	run->old_storage = rm_relation_storage(m->relid);
+	rm_settings_apply(m->settings, GUC_ACTION_LOCAL);
+	return relation_sql(m->relid);
+}
+
+static RmStepResult
+alter_type_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	const char *rel_sql = begin_alter(run);
+	const char *column = quote_identifier(get_attname(m->relid, m->attnum, false));
+
+	if (m->exact_check)
+		m->inexact_rows = count_rows(rel_sql, psprintf("NOT coalesce((%s), true)",
+													   m->exact_check));
+	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", rel_sql,
+						column, m->new_type, m->using_expr));
+	return RM_STEP_DONE;
+}
+
+/* the rows of which the way back would make another value than there was */
+static void
+refuse_inexact(RmRun *run, const char *rel_sql, const char *column)
+{
+	RmMigration *m = run->m;
+	int64		inexact = m->inexact_rows;
+
+	if (inexact == 0 && m->reverse_check)
+		inexact = count_rows(rel_sql,
+							 psprintf("%s IS NOT NULL AND NOT coalesce((%s), false)",
+									  column, m->reverse_check));
+	if (inexact > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_EXCEPTION),
+				 errmsg("%lld rows of %s cannot be given their old values back",
+						(long long) inexact, m->relation),
+				 errdetail("%s. Nothing was changed.", m->inexact_rows > 0 ?
+						   "Their values were written in a form that the way back does not make" :
+						   "Their values have no form in the old type"),
+				 errhint("Give these rows values that can be told in the old form, or keep the new type.")));
+}
+
+static RmStepResult
+alter_type_revert(RmRun *run)
+{
+	RmMigration *m = run->m;
+	const char *rel_sql;
+	const char *column;
+
+	if (m->reverse_expr == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("migration %lld was given no way back", (long long) m->id),
+				 errhint("Start a migration with the inverse expression.")));
+	rel_sql = begin_alter(run);
+	column = quote_identifier(get_attname(m->relid, m->attnum, false));
+	refuse_inexact(run, rel_sql, column);
+	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", rel_sql,
+						column, m->old_type, m->reverse_expr));
+	m->inexact_rows = 0;
+	return RM_STEP_DONE;
+}
+
+/* what find_row looks for and finds */
+typedef struct FindRow
+{
+	RmRun	   *run;
+	MemoryContext cxt;
+	char	   *detail;
+} FindRow;
+
+/* the first row that does not convert, with no lock but ACCESS SHARE */
+static void
+find_row(void *arg)
+{
+	FindRow    *find = arg;
+	RmMigration *m = rm_migration_load(find->run->migration_id, CurrentMemoryContext);
+	Relation	rel = table_open(m->relid, AccessShareLock);
+	RmRows	   *rows = rm_rows_open(m, rel, true);
+	BlockNumber end = RelationGetNumberOfBlocks(rel);
+
+	for (BlockNumber block = 0; block < end && find->detail == NULL; block++)
+	{
+		OffsetNumber offsets[MaxHeapTuplesPerPage];
+		Buffer		buf = ReadBuffer(rel, block);
+		int			dead;
+		int			n = rm_rows_on_page(rows, buf, false, offsets, &dead);
+
+		CHECK_FOR_INTERRUPTS();
+		for (int i = 0; i < n && find->detail == NULL; i++)
+		{
+			Datum		value;
+			bool		isnull;
+			ErrorData  *error;
+
+			rm_row_get(rows, buf, offsets[i]);
+			if (!rm_row_convert(rows, true, &value, &isnull, &error))
+				find->detail =
+					MemoryContextStrdup(find->cxt,
+										psprintf("Row %s of %s does not convert. Nothing was changed.",
+												 rm_row_key(rel, rows->slot), m->relation));
+		}
+		ReleaseBuffer(buf);
+	}
+	rm_rows_close(rows);
+	table_close(rel, AccessShareLock);
+}
+
+static void
+alter_type_explain(RmRun *run, ErrorData *error)
+{
+	FindRow		find = {.run = run,.cxt = run->cxt};
+
+	if (run->revert || !rm_is_conversion_failure(error->sqlerrcode))
+		return;
+	if (rm_try(find_row, &find, run->cxt) != NULL || find.detail == NULL)
+		return;
+	error->detail = find.detail;
+	if (error->hint == NULL)
+		error->hint = MemoryContextStrdup(run->cxt,
+										  "Mend the row, or give a USING expression that converts it.");
+}
+
+const RmStep rm_step_alter_type = {
+	.name = "alter_type",
+	.apply = alter_type_apply,
+	.revert = alter_type_revert,
+	.explain = alter_type_explain,
+};
+
+static const RmStep *const steps[] = {&rm_step_alter_type};
+
+const RmMethod rm_method_direct = {
+	.name = "direct",
+	.steps = steps,
+	.nsteps = lengthof(steps),
+};

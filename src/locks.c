@@ -1,0 +1,462 @@
+/*-------------------------------------------------------------------------
+ *
+ * locks.c
+ *	  Locks with a bounded wait, and an honest account of them.
+ *
+ * Everybody who comes after a waiting ACCESS EXCLUSIVE request waits behind
+ * it, so what matters is not only how long a lock is held but how long it is
+ * asked for.  Each transaction of a step calls rm_lock_bound_waits() first:
+ * every lock it then waits for, also inside a statement and for a row, gives
+ * up after risky_migrations.lock_timeout, with deadlock_timeout set below
+ * that (an ordinary autovacuum yields only when the waiter's deadlock check
+ * runs).  The step runner rolls the transaction back, pauses and tries again.
+ *
+ * The account says what a step really held.  Three sources, in this order:
+ *
+ *	rm_lock_relation() stamps the time before and after it waits, and a
+ *	resource release callback stamps the moment at which the transaction's
+ *	locks are gone (AFTER_LOCKS): wait and hold are exact.
+ *
+ *	rm_lock_account_collect() reads our own entries from the lock table just
+ *	before commit: all modes that statements took inside themselves.  For
+ *	those the hold is an upper bound (since the transaction began), the wait
+ *	is not known, and both are marked so.
+ *
+ *	File numbers before and after tell whether storage was rewritten.
+ *
+ * Easy to get wrong: the release happens after the last moment at which the
+ * transaction could write it down, so holds are reported by the next one; and
+ * catalogs and the extension's own tables are left out, since no user of the
+ * table waits for them.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/transam.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_class.h"
+#include "locks.h"
+#include "miscadmin.h"
+#include "portability/instr_time.h"
+#include "risky_migrations.h"
+#include "state.h"
+#include "storage/lmgr.h"
+#include "storage/proc.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/resowner.h"
+#include "utils/syscache.h"
+
+/* storage of one relation: its file number, to be compared later */
+typedef struct RelationStorage
+{
+	Oid			relid;
+	Oid			relfilenode;
+} RelationStorage;
+
+static bool release_armed = false;
+static instr_time release_time;
+
+/* stamps the moment at which the transaction's locks have been released */
+static void
+release_callback(ResourceReleasePhase phase, bool isCommit, bool isTopLevel,
+				 void *arg)
+{
+	if (release_armed && isTopLevel && phase == RESOURCE_RELEASE_AFTER_LOCKS)
+	{
+		INSTR_TIME_SET_CURRENT(release_time);
+		release_armed = false;
+	}
+}
+
+/* once per process, from _PG_init */
+void
+rm_locks_init(void)
+{
+	RegisterResourceReleaseCallback(release_callback, NULL);
+}
+
+static double
+ms_between(instr_time from, instr_time to)
+{
+	INSTR_TIME_SUBTRACT(to, from);
+	return INSTR_TIME_GET_MILLISEC(to);
+}
+
+/* a transaction of the step begins: nothing is held yet */
+void
+rm_lock_account_begin(RmLockAccount *account)
+{
+	ListCell   *lc;
+
+	INSTR_TIME_SET_CURRENT(account->xact_start);
+	account->blocking = false;
+	foreach(lc, account->stats)
+		((RmLockStat *) lfirst(lc))->current = false;
+}
+
+/* is it a relation whose locks concern others? */
+static bool
+is_user_relation(Oid relid, Form_pg_class form)
+{
+	return relid >= FirstNormalObjectId &&
+		form->relnamespace != get_namespace_oid(RM_SCHEMA, true);
+}
+
+/* made by this very transaction, so that nobody else knows it */
+static bool
+is_new_relation(Oid relid)
+{
+	Relation	rel = RelationIdGetRelation(relid);
+	bool		result = RelationIsValid(rel) && rel->rd_createSubid != InvalidSubTransactionId;
+
+	if (RelationIsValid(rel))
+		RelationClose(rel);
+	return result;
+}
+
+static const char *
+relation_role(Oid relid, Form_pg_class form, Oid target)
+{
+	switch (form->relkind)
+	{
+		case RELKIND_INDEX:
+		case RELKIND_PARTITIONED_INDEX:
+			return "index";
+		case RELKIND_TOASTVALUE:
+			return "toast table";
+		case RELKIND_SEQUENCE:
+			return "sequence";
+		case RELKIND_VIEW:
+		case RELKIND_MATVIEW:
+			return "view";
+		default:
+			return relid == target ? "table" : "other table";
+	}
+}
+
+/* the row of the account for that relation and mode; made if missing */
+static RmLockStat *
+stat_for(RmLockAccount *account, Oid relid, LOCKMODE mode)
+{
+	ListCell   *lc;
+	MemoryContext oldcxt;
+	RmLockStat *stat;
+
+	foreach(lc, account->stats)
+	{
+		stat = lfirst(lc);
+		if (stat->relid == relid && stat->mode == mode)
+			return stat;
+	}
+	oldcxt = MemoryContextSwitchTo(account->cxt);
+	stat = palloc0(sizeof(RmLockStat));
+	stat->relid = relid;
+	stat->mode = mode;
+	stat->role = "table";
+	stat->wait_ms = -1;
+	account->stats = lappend(account->stats, stat);
+	MemoryContextSwitchTo(oldcxt);
+	return stat;
+}
+
+/*
+ * File numbers of a table, its indexes and its TOAST table, as a list of
+ * RelationStorage in the current memory context.  The caller holds a lock.
+ */
+List *
+rm_relation_storage(Oid relid)
+{
+	Relation	rel = table_open(relid, NoLock);
+	List	   *oids = list_copy(RelationGetIndexList(rel));
+	List	   *result = NIL;
+	ListCell   *lc;
+
+	oids = lappend_oid(oids, relid);
+	if (OidIsValid(rel->rd_rel->reltoastrelid))
+		oids = lappend_oid(oids, rel->rd_rel->reltoastrelid);
+	table_close(rel, NoLock);
+
+	foreach(lc, oids)
+	{
+		HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(lfirst_oid(lc)));
+		RelationStorage *storage;
+
+		if (!HeapTupleIsValid(tup))
+			continue;
+		storage = palloc(sizeof(RelationStorage));
+		storage->relid = lfirst_oid(lc);
+		storage->relfilenode = ((Form_pg_class) GETSTRUCT(tup))->relfilenode;
+		result = lappend(result, storage);
+		ReleaseSysCache(tup);
+	}
+	return result;
+}
+
+/* has it other storage now, or none then? */
+static bool
+storage_changed(List *old_storage, Oid relid, Oid relfilenode)
+{
+	ListCell   *lc;
+
+	if (old_storage == NIL)
+		return false;
+	foreach(lc, old_storage)
+	{
+		RelationStorage *storage = lfirst(lc);
+
+		if (storage->relid == relid)
+			return storage->relfilenode != relfilenode;
+	}
+	return true;
+}
+
+/*
+ * Notes every relation lock that this transaction holds.  Call it as the last
+ * thing before commit; target is the migration's table.  old_storage is what
+ * rm_relation_storage() gave before the work, or NIL: nothing can have been
+ * rewritten.
+ */
+void
+rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
+{
+	LockData   *data = GetLockStatusData();
+
+	for (int i = 0; i < data->nelements; i++)
+	{
+		LockInstanceData *lock = &data->locks[i];
+		Oid			relid;
+		HeapTuple	tup;
+		Form_pg_class form;
+
+		if (lock->pid != MyProcPid || lock->holdMask == 0 ||
+			lock->locktag.locktag_type != LOCKTAG_RELATION ||
+			lock->locktag.locktag_field1 != MyDatabaseId)
+			continue;
+		relid = lock->locktag.locktag_field2;
+		tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+		if (!HeapTupleIsValid(tup))
+			continue;			/* dropped by this very transaction */
+		form = (Form_pg_class) GETSTRUCT(tup);
+
+		/* an index made anew for a table that was there before is worth telling */
+		if (is_user_relation(relid, form) &&
+			(old_storage != NIL || !is_new_relation(relid)))
+			for (LOCKMODE mode = AccessShareLock; mode <= MaxLockMode; mode++)
+			{
+				RmLockStat *stat;
+
+				if ((lock->holdMask & LOCKBIT_ON(mode)) == 0)
+					continue;
+				stat = stat_for(account, relid, mode);
+				if (stat->relation == NULL)
+					stat->relation =
+						MemoryContextStrdup(account->cxt,
+											quote_qualified_identifier(get_namespace_name(form->relnamespace),
+																	   NameStr(form->relname)));
+				stat->role = relation_role(relid, form, target);
+				if (!stat->current)
+				{
+					stat->current = true;
+					stat->acquired = account->xact_start;
+				}
+				if (mode == AccessExclusiveLock || mode == ShareUpdateExclusiveLock)
+					stat->rewritten |= storage_changed(old_storage, relid,
+													   form->relfilenode);
+				if (mode >= ShareLock)
+					account->blocking = true;
+			}
+		ReleaseSysCache(tup);
+	}
+	release_armed = true;
+}
+
+/* the transaction has committed: its locks are released, add up the holds */
+void
+rm_lock_account_committed(RmLockAccount *account)
+{
+	ListCell   *lc;
+
+	if (release_armed)			/* cannot be, but never report a stale stamp */
+	{
+		release_armed = false;
+		INSTR_TIME_SET_CURRENT(release_time);
+	}
+	foreach(lc, account->stats)
+	{
+		RmLockStat *stat = lfirst(lc);
+
+		if (!stat->current)
+			continue;
+		stat->current = false;
+		stat->times++;
+		stat->hold_ms = Max(stat->hold_ms, ms_between(stat->acquired, release_time));
+	}
+}
+
+/* the transaction was rolled back: what it held was held all the same */
+void
+rm_lock_account_aborted(RmLockAccount *account)
+{
+	ListCell   *lc;
+
+	release_armed = false;
+	INSTR_TIME_SET_CURRENT(release_time);
+	foreach(lc, account->stats)
+	{
+		RmLockStat *stat = lfirst(lc);
+
+		if (!stat->current)
+			continue;
+		stat->current = false;
+		if (stat->relation == NULL)
+			continue;
+		stat->times++;
+		stat->hold_ms = Max(stat->hold_ms, ms_between(stat->acquired, release_time));
+	}
+}
+
+/*
+ * From here to the end of the transaction no lock is waited for longer than
+ * risky_migrations.lock_timeout (55P03).
+ */
+void
+rm_lock_bound_waits(void)
+{
+	char		value[32];
+
+	snprintf(value, sizeof(value), "%d", rm_lock_timeout);
+	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	snprintf(value, sizeof(value), "%d",
+			 Max(1, Min(DeadlockTimeout, rm_lock_timeout / 2)));
+	(void) set_config_option("deadlock_timeout", value, PGC_SUSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+}
+
+/*
+ * Takes a lock on a relation until the end of the transaction, with the wait
+ * bounded as rm_lock_bound_waits() says.  42P01 if the relation is gone.
+ *
+ * Only for the first relation of a transaction: while one lock is held no
+ * other may be waited for.
+ */
+void
+rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
+{
+	RmLockStat *stat = stat_for(account, relid, mode);
+	instr_time	before;
+	double		wait_ms;
+
+	stat->explicit = true;
+	INSTR_TIME_SET_CURRENT(before);
+	PG_TRY();
+	{
+		LockRelationOid(relid, mode);
+	}
+	PG_CATCH();
+	{
+		instr_time	after;
+
+		INSTR_TIME_SET_CURRENT(after);
+		stat->wait_ms = Max(stat->wait_ms, ms_between(before, after));
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	INSTR_TIME_SET_CURRENT(stat->acquired);
+	wait_ms = ms_between(before, stat->acquired);
+	stat->wait_ms = Max(stat->wait_ms, wait_ms);
+	stat->current = true;
+
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("the table of this migration does not exist any more"),
+				 errdetail("It had the OID %u.", relid)));
+}
+
+/*
+ * Who holds a lock on the relation that conflicts with mode, as text for an
+ * error's detail; NULL if nobody does (any more).
+ */
+char *
+rm_lock_blockers(Oid relid, LOCKMODE mode)
+{
+	LockData   *data = GetLockStatusData();
+	StringInfoData buf;
+
+	initStringInfo(&buf);
+	for (int i = 0; i < data->nelements; i++)
+	{
+		LockInstanceData *lock = &data->locks[i];
+
+		if (lock->pid == MyProcPid ||
+			lock->locktag.locktag_type != LOCKTAG_RELATION ||
+			lock->locktag.locktag_field1 != MyDatabaseId ||
+			lock->locktag.locktag_field2 != relid)
+			continue;
+		for (LOCKMODE held = AccessShareLock; held <= MaxLockMode; held++)
+			if ((lock->holdMask & LOCKBIT_ON(held)) &&
+				DoLockModesConflict(held, mode))
+				appendStringInfo(&buf, "%sprocess %d holds %s",
+								 buf.len ? ", " : "", lock->pid,
+								 GetLockmodeName(DEFAULT_LOCKMETHOD, held));
+	}
+	return buf.len ? buf.data : NULL;
+}
+
+static void
+set_runner_tag(LOCKTAG *tag, RmRunnerLock kind, int64 id)
+{
+	SET_LOCKTAG_ADVISORY(*tag, MyDatabaseId, (uint32) (id >> 32), (uint32) id,
+						 (uint16) kind);
+}
+
+/*
+ * Takes the session-level lock of that kind and id without waiting.  False,
+ * and the holder's pid, if another session has it.  It is kept across
+ * transactions until rm_runner_unlock() or the end of the session.
+ */
+bool
+rm_runner_lock(RmRunnerLock kind, int64 id, int *holder_pid)
+{
+	LOCKTAG		tag;
+
+	set_runner_tag(&tag, kind, id);
+	if (LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL)
+		return true;
+	if (holder_pid)
+		*holder_pid = rm_runner_pid(kind, id);
+	return false;
+}
+
+void
+rm_runner_unlock(RmRunnerLock kind, int64 id)
+{
+	LOCKTAG		tag;
+
+	set_runner_tag(&tag, kind, id);
+	LockRelease(&tag, ExclusiveLock, true);
+}
+
+/* pid of the process that holds that lock, 0 if none does */
+int
+rm_runner_pid(RmRunnerLock kind, int64 id)
+{
+	LockData   *data = GetLockStatusData();
+	LOCKTAG		tag;
+
+	set_runner_tag(&tag, kind, id);
+	for (int i = 0; i < data->nelements; i++)
+		if (data->locks[i].holdMask != 0 &&
+			memcmp(&data->locks[i].locktag, &tag, sizeof(LOCKTAG)) == 0)
+			return data->locks[i].pid;
+	return 0;
+}

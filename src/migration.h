@@ -1,0 +1,155 @@
+/*-------------------------------------------------------------------------
+ *
+ * migration.h
+ *	  A migration, the methods that carry it out, and the step runner.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_MIGRATION_H
+#define RM_MIGRATION_H
+
+#include "conversion.h"
+#include "locks.h"
+#include "utils/relcache.h"
+
+typedef struct RmMethod RmMethod;
+typedef struct RmRun RmRun;
+
+/* one requested change of one column's type: a row of risky_migrations.migration */
+typedef struct RmMigration
+{
+	int64		id;
+	const RmMethod *method;
+	char	   *state;			/* open, done, rolled back */
+	int			steps_done;		/* of the method's list, from its beginning */
+	int			phase;			/* of the step under way; 0 at its beginning */
+	Oid			owner;			/* the role that started it */
+	Oid			relid;
+	char	   *relation;		/* qualified name when it started */
+	AttrNumber	attnum;
+	char	   *column;
+	char	   *old_type;
+	char	   *new_type;
+	AttrNumber	new_attnum;		/* shadow column, 0 while there is none */
+	char	   *new_column;		/* its name */
+	char	   *using_expr;		/* see RmConversionDef */
+	char	   *reverse_expr;	/* from new to old over the column's name, or NULL */
+	char	   *exact_check;	/* over old: does the new value tell the old one? */
+	char	   *reverse_check;	/* over new: does the old type tell the new one? */
+	List	   *settings;
+	char	   *tree;
+	int			server_version;
+	bool		enforced;		/* the new column's constraints hold */
+	Oid			relfilenode;	/* to which block numbers belong */
+	int64		next_block;		/* below it everything is done */
+	int64		end_block;		/* fixed when the work began */
+	int64		rows_done;
+	int64		rows_estimated;
+	int64		inexact_rows;	/* rows the way back cannot restore */
+} RmMigration;
+
+/* what a call of a step's function has achieved */
+typedef enum RmStepResult
+{
+	RM_STEP_AGAIN,				/* commit, then call it again */
+	RM_STEP_DONE				/* commit, the step is complete */
+} RmStepResult;
+
+/* one step; its functions run inside a transaction of the runner */
+typedef struct RmStep
+{
+	const char *name;
+	/* does one transaction's worth of work */
+	RmStepResult (*apply) (RmRun *run);
+	/* undoes the whole step, likewise */
+	RmStepResult (*revert) (RmRun *run);
+	/* after each commit, outside of transactions that hold anything: notices */
+	void		(*committed) (RmRun *run, RmStepResult result);
+	/* after a transaction failed and was rolled back: true to call it again */
+	bool		(*retry) (RmRun *run, ErrorData *error);
+	/* before an error is reported: adds what a user should know */
+	void		(*explain) (RmRun *run, ErrorData *error);
+} RmStep;
+
+struct RmMethod
+{
+	const char *name;
+	const RmStep *const *steps;
+	int			nsteps;
+};
+
+extern const RmMethod rm_method_direct;
+extern const RmMethod rm_method_three_step;
+
+/* positions in the list of three_step */
+typedef enum RmThreeStep
+{
+	RM_ADD_COLUMN,
+	RM_BACKFILL,
+	RM_ENFORCE_NOT_NULL
+} RmThreeStep;
+
+/* a step while it runs; everything it points to lives in cxt */
+struct RmRun
+{
+	MemoryContext cxt;			/* survives the transactions */
+	int64		migration_id;	/* 0 for a step of the lab without one */
+	RmMigration *m;				/* loaded anew in each transaction, or NULL */
+	const RmStep *step;
+	int			step_index;		/* in the method's list */
+	bool		revert;
+	int			batch;			/* rows a batch may have at most */
+	void	   *work;			/* the step's own, NULL at the beginning */
+	const char *approach;		/* for the step log */
+	Oid			relid;
+	const char *relation;
+
+	/* set by the step for the transaction under way */
+	bool		async_commit;	/* work that is lost together with its state */
+	int			pause_ms;		/* to rest after the commit */
+	List	   *old_storage;	/* of the table before it may be rewritten */
+
+	/* sums for the step log */
+	int64		log_id;
+	int64		transactions;
+	int64		batches;
+	int64		rows_changed;
+	int64		rows_hot;
+	int64		lock_retries;
+	RmLockAccount locks;
+	instr_time	started;
+	uint64		wal_started;
+	TimestampTz last_notice;
+};
+
+/* migration.c: rows of state */
+extern const RmMethod *rm_method_by_name(const char *name);
+extern RmMigration *rm_migration_load(int64 id, MemoryContext cxt);
+extern int64 rm_migration_insert(RmMigration *m);
+extern void rm_migration_save(const RmMigration *m);
+extern int64 rm_open_migration(const char *method);
+extern void rm_check_owner(Oid relid, const char *relation);
+extern char *rm_trigger_name(int64 id);
+extern void rm_check_ground(const RmMigration *m, Relation rel);
+extern RmConversion *rm_migration_conversion(const RmMigration *m, Relation rel,
+											 MemoryContext cxt);
+extern void rm_record_failure(RmMigration *m, const char *row_key,
+							  ItemPointer tid, const char *value,
+							  ErrorData *error);
+
+/* runner.c */
+extern void rm_procedure_begin(FunctionCallInfo fcinfo, const char *name);
+extern void rm_procedure_end(void);
+extern void rm_commit(void);
+extern void rm_run_step(RmMigration *m, int step_index, bool revert, int batch);
+extern void rm_run_free_step(const char *approach, const RmStep *step,
+							 bool revert, void *work);
+extern ErrorData *rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt);
+extern void rm_transaction(void (*work) (void *arg), void *arg);
+extern void rm_execute(const char *sql);
+extern bool rm_notice_due(RmRun *run);
+extern double rm_elapsed_ms(instr_time since);
+
+#endif							/* RM_MIGRATION_H */

@@ -1,0 +1,92 @@
+/*-------------------------------------------------------------------------
+ *
+ * risky_migrations.c
+ *	  Changing a column's type without the outage.
+ *
+ * Words, used everywhere:
+ *
+ *	migration	one requested change of one column's type on one table
+ *	method		how: direct (plain ALTER TABLE) or three_step (shadow column)
+ *	step		a part of a method, run, resumed and taken back on its own
+ *	batch		rows that are counted and reported together; a step commits
+ *				at least once for each
+ *	sync		the trigger that carries concurrent writes over
+ *	probe		a background worker that runs one query again and again and
+ *				records each latency
+ *	lab			two tables and five numbered migrations of them, to see it all
+ *
+ * The way of a call; arrows point one way only:
+ *
+ *	surface.c, lab.c	procedures and functions: arguments, refusals
+ *	migration.c			the state row, and the ground it stands on
+ *	direct.c, three_step.c, backfill.c
+ *						the methods: lists of steps
+ *	runner.c			the step runner: transactions, waits, the step log
+ *	rows.c, conversion.c, locks.c, state.c
+ *						rows of a page, the expression, locks, our own tables
+ *
+ * Beside it stand sync_trigger.c, which runs in the writers' sessions, and
+ * worker.c and probe.c, which run in background workers.  Reports are SQL over
+ * the step log, in the install script.  compat.h knows the versions of
+ * PostgreSQL.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <limits.h>
+
+#include "fmgr.h"
+#include "locks.h"
+#include "risky_migrations.h"
+#include "utils/guc.h"
+
+PG_MODULE_MAGIC;
+
+void		_PG_init(void);
+
+int			rm_lock_timeout = 250;
+int			rm_lock_retries = 50;
+int			rm_lock_retry_max_delay = 10000;
+int			rm_max_row_lock_time = 25;
+
+void
+_PG_init(void)
+{
+	/*
+	 * How long others may have to queue behind a lock that we ask for.  There
+	 * is no "for ever": zero is refused.
+	 */
+	DefineCustomIntVariable("risky_migrations.lock_timeout",
+							"Longest wait for a lock in one try.",
+							"After it the migration lets everybody through and tries again.",
+							&rm_lock_timeout, 250, 10, 60000, PGC_USERSET,
+							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	/* after so many further tries the step fails; nothing is lost, call again */
+	DefineCustomIntVariable("risky_migrations.lock_retries",
+							"Number of further tries for a lock before a step gives up.",
+							NULL, &rm_lock_retries, 50, 0, INT_MAX, PGC_USERSET, 0,
+							NULL, NULL, NULL);
+
+	/* pauses between tries double from 50 ms up to this, with jitter */
+	DefineCustomIntVariable("risky_migrations.lock_retry_max_delay",
+							"Longest pause between two tries for a lock.", NULL,
+							&rm_lock_retry_max_delay, 10000, 1, 3600000, PGC_USERSET,
+							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	/*
+	 * A writer that wants a row which the backfill has just changed waits for
+	 * that transaction's end, so the backfill commits this often.
+	 */
+	DefineCustomIntVariable("risky_migrations.max_row_lock_time",
+							"How long the backfill may hold a row locked.",
+							"It commits at least this often, and at least once a batch.",
+							&rm_max_row_lock_time, 25, 1, 60000, PGC_USERSET,
+							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	MarkGUCPrefixReserved("risky_migrations");
+	rm_locks_init();
+}

@@ -1,0 +1,23 @@
+/*-------------------------------------------------------------------------
+ *
+ * risky_migrations.h
+ *	  Settings and what every file needs.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RISKY_MIGRATIONS_H
+#define RISKY_MIGRATIONS_H
+
+/* settings risky_migrations.*, described in risky_migrations.c */
+extern int	rm_lock_timeout;	/* milliseconds */
+extern int	rm_lock_retries;
+extern int	rm_lock_retry_max_delay;	/* milliseconds */
+extern int	rm_max_row_lock_time;	/* milliseconds */
+
+/* batches: rows, the largest that makes sense and the default */
+#define RM_DEFAULT_BATCH 100000
+#define RM_MAX_BATCH 10000000
+
+#endif							/* RISKY_MIGRATIONS_H */

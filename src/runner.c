@@ -1,0 +1,658 @@
+/*-------------------------------------------------------------------------
+ *
+ * runner.c
+ *	  The step runner.
+ *
+ * Only this file begins and ends transactions, waits for locks, pauses, and
+ * writes the step log; a step only does its work.  One step runs like this:
+ *
+ *	take the runner's lock (session level, no waiting)	   -> or 55006
+ *	log "running", commit
+ *	repeat
+ *		transaction:  bound all waits, load the state row, call the step,
+ *					  save the state row and the sums of the log row,
+ *					  note the locks, choose synchronous_commit
+ *		commit, add up the holds, let the step say what it has done
+ *	until the step is done
+ *	log the locks, commit
+ *
+ * The work of a transaction is done in a subtransaction with its own SPI
+ * connection, so that an error in it, wherever it comes from, leaves the
+ * procedure able to go on: roll everything back, and then either try again
+ * (a lock that was not to be had in time, a step that knows what to do), or
+ * record what failed and raise it.
+ *
+ * Which transactions may be open beside one of ours does not matter here: we
+ * are READ COMMITTED and take our snapshot after our lock.  Between two of
+ * our transactions we hold neither a lock nor a snapshot.
+ *
+ * Easy to get wrong: a transaction that holds a lock which blocks others
+ * must not wait for a standby in its commit, for that would be a wait without
+ * bound; it commits with synchronous_commit = local, and the next one (the
+ * log's) waits in its stead.  And statement_timeout would count the whole
+ * CALL, so it is switched off for it.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/xact.h"
+#include "access/xlog.h"
+#include "catalog/pg_type.h"
+#include "common/pg_prng.h"
+#include "compat.h"
+#include "executor/instrument.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "migration.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "portability/instr_time.h"
+#include "risky_migrations.h"
+#include "state.h"
+#include "storage/latch.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/memutils.h"
+#include "utils/resowner.h"
+#include "utils/snapmgr.h"
+#include "utils/timeout.h"
+#include "utils/timestamp.h"
+
+/* first pause after a lock was not to be had, in milliseconds; then it doubles */
+#define FIRST_RETRY_DELAY 50
+
+/* the transaction that has just begun is READ COMMITTED, READ WRITE */
+static void
+begin_transaction(void)
+{
+	XactIsoLevel = XACT_READ_COMMITTED;
+	XactReadOnly = false;
+	XactDeferrable = false;
+}
+
+/* commits and begins the next transaction; outside of rm_try() only */
+void
+rm_commit(void)
+{
+	SPI_commit();
+	begin_transaction();
+}
+
+static void
+roll_back(void)
+{
+	SPI_rollback();
+	begin_transaction();
+}
+
+/*
+ * Every procedure calls this first.  It refuses to run where it could not
+ * commit (2D000) or not write (25006), connects to SPI and leaves the
+ * transaction in which CALL was analyzed.
+ */
+void
+rm_procedure_begin(FunctionCallInfo fcinfo, const char *name)
+{
+	if (fcinfo->context == NULL || !IsA(fcinfo->context, CallContext) ||
+		castNode(CallContext, fcinfo->context)->atomic)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_TRANSACTION_TERMINATION),
+				 errmsg("%s() cannot run inside a transaction block or a function", name),
+				 errdetail("It commits after each of its steps and batches."),
+				 errhint("CALL it as a statement of its own, outside of BEGIN ... COMMIT.")));
+	if (RecoveryInProgress())
+		ereport(ERROR,
+				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+				 errmsg("%s() cannot run during recovery", name),
+				 errhint("Run it on the primary server.")));
+	/* fails early where the extension was not created */
+	(void) rm_state_relid("migration", false);
+
+	SPI_connect_ext(SPI_OPT_NONATOMIC);
+	if (get_timeout_active(STATEMENT_TIMEOUT))
+		disable_timeout(STATEMENT_TIMEOUT, false);
+	rm_commit();
+}
+
+void
+rm_procedure_end(void)
+{
+	SPI_finish();
+}
+
+/*
+ * Calls work(arg) in a subtransaction with an SPI connection of its own.
+ * Returns NULL, or, after it has been rolled back, the error (in cxt).
+ */
+ErrorData *
+rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
+{
+	MemoryContext oldcxt = CurrentMemoryContext;
+	ResourceOwner oldowner = CurrentResourceOwner;
+	ErrorData  *volatile error = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(oldcxt);
+	PG_TRY();
+	{
+		SPI_connect();
+		work(arg);
+		SPI_finish();
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(cxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(oldcxt);
+	CurrentResourceOwner = oldowner;
+	return error;
+}
+
+/* work(arg) in a transaction of its own; its errors are raised after rollback */
+void
+rm_transaction(void (*work) (void *arg), void *arg)
+{
+	ErrorData  *error = rm_try(work, arg, CurrentMemoryContext);
+
+	if (error)
+	{
+		roll_back();
+		ReThrowError(error);
+	}
+	rm_commit();
+}
+
+/*
+ * Runs SQL of ours on the user's objects, as the current role.  All names in
+ * it are qualified; search_path is pinned.  Needs SPI.
+ */
+void
+rm_execute(const char *sql)
+{
+	int			save_nestlevel = NewGUCNestLevel();
+	int			rc;
+
+	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
+							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	rc = SPI_execute(sql, false, 0);
+	AtEOXact_GUC(false, save_nestlevel);
+	if (rc < 0)
+		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
+}
+
+double
+rm_elapsed_ms(instr_time since)
+{
+	instr_time	now;
+
+	INSTR_TIME_SET_CURRENT(now);
+	INSTR_TIME_SUBTRACT(now, since);
+	return INSTR_TIME_GET_MILLISEC(now);
+}
+
+/* may a notice be sent?  At most one a second, and the first at once */
+bool
+rm_notice_due(RmRun *run)
+{
+	TimestampTz now = GetCurrentTimestamp();
+
+	if (run->last_notice != 0 &&
+		!TimestampDifferenceExceeds(run->last_notice, now, 1000))
+		return false;
+	run->last_notice = now;
+	return true;
+}
+
+/*-------------------------------------------------------------------------
+ * The step log
+ *-------------------------------------------------------------------------
+ */
+
+/* whatever this migration left as running was interrupted: we hold its lock */
+static void
+log_begin(void *arg)
+{
+	RmRun	   *run = arg;
+	Oid			types[] = {INT8OID, TEXTOID, TEXTOID, TEXTOID, OIDOID, OIDOID, TEXTOID};
+	Datum		v[7];
+	char		n[7] = "       ";
+
+	v[0] = Int64GetDatum(run->migration_id);
+	n[0] = run->migration_id ? ' ' : 'n';
+	if (run->migration_id)
+		rm_state_execute("UPDATE risky_migrations.step_log SET state = 'interrupted'"
+						 " WHERE migration_id = $1 AND state = 'running'",
+						 1, types, v, NULL);
+	v[1] = CStringGetTextDatum(run->approach);
+	v[2] = CStringGetTextDatum(run->step->name);
+	v[3] = CStringGetTextDatum(run->revert ? "rollback" : "apply");
+	v[4] = ObjectIdGetDatum(GetUserId());
+	v[5] = ObjectIdGetDatum(run->relid);
+	v[6] = CStringGetTextDatum(run->relation);
+	rm_state_execute("INSERT INTO risky_migrations.step_log"
+					 " (migration_id, approach, step, direction, owner, relid, relation, state)"
+					 " VALUES ($1, $2, $3, $4, $5, $6, $7, 'running') RETURNING id",
+					 7, types, v, n);
+	run->log_id = rm_result_int64(0, 1);
+}
+
+/* writes the sums so far, in the transaction that they count */
+static void
+log_sums(RmRun *run, const char *state, ErrorData *error)
+{
+	Oid			types[] = {INT8OID, TEXTOID, FLOAT8OID, INT8OID, INT8OID, INT8OID,
+		INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, OIDOID,
+	TEXTOID};
+	Datum		v[15];
+	char		n[15];
+	int			i = 0;
+
+	memset(n, ' ', sizeof(n));
+	v[i++] = Int64GetDatum(run->log_id);
+	v[i++] = CStringGetTextDatum(state);
+	v[i++] = Float8GetDatum(rm_elapsed_ms(run->started));
+	v[i++] = Int64GetDatum(run->transactions);
+	v[i++] = Int64GetDatum(run->batches);
+	v[i++] = Int64GetDatum(run->rows_changed);
+	v[i++] = Int64GetDatum(run->rows_hot);
+	v[i++] = Int64GetDatum(run->lock_retries);
+	v[i++] = Int64GetDatum((int64) (pgWalUsage.wal_bytes - run->wal_started));
+	for (int field = 0; field < 4; field++, i++)
+	{
+		const char *s = NULL;
+
+		if (error)
+			s = field == 0 ? unpack_sql_state(error->sqlerrcode) :
+				field == 1 ? error->message :
+				field == 2 ? error->detail : error->hint;
+		n[i] = s ? ' ' : 'n';
+		v[i] = s ? CStringGetTextDatum(s) : (Datum) 0;
+	}
+	v[i++] = ObjectIdGetDatum(run->relid);
+	v[i++] = CStringGetTextDatum(run->relation);
+	rm_state_execute("UPDATE risky_migrations.step_log SET state = $2, duration_ms = $3,"
+					 " transactions = $4, batches = $5, rows_changed = $6,"
+					 " rows_hot = $7, lock_retries = $8, wal_bytes = $9,"
+					 " sqlstate = $10, message = $11, detail = $12, hint = $13,"
+					 " relid = $14, relation = $15, finished_at = CASE"
+					 " WHEN $2 = 'running' THEN NULL ELSE pg_catalog.clock_timestamp() END"
+					 " WHERE id = $1",
+					 15, types, v, n);
+}
+
+/* the locks, when their holds are known */
+static void
+log_locks(void *arg)
+{
+	RmRun	   *run = arg;
+	ListCell   *lc;
+
+	foreach(lc, run->locks.stats)
+	{
+		RmLockStat *stat = lfirst(lc);
+		Oid			types[] = {INT8OID, OIDOID, TEXTOID, TEXTOID, TEXTOID, BOOLOID,
+		BOOLOID, FLOAT8OID, FLOAT8OID, BOOLOID, INT8OID, BOOLOID};
+		Datum		v[12];
+		char		n[12];
+
+		if (stat->relation == NULL || stat->times == 0)
+			continue;
+		memset(n, ' ', sizeof(n));
+		v[0] = Int64GetDatum(run->log_id);
+		v[1] = ObjectIdGetDatum(stat->relid);
+		v[2] = CStringGetTextDatum(stat->relation);
+		v[3] = CStringGetTextDatum(stat->role);
+		v[4] = CStringGetTextDatum(GetLockmodeName(DEFAULT_LOCKMETHOD, stat->mode));
+		v[5] = BoolGetDatum(DoLockModesConflict(stat->mode, AccessShareLock));
+		v[6] = BoolGetDatum(DoLockModesConflict(stat->mode, RowExclusiveLock));
+		v[7] = Float8GetDatum(stat->wait_ms);
+		n[7] = stat->explicit ? ' ' : 'n';
+		v[8] = Float8GetDatum(stat->hold_ms);
+		v[9] = BoolGetDatum(stat->explicit);
+		v[10] = Int64GetDatum(stat->times);
+		v[11] = BoolGetDatum(stat->rewritten);
+		rm_state_execute("INSERT INTO risky_migrations.step_lock VALUES"
+						 " ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
+						 " ON CONFLICT DO NOTHING",
+						 12, types, v, n);
+	}
+}
+
+/*-------------------------------------------------------------------------
+ * One step
+ *-------------------------------------------------------------------------
+ */
+
+/* what one transaction of a step hands back */
+typedef struct Attempt
+{
+	RmRun	   *run;
+	RmStepResult result;
+	ErrorData  *error;			/* to be recorded */
+} Attempt;
+
+/* the state after a step is complete */
+static void
+advance_state(RmRun *run)
+{
+	RmMigration *m = run->m;
+
+	m->phase = 0;
+	m->steps_done = run->revert ? run->step_index : run->step_index + 1;
+	if (m->steps_done == 0)
+		m->state = "rolled back";
+	else if (m->method == &rm_method_direct && m->steps_done == m->method->nsteps)
+		m->state = "done";
+	else
+		m->state = "open";
+}
+
+/*
+ * How the transaction commits.  With a lock that blocks others it must not
+ * wait for standbys.
+ */
+static void
+choose_synchronous_commit(RmRun *run)
+{
+	const char *value = NULL;
+
+	if (run->locks.blocking)
+	{
+		if (synchronous_commit > SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
+			value = "local";
+	}
+	else if (run->async_commit)
+		value = "off";
+	if (value)
+		(void) set_config_option("synchronous_commit", value, PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+}
+
+/* one transaction of a step */
+static void
+attempt_step(void *arg)
+{
+	Attempt    *attempt = arg;
+	RmRun	   *run = attempt->run;
+
+	rm_lock_bound_waits();
+	rm_lock_account_begin(&run->locks);
+	run->async_commit = false;
+	run->pause_ms = 0;
+	run->old_storage = NIL;
+	if (run->migration_id)
+		run->m = rm_migration_load(run->migration_id, CurrentMemoryContext);
+
+	attempt->result = (run->revert ? run->step->revert : run->step->apply) (run);
+
+	run->transactions++;
+	if (run->m)
+	{
+		if (attempt->result == RM_STEP_DONE)
+			advance_state(run);
+		rm_migration_save(run->m);
+	}
+	log_sums(run, attempt->result == RM_STEP_DONE ? "done" : "running", NULL);
+	rm_lock_account_collect(&run->locks, run->relid, run->old_storage);
+	choose_synchronous_commit(run);
+}
+
+static void
+record_failure(void *arg)
+{
+	Attempt    *attempt = arg;
+
+	log_sums(attempt->run, "failed", attempt->error);
+	log_locks(attempt->run);
+}
+
+/* rests outside of any transaction that holds something; can be cancelled */
+static void
+rest(void *arg)
+{
+	int			ms = *(int *) arg;
+	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
+
+	for (;;)
+	{
+		long		left;
+
+		CHECK_FOR_INTERRUPTS();
+		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
+		if (left <= 0)
+			break;
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 left, PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+	}
+}
+
+static bool
+is_lock_failure(ErrorData *error)
+{
+	return error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
+		error->sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED;
+}
+
+/* growing and jittered, so that tries of several sessions do not meet again */
+static int
+retry_delay(int tries)
+{
+	double		ms = FIRST_RETRY_DELAY * (double) (1 << Min(tries, 20));
+
+	ms = Min(ms, (double) rm_lock_retry_max_delay);
+	return Max(1, (int) (ms * (0.5 + 0.5 * pg_prng_double(&pg_global_prng_state))));
+}
+
+/* the error to raise when a lock was not to be had in all the tries */
+static void
+explain_lock_failure(RmRun *run, ErrorData *error, int tries)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(run->cxt);
+	char	   *blockers = rm_lock_blockers(run->relid, AccessExclusiveLock);
+
+	error->message = psprintf("step %s could not get its lock on %s in %d tries",
+							  run->step->name, run->relation, tries);
+	error->detail = blockers ? psprintf("On it %s.", blockers) :
+		psprintf("Each try waited for at most %d ms.", rm_lock_timeout);
+	error->hint = pstrdup("Nothing was changed by this step's last try. See rm_blocked_queries(), end the transaction that holds the lock, then call it again; or raise risky_migrations.lock_retries.");
+	MemoryContextSwitchTo(oldcxt);
+}
+
+static void
+notice_retry(RmRun *run, int tries)
+{
+	char	   *blockers;
+
+	if (!rm_notice_due(run))
+		return;
+	blockers = rm_lock_blockers(run->relid, AccessExclusiveLock);
+	ereport(NOTICE,
+			(errmsg("step %s: no lock on %s within %d ms (%s), try %d of %d; others are let through meanwhile",
+					run->step->name, run->relation, rm_lock_timeout,
+					blockers ? blockers : "its holder is gone", tries,
+					rm_lock_retries + 1)));
+}
+
+/* commits; an error of the commit is returned like one of the work */
+static ErrorData *
+commit_attempt(RmRun *run)
+{
+	MemoryContext oldcxt = CurrentMemoryContext;
+	ErrorData  *volatile error = NULL;
+
+	PG_TRY();
+	{
+		rm_commit();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(run->cxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		begin_transaction();
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(oldcxt);
+	return error;
+}
+
+/* records the failure, if that can be done, and raises it */
+static void
+fail(RmRun *run, ErrorData *error)
+{
+	Attempt		attempt = {.run = run,.error = error};
+
+	if (rm_try(record_failure, &attempt, run->cxt) == NULL)
+		rm_commit();
+	else
+		roll_back();
+	ReThrowError(error);
+}
+
+static void
+run_transactions(RmRun *run)
+{
+	MemoryContext xact_cxt = AllocSetContextCreate(run->cxt, "rm transaction",
+												   ALLOCSET_DEFAULT_SIZES);
+	MemoryContext oldcxt = CurrentMemoryContext;
+	int			tries = 0;
+
+	for (;;)
+	{
+		Attempt		attempt = {.run = run,.result = RM_STEP_AGAIN};
+		ErrorData  *error;
+		int			pause_ms = 0;
+
+		MemoryContextSwitchTo(xact_cxt);
+		MemoryContextReset(xact_cxt);
+		error = rm_try(attempt_step, &attempt, run->cxt);
+		run->m = NULL;
+		if (error == NULL)
+			error = commit_attempt(run);
+		else
+			roll_back();
+
+		if (error == NULL)
+		{
+			rm_lock_account_committed(&run->locks);
+			tries = 0;
+			if (run->step->committed)
+				run->step->committed(run, attempt.result);
+			if (attempt.result == RM_STEP_DONE)
+				break;
+			pause_ms = run->pause_ms;
+		}
+		else
+		{
+			rm_lock_account_aborted(&run->locks);
+			if (is_lock_failure(error) && tries < rm_lock_retries)
+			{
+				tries++;
+				run->lock_retries++;
+				notice_retry(run, tries);
+				pause_ms = retry_delay(tries - 1);
+				FreeErrorData(error);
+			}
+			else if (run->step->retry && run->step->retry(run, error))
+				FreeErrorData(error);
+			else
+			{
+				if (is_lock_failure(error))
+					explain_lock_failure(run, error, tries + 1);
+				else if (run->step->explain)
+					run->step->explain(run, error);
+				fail(run, error);
+			}
+		}
+		if (pause_ms > 0)
+		{
+			error = rm_try(rest, &pause_ms, run->cxt);
+			if (error)
+			{
+				roll_back();
+				fail(run, error);
+			}
+		}
+	}
+	MemoryContextSwitchTo(oldcxt);
+}
+
+/* one step from its beginning to its end; the caller holds the runner's lock */
+static void
+run_to_the_end(RmRun *run)
+{
+	run->cxt = AllocSetContextCreate(CurrentMemoryContext, "rm step",
+									 ALLOCSET_DEFAULT_SIZES);
+	run->locks.cxt = run->cxt;
+	INSTR_TIME_SET_CURRENT(run->started);
+	run->wal_started = pgWalUsage.wal_bytes;
+
+	rm_transaction(log_begin, run);
+	run_transactions(run);
+	rm_transaction(log_locks, run);
+	MemoryContextDelete(run->cxt);
+}
+
+/*
+ * Applies or reverts one step of a migration.  Called by a procedure after
+ * rm_procedure_begin().  55006 if another session runs the migration.
+ */
+void
+rm_run_step(RmMigration *m, int step_index, bool revert, int batch)
+{
+	RmRun		run = {0};
+	int			pid;
+
+	run.migration_id = m->id;
+	run.step = m->method->steps[step_index];
+	run.step_index = step_index;
+	run.revert = revert;
+	run.batch = batch;
+	run.approach = m->method->name;
+	run.relid = m->relid;
+	run.relation = m->relation;
+
+	if (!rm_runner_lock(RM_RUNNER_MIGRATION, m->id, &pid))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("migration %lld is already running in another session",
+						(long long) m->id),
+				 errdetail("Process %d runs it.", pid),
+				 errhint("Wait for it, or end it with pg_cancel_backend(%d).", pid)));
+	PG_TRY();
+	{
+		run_to_the_end(&run);
+	}
+	PG_FINALLY();
+	{
+		rm_runner_unlock(RM_RUNNER_MIGRATION, m->id);
+	}
+	PG_END_TRY();
+}
+
+/*
+ * The same for a step of the lab that belongs to no migration.  It sets
+ * relid and relation itself when they become known.
+ */
+void
+rm_run_free_step(const char *approach, const RmStep *step, bool revert,
+				 void *work)
+{
+	RmRun		run = {0};
+
+	run.step = step;
+	run.revert = revert;
+	run.work = work;
+	run.approach = approach;
+	run.relation = "";
+	run_to_the_end(&run);
+}

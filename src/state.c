@@ -1,0 +1,137 @@
+/*-------------------------------------------------------------------------
+ *
+ * state.c
+ *	  Access to the extension's own tables (schema risky_migrations).
+ *
+ * The state of every migration, the step log and the samples of the probes
+ * are ordinary tables, written in the same transaction as the work they
+ * describe.  The role that does the work usually may not write them (else it
+ * could forge them), so each command here runs as their owner.  Two things
+ * are easy to get wrong: the owner is often a superuser, so nothing of the
+ * caller's may be evaluated meanwhile (search_path is pinned, and no command
+ * contains text that came from the caller, only parameters); and the switch
+ * of roles must be undone on every way out, also by error (the caller's
+ * transaction or subtransaction abort restores user id and settings).
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/table.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "state.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+
+Oid
+rm_state_relid(const char *relname, bool missing_ok)
+{
+	Oid			nspid = get_namespace_oid(RM_SCHEMA, true);
+	Oid			relid = InvalidOid;
+
+	if (OidIsValid(nspid))
+		relid = get_relname_relid(relname, nspid);
+	if (!OidIsValid(relid) && !missing_ok)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("table \"%s.%s\" does not exist", RM_SCHEMA, relname),
+				 errhint("Run CREATE EXTENSION risky_migrations in this database.")));
+	return relid;
+}
+
+Oid
+rm_state_owner(void)
+{
+	Relation	rel = table_open(rm_state_relid("migration", false), AccessShareLock);
+	Oid			owner = rel->rd_rel->relowner;
+
+	table_close(rel, AccessShareLock);
+	return owner;
+}
+
+void
+rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
+				 const char *nulls)
+{
+	Oid			save_userid;
+	int			save_sec_context;
+	int			save_nestlevel;
+	int			rc;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	save_nestlevel = NewGUCNestLevel();
+	SetUserIdAndSecContext(rm_state_owner(),
+						   save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
+	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
+							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+
+	rc = SPI_execute_with_args(sql, nargs, argtypes, values, nulls, false, 0);
+
+	AtEOXact_GUC(false, save_nestlevel);
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+
+	if (rc < 0)
+		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
+}
+
+void
+rm_state_execute_text(const char *sql, int nargs, const char **texts)
+{
+	Oid		   *types = palloc(sizeof(Oid) * Max(nargs, 1));
+	Datum	   *values = palloc0(sizeof(Datum) * Max(nargs, 1));
+	char	   *nulls = palloc(Max(nargs, 1));
+
+	for (int i = 0; i < nargs; i++)
+	{
+		types[i] = TEXTOID;
+		nulls[i] = texts[i] ? ' ' : 'n';
+		if (texts[i])
+			values[i] = CStringGetTextDatum(texts[i]);
+	}
+	rm_state_execute(sql, nargs, types, values, nulls);
+}
+
+Datum
+rm_result_datum(int row, int col)
+{
+	bool		isnull;
+	Datum		d = SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc,
+								  col, &isnull);
+
+	return isnull ? (Datum) 0 : d;
+}
+
+bool
+rm_result_isnull(int row, int col)
+{
+	bool		isnull;
+
+	(void) SPI_getbinval(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, col,
+						 &isnull);
+	return isnull;
+}
+
+char *
+rm_result_text(int row, int col)
+{
+	return SPI_getvalue(SPI_tuptable->vals[row], SPI_tuptable->tupdesc, col);
+}
+
+int64
+rm_result_int64(int row, int col)
+{
+	return rm_result_isnull(row, col) ? 0 : DatumGetInt64(rm_result_datum(row, col));
+}
+
+double
+rm_result_float8(int row, int col)
+{
+	return rm_result_isnull(row, col) ? 0 : DatumGetFloat8(rm_result_datum(row, col));
+}

@@ -1,0 +1,32 @@
+/*-------------------------------------------------------------------------
+ *
+ * steps.h
+ *	  The steps of the methods, and what they share.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_STEPS_H
+#define RM_STEPS_H
+
+#include "migration.h"
+
+extern const RmStep rm_step_alter_type;
+extern const RmStep rm_step_add_column;
+extern const RmStep rm_step_backfill;
+extern const RmStep rm_step_enforce_not_null;
+
+/* backfill.c */
+extern void rm_backfill_fix_end(RmMigration *m, Relation rel);
+
+/* three_step.c */
+extern RmStepResult rm_backfill_revert(RmRun *run);
+extern void rm_three_step_refuse(Relation rel, const RmConversionDef *def,
+								 const char *new_column);
+extern char *rm_shadow_column_name(const char *column);
+
+/* surface.c */
+extern void rm_format_count(char *buf, Size size, int64 n);
+
+#endif							/* RM_STEPS_H */

@@ -1,0 +1,459 @@
+/*-------------------------------------------------------------------------
+ *
+ * surface.c
+ *	  The procedures that carry out a migration step by step.
+ *
+ *	rm_add_column(relation, column_name, new_type, using_expr)
+ *	rm_backfill_batched(batch, migration)
+ *	rm_enforce_not_null(migration)
+ *	rm_rollback(migration)
+ *
+ * Each checks what it was given before anything is changed, finds out which
+ * migration is meant, and hands its step to the runner.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/relation.h"
+#include "access/table.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_type.h"
+#include "compat.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "migration.h"
+#include "miscadmin.h"
+#include "risky_migrations.h"
+#include "state.h"
+#include "steps.h"
+#include "surface.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/syscache.h"
+#include "utils/varlena.h"
+
+PG_FUNCTION_INFO_V1(rm_add_column);
+PG_FUNCTION_INFO_V1(rm_backfill_batched);
+PG_FUNCTION_INFO_V1(rm_enforce_not_null);
+PG_FUNCTION_INFO_V1(rm_rollback);
+
+/* 1234567 -> "1,234,567" */
+void
+rm_format_count(char *buf, Size size, int64 n)
+{
+	char		digits[32];
+	int			len = snprintf(digits, sizeof(digits), "%lld", (long long) n);
+	Size		out = 0;
+
+	for (int i = 0; i < len && out + 1 < size; i++)
+	{
+		if (i > 0 && (len - i) % 3 == 0 && digits[i - 1] != '-' && out + 2 < size)
+			buf[out++] = ',';
+		buf[out++] = digits[i];
+	}
+	buf[out] = '\0';
+}
+
+/* a count that was given as argument: not NULL, from min to max (22023, 22004) */
+int64
+rm_count_argument(FunctionCallInfo fcinfo, int arg, const char *name, int64 min,
+				  int64 max)
+{
+	int64		n;
+
+	if (PG_ARGISNULL(arg))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("%s must not be NULL", name),
+				 errdetail("It must be from %lld to %lld.", (long long) min, (long long) max),
+				 errhint("Give a number, or leave it out for the default.")));
+	n = PG_GETARG_INT64(arg);
+	if (n < min || n > max)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("%s is out of range: %lld", name, (long long) n),
+				 errdetail("It must be from %lld to %lld.", (long long) min, (long long) max),
+				 errhint("Give a number in that range, or leave it out for the default.")));
+	return n;
+}
+
+/* a text argument that must be there; palloc'd */
+char *
+rm_text_argument(FunctionCallInfo fcinfo, int arg, const char *name)
+{
+	if (PG_ARGISNULL(arg) || VARSIZE_ANY_EXHDR(PG_GETARG_TEXT_PP(arg)) == 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("%s must not be NULL or empty", name),
+				 errdetail("The call does not say which %s is meant.", name),
+				 errhint("Give the %s.", name)));
+	return text_to_cstring(PG_GETARG_TEXT_PP(arg));
+}
+
+/* OID of the table of that name, as it stands in the present search_path */
+static Oid
+find_relation(const char *name)
+{
+	List	   *names = rm_qualified_name_list(name);
+	Oid			relid = RangeVarGetRelid(makeRangeVarFromNameList(names), NoLock, true);
+
+	if (!OidIsValid(relid))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("relation \"%s\" does not exist", name),
+				 errdetail("It is not found with the present search_path."),
+				 errhint("Give the table's name as in ALTER TABLE, with its schema if need be.")));
+	return relid;
+}
+
+/*-------------------------------------------------------------------------
+ * Which migration is meant
+ *-------------------------------------------------------------------------
+ */
+
+typedef struct Resolve
+{
+	int64		id;				/* 0: the only open one */
+	MemoryContext cxt;
+	RmMigration *m;
+} Resolve;
+
+static void
+resolve(void *arg)
+{
+	Resolve    *r = arg;
+
+	if (r->id == 0)
+		r->id = rm_open_migration("three_step");
+	r->m = rm_migration_load(r->id, r->cxt);
+	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(r->m->relid)))
+		rm_check_owner(r->m->relid, r->m->relation);
+	else if (!has_privs_of_role(GetUserId(), r->m->owner))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("migration %lld belongs to another role", (long long) r->id),
+				 errhint("Only a member of the role that started it may touch it.")));
+}
+
+/* the migration of that id, loaded into the current memory context */
+RmMigration *
+rm_migration_read(int64 id)
+{
+	Resolve		r = {.id = id,.cxt = CurrentMemoryContext};
+
+	rm_transaction(resolve, &r);
+	return r.m;
+}
+
+static RmMigration *
+migration_argument(FunctionCallInfo fcinfo, int arg)
+{
+	return rm_migration_read(PG_ARGISNULL(arg) ? 0 :
+							 rm_count_argument(fcinfo, arg, "migration", 1,
+											   PG_INT64_MAX));
+}
+
+static void
+refuse_wrong_state(RmMigration *m, const char *what, const char *hint)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("migration %lld is not at a point where %s is possible",
+					(long long) m->id, what),
+			 errdetail("It is %s, %d of %d steps of the method %s are done.", m->state,
+					   m->steps_done, m->method->nsteps, m->method->name),
+			 errhint("%s", hint)));
+}
+
+/*-------------------------------------------------------------------------
+ * add_column
+ *-------------------------------------------------------------------------
+ */
+
+/* what is needed to start a migration */
+typedef struct Start
+{
+	const RmMigrationSpec *spec;
+	MemoryContext cxt;
+	RmMigration *m;
+} Start;
+
+/*
+ * A migration of the same column that is still open: refused if it has done
+ * anything, else (its first step failed or was killed) given up.
+ */
+static void
+refuse_open_migration(Oid relid, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT8OID};
+	Datum		v[] = {ObjectIdGetDatum(relid), Int64GetDatum(attnum)};
+	int64		id;
+	int64		steps;
+	int			pid = 0;
+
+	rm_state_execute("SELECT id, steps_done::int8 FROM risky_migrations.migration"
+					 " WHERE state = 'open' AND relid = $1 AND attnum = $2 ORDER BY id",
+					 2, types, v, NULL);
+	if (SPI_processed == 0)
+		return;
+	id = rm_result_int64(0, 1);
+	steps = rm_result_int64(0, 2);
+	if (steps == 0)
+		pid = rm_runner_pid(RM_RUNNER_MIGRATION, id);
+	if (steps > 0 || pid != 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("migration %lld of this column is open", (long long) id),
+				 errdetail(pid ? "Process %d runs it." : "%d of its steps are done.",
+						   pid ? pid : (int) steps),
+				 errhint("Go on with it, or give it up with CALL rm_rollback(%lld).",
+						 (long long) id)));
+	v[0] = Int64GetDatum(id);
+	types[0] = INT8OID;
+	rm_state_execute("UPDATE risky_migrations.migration SET state = 'rolled back' WHERE id = $1",
+					 1, types, v, NULL);
+}
+
+/* parses, refuses, writes the state row: nothing of the user's is changed */
+static void
+start_migration(void *arg)
+{
+	Start	   *start = arg;
+	const RmMigrationSpec *spec = start->spec;
+	Relation	rel;
+	RmConversionDef *def;
+	RmMigration *m;
+	MemoryContext oldcxt;
+
+	rel = relation_open(spec->relid, AccessShareLock);
+	rm_check_owner(spec->relid, RelationGetRelationName(rel));
+	if (rel->rd_rel->relkind != RELKIND_RELATION &&
+		rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
+		ereport(ERROR,
+				(errcode(ERRCODE_WRONG_OBJECT_TYPE),
+				 errmsg("\"%s\" is not a table", RelationGetRelationName(rel)),
+				 errdetail("Only the type of a table's column can be changed."),
+				 errhint("Name the table.")));
+	def = rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr);
+	if (spec->new_column)
+		rm_three_step_refuse(rel, def, spec->new_column);
+	refuse_open_migration(spec->relid, def->attnum);
+
+	oldcxt = MemoryContextSwitchTo(start->cxt);
+	m = palloc0(sizeof(RmMigration));
+	m->method = spec->method;
+	m->owner = GetUserId();
+	m->relid = spec->relid;
+	m->relation = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
+											 RelationGetRelationName(rel));
+	m->attnum = def->attnum;
+	m->column = pstrdup(spec->column);
+	m->old_type = pstrdup(def->old_type_name);
+	m->new_type = pstrdup(def->type_name);
+	m->new_column = spec->new_column ? pstrdup(spec->new_column) : NULL;
+	m->using_expr = pstrdup(def->using_expr);
+	m->reverse_expr = spec->reverse_expr ? pstrdup(spec->reverse_expr) : NULL;
+	m->exact_check = spec->exact_check ? pstrdup(spec->exact_check) : NULL;
+	m->reverse_check = spec->reverse_check ? pstrdup(spec->reverse_check) : NULL;
+	m->settings = def->settings;
+	m->tree = pstrdup(def->tree);
+	m->server_version = def->server_version;
+	MemoryContextSwitchTo(oldcxt);
+	rm_migration_insert(m);
+	m->settings = NIL;			/* lives in this transaction only */
+	relation_close(rel, NoLock);
+	start->m = m;
+}
+
+static void
+give_up(void *arg)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(((RmMigration *) arg)->id)};
+
+	rm_state_execute("UPDATE risky_migrations.migration SET state = 'rolled back'"
+					 " WHERE id = $1 AND steps_done = 0",
+					 1, types, v, NULL);
+}
+
+/*
+ * Starts a migration and runs its first step.  If that fails, nothing has
+ * been changed, and the migration is closed again.
+ */
+RmMigration *
+rm_migration_start(const RmMigrationSpec *spec)
+{
+	Start		start = {.spec = spec,.cxt = CurrentMemoryContext};
+	MemoryContext cxt = CurrentMemoryContext;
+
+	rm_transaction(start_migration, &start);
+	PG_TRY();
+	{
+		rm_run_step(start.m, 0, false, RM_DEFAULT_BATCH);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(cxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		rm_transaction(give_up, start.m);
+		ReThrowError(error);
+	}
+	PG_END_TRY();
+	return start.m;
+}
+
+/*
+ * rm_add_column(relation text, column_name text, new_type text, using_expr text)
+ */
+Datum
+rm_add_column(PG_FUNCTION_ARGS)
+{
+	RmMigrationSpec spec = {.method = &rm_method_three_step};
+	RmMigration *m;
+	const char *relation;
+
+	rm_procedure_begin(fcinfo, "rm_add_column");
+	relation = rm_text_argument(fcinfo, 0, "relation");
+	spec.column = rm_text_argument(fcinfo, 1, "column_name");
+	spec.new_type = rm_text_argument(fcinfo, 2, "new_type");
+	spec.using_expr = PG_ARGISNULL(3) ? NULL : rm_text_argument(fcinfo, 3, "using_expr");
+	spec.relid = find_relation(relation);
+	spec.new_column = rm_shadow_column_name(spec.column);
+
+	m = rm_migration_start(&spec);
+	ereport(NOTICE,
+			(errmsg("migration %lld: column \"%s\" %s added to %s, kept in step with \"%s\" by a trigger",
+					(long long) m->id, m->new_column, m->new_type, m->relation,
+					m->column),
+			 errhint("Next: CALL rm_backfill_batched(%d).", RM_DEFAULT_BATCH)));
+	rm_procedure_end();
+	PG_RETURN_VOID();
+}
+
+/*-------------------------------------------------------------------------
+ * The steps after it
+ *-------------------------------------------------------------------------
+ */
+
+/*
+ * rm_backfill_batched(batch bigint, migration bigint)
+ */
+Datum
+rm_backfill_batched(PG_FUNCTION_ARGS)
+{
+	int			batch;
+	RmMigration *m;
+
+	rm_procedure_begin(fcinfo, "rm_backfill_batched");
+	batch = (int) rm_count_argument(fcinfo, 0, "batch", 1, RM_MAX_BATCH);
+	m = migration_argument(fcinfo, 1);
+	if (strcmp(m->state, "open") != 0 || m->method != &rm_method_three_step ||
+		m->steps_done < RM_BACKFILL)
+		refuse_wrong_state(m, "a backfill",
+						   "Start a migration with rm_add_column(), or in the lab with CALL rm_migrate('0003').");
+	if (m->steps_done > RM_BACKFILL)
+		ereport(NOTICE,
+				(errmsg("migration %lld: the backfill is done already, nothing to do",
+						(long long) m->id)));
+	else
+		rm_run_step(m, RM_BACKFILL, false, batch);
+	rm_procedure_end();
+	PG_RETURN_VOID();
+}
+
+/*
+ * rm_enforce_not_null(migration bigint)
+ */
+Datum
+rm_enforce_not_null(PG_FUNCTION_ARGS)
+{
+	RmMigration *m;
+
+	rm_procedure_begin(fcinfo, "rm_enforce_not_null");
+	m = migration_argument(fcinfo, 0);
+	if (strcmp(m->state, "open") != 0 || m->method != &rm_method_three_step ||
+		m->steps_done < RM_ENFORCE_NOT_NULL)
+		refuse_wrong_state(m, "enforcing NOT NULL",
+						   "Run the backfill first: CALL rm_backfill_batched(100000).");
+	if (m->steps_done > RM_ENFORCE_NOT_NULL)
+		ereport(NOTICE,
+				(errmsg("migration %lld: NOT NULL is enforced already, nothing to do",
+						(long long) m->id)));
+	else
+		rm_run_step(m, RM_ENFORCE_NOT_NULL, false, RM_DEFAULT_BATCH);
+	rm_procedure_end();
+	PG_RETURN_VOID();
+}
+
+static void
+close_migration(void *arg)
+{
+	RmMigration *m = rm_migration_load(((RmMigration *) arg)->id, CurrentMemoryContext);
+
+	m->state = "rolled back";
+	m->steps_done = 0;
+	rm_migration_save(m);
+}
+
+/*
+ * Takes back the steps from the present one down to the given number of
+ * steps.  A migration whose table is gone is closed.
+ */
+void
+rm_migration_revert(RmMigration *m, int to_steps)
+{
+	int			first = m->steps_done;
+
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
+	{
+		rm_transaction(close_migration, m);
+		ereport(NOTICE,
+				(errmsg("migration %lld: its table does not exist any more, it is closed",
+						(long long) m->id)));
+		return;
+	}
+	/* of a step that was begun there may be something too */
+	if (first < m->method->nsteps && first > 0 && (m->phase != 0 || first == RM_BACKFILL))
+		first++;
+	for (int step = Min(first, m->method->nsteps) - 1; step >= to_steps; step--)
+	{
+		/* the column goes with all that is in it */
+		if (m->method == &rm_method_three_step && step == RM_BACKFILL && to_steps < RM_BACKFILL)
+			continue;
+		rm_run_step(m, step, true, RM_DEFAULT_BATCH);
+	}
+	if (first == 0)
+		rm_transaction(close_migration, m);
+}
+
+/*
+ * rm_rollback(migration bigint)
+ */
+Datum
+rm_rollback(PG_FUNCTION_ARGS)
+{
+	RmMigration *m;
+
+	rm_procedure_begin(fcinfo, "rm_rollback");
+	m = migration_argument(fcinfo, 0);
+	if (strcmp(m->state, "rolled back") == 0)
+		ereport(NOTICE,
+				(errmsg("migration %lld is rolled back already, nothing to do",
+						(long long) m->id)));
+	else
+	{
+		rm_migration_revert(m, 0);
+		ereport(NOTICE,
+				(errmsg("migration %lld is rolled back", (long long) m->id)));
+	}
+	rm_procedure_end();
+	PG_RETURN_VOID();
+}

@@ -1,0 +1,37 @@
+/*-------------------------------------------------------------------------
+ *
+ * surface.h
+ *	  What the procedures of the surface share.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_SURFACE_H
+#define RM_SURFACE_H
+
+#include "fmgr.h"
+#include "migration.h"
+
+/* what a migration is to do, as it was asked for */
+typedef struct RmMigrationSpec
+{
+	const RmMethod *method;
+	Oid			relid;
+	const char *column;
+	const char *new_type;
+	const char *using_expr;		/* NULL: the assignment cast */
+	const char *new_column;		/* shadow column, NULL where there is none */
+	const char *reverse_expr;	/* direct only, see RmMigration */
+	const char *exact_check;
+	const char *reverse_check;
+} RmMigrationSpec;
+
+extern int64 rm_count_argument(FunctionCallInfo fcinfo, int arg, const char *name,
+							   int64 min, int64 max);
+extern char *rm_text_argument(FunctionCallInfo fcinfo, int arg, const char *name);
+extern RmMigration *rm_migration_read(int64 id);
+extern RmMigration *rm_migration_start(const RmMigrationSpec *spec);
+extern void rm_migration_revert(RmMigration *m, int to_steps);
+
+#endif							/* RM_SURFACE_H */

@@ -1,0 +1,334 @@
+/*-------------------------------------------------------------------------
+ *
+ * sync_trigger.c
+ *	  The sync trigger: every write gives the shadow column its value.
+ *
+ * BEFORE INSERT OR UPDATE, for each row and all columns (a trigger before it
+ * may have changed the source column), ENABLE ALWAYS (rows applied by
+ * replication need it too), and the last of its kind by name.  Its argument
+ * is the migration's id.
+ *
+ * What the migration says is read once per session and kept until the table's
+ * catalogs change: each step that changes what the trigger has to do also
+ * alters the table.  It is read with a snapshot of its own, not with the
+ * writer's: a REPEATABLE READ writer may have begun before the migration.
+ *
+ * A value that does not convert must not fail the write: it is recorded, and
+ * the shadow column is NULL.  Once the shadow column's own constraints exist
+ * (enforced), the write fails as it would on the changed table.
+ *
+ * Easy to get wrong: a trigger can outlive what it belongs to (restored from
+ * a dump into a database without the migration's row, a source column that
+ * was dropped with CASCADE).  Then it leaves the row as it is.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "catalog/pg_type.h"
+#include "commands/trigger.h"
+#include "compat.h"
+#include "executor/spi.h"
+#include "fmgr.h"
+#include "migration.h"
+#include "parser/parse_type.h"
+#include "rows.h"
+#include "state.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/fmgroids.h"
+#include "utils/inval.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+
+PG_FUNCTION_INFO_V1(rm_sync);
+
+/* what the trigger of one migration has to do; kept for the session */
+typedef struct SyncEntry
+{
+	int64		id;				/* hash key */
+	Oid			relid;
+	bool		valid;
+	MemoryContext cxt;			/* of all below, NULL if there is nothing to do */
+	RmMigration m;				/* only what the trigger needs */
+	RmConversion *conv;			/* not prepared */
+} SyncEntry;
+
+/* the same for one statement */
+typedef struct SyncState
+{
+	RmMigration m;
+	RmConversion *conv;			/* NULL: leave rows as they are */
+	TupleTableSlot *slot;
+	MemoryContext value_cxt;
+} SyncState;
+
+static HTAB *sync_entries = NULL;
+
+/* the table's catalogs have changed: read again what there is to do */
+static void
+relation_changed(Datum arg, Oid relid)
+{
+	HASH_SEQ_STATUS seq;
+	SyncEntry  *entry;
+
+	hash_seq_init(&seq, sync_entries);
+	while ((entry = hash_seq_search(&seq)) != NULL)
+		if (relid == InvalidOid || relid == entry->relid)
+			entry->valid = false;
+}
+
+static void
+make_cache(void)
+{
+	HASHCTL		ctl = {.keysize = sizeof(int64),.entrysize = sizeof(SyncEntry)};
+
+	if (sync_entries)
+		return;
+	sync_entries = hash_create("rm sync triggers", 16, &ctl, HASH_ELEM | HASH_BLOBS);
+	CacheRegisterRelcacheCallback(relation_changed, (Datum) 0);
+}
+
+static char *
+text_attribute(HeapTuple tup, TupleDesc desc, const char *name)
+{
+	bool		isnull;
+	Datum		d = heap_getattr(tup, SPI_fnumber(desc, name), desc, &isnull);
+
+	return isnull ? NULL : TextDatumGetCString(d);
+}
+
+static Datum
+attribute(HeapTuple tup, TupleDesc desc, const char *name)
+{
+	bool		isnull;
+
+	return heap_getattr(tup, SPI_fnumber(desc, name), desc, &isnull);
+}
+
+/* fills the entry from the migration's row; conv stays NULL if it has none */
+static void
+read_migration(SyncEntry *entry, Relation rel)
+{
+	Oid			state_relid = rm_state_relid("migration", true);
+	Relation	state;
+	SysScanDesc scan;
+	ScanKeyData key;
+	HeapTuple	tup;
+	Snapshot	snapshot;
+
+	if (!OidIsValid(state_relid))
+		return;
+	state = table_open(state_relid, AccessShareLock);
+	snapshot = RegisterSnapshot(GetLatestSnapshot());
+	ScanKeyInit(&key, SPI_fnumber(RelationGetDescr(state), "id"),
+				BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(entry->id));
+	scan = systable_beginscan(state, InvalidOid, false, snapshot, 1, &key);
+	tup = systable_getnext(scan);
+	if (HeapTupleIsValid(tup))
+	{
+		TupleDesc	desc = RelationGetDescr(state);
+		MemoryContext oldcxt = MemoryContextSwitchTo(entry->cxt);
+		RmMigration *m = &entry->m;
+		Oid			type;
+		int32		typmod;
+
+		m->id = entry->id;
+		m->relid = DatumGetObjectId(attribute(tup, desc, "relid"));
+		m->attnum = DatumGetInt16(attribute(tup, desc, "attnum"));
+		m->new_attnum = DatumGetInt16(attribute(tup, desc, "new_attnum"));
+		m->enforced = DatumGetBool(attribute(tup, desc, "enforced"));
+		m->new_type = text_attribute(tup, desc, "new_type");
+		if (m->relid == entry->relid && m->new_attnum > 0 &&
+			m->new_attnum <= RelationGetDescr(rel)->natts &&
+			!TupleDescAttr(RelationGetDescr(rel), m->new_attnum - 1)->attisdropped)
+		{
+			parseTypeString(m->new_type, &type, &typmod, 0);
+			entry->conv =
+				rm_conversion_load(text_attribute(tup, desc, "conversion_tree"),
+								   DatumGetInt32(attribute(tup, desc, "server_version")),
+								   text_attribute(tup, desc, "using_expr"), rel, type,
+								   typmod, m->new_attnum,
+								   rm_settings_list(attribute(tup, desc, "settings")),
+								   entry->cxt);
+		}
+		MemoryContextSwitchTo(oldcxt);
+	}
+	systable_endscan(scan);
+	UnregisterSnapshot(snapshot);
+	table_close(state, AccessShareLock);
+}
+
+/* the entry for the migration, read anew if need be */
+static SyncEntry *
+get_entry(int64 id, Relation rel)
+{
+	SyncEntry  *entry;
+	bool		found;
+
+	make_cache();
+	entry = hash_search(sync_entries, &id, HASH_ENTER, &found);
+	if (!found)
+	{
+		entry->valid = false;
+		entry->cxt = NULL;
+	}
+	if (entry->valid && entry->relid == RelationGetRelid(rel))
+		return entry;
+
+	if (entry->cxt)
+		MemoryContextReset(entry->cxt);
+	else
+		entry->cxt = AllocSetContextCreate(CacheMemoryContext, "rm sync trigger",
+										   ALLOCSET_SMALL_SIZES);
+	entry->relid = RelationGetRelid(rel);
+	memset(&entry->m, 0, sizeof(entry->m));
+	entry->conv = NULL;
+	/* an invalidation while we read must not be overlooked */
+	entry->valid = true;
+	PG_TRY();
+	{
+		read_migration(entry, rel);
+	}
+	PG_CATCH();
+	{
+		entry->valid = false;
+		PG_RE_THROW();
+	}
+	PG_END_TRY();
+	return entry;
+}
+
+/* what is needed for the rows of one statement */
+static SyncState *
+begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(flinfo->fn_mcxt);
+	SyncState  *state = palloc0(sizeof(SyncState));
+	Trigger    *trigger = trigdata->tg_trigger;
+	SyncEntry  *entry;
+
+	if (trigger->tgnargs != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("%s.sync() takes one argument, the migration's id", RM_SCHEMA),
+				 errhint("Such triggers are made by rm_add_column() only.")));
+	entry = get_entry(pg_strtoint64(trigger->tgargs[0]), trigdata->tg_relation);
+	if (entry->conv)
+	{
+		/* a copy: the entry may be thrown away while the statement runs */
+		state->m = entry->m;
+		state->m.new_type = NULL;
+		state->conv = palloc(sizeof(RmConversion));
+		*state->conv = *entry->conv;
+		state->conv->expr = copyObject(entry->conv->expr);
+		state->conv->settings = NIL;
+		for (int i = 0; i < list_length(entry->conv->settings); i++)
+			state->conv->settings = lappend(state->conv->settings,
+											pstrdup(list_nth(entry->conv->settings, i)));
+		state->conv->clock_columns = bms_copy(entry->conv->clock_columns);
+		state->conv->seen_valid = false;
+		rm_conversion_prepare(state->conv, flinfo->fn_mcxt);
+		state->slot = MakeSingleTupleTableSlot(CreateTupleDescCopyConstr(RelationGetDescr(trigdata->tg_relation)),
+											   &TTSOpsHeapTuple);
+		state->value_cxt = AllocSetContextCreate(flinfo->fn_mcxt, "rm sync value",
+												 ALLOCSET_SMALL_SIZES);
+	}
+	flinfo->fn_extra = state;
+	MemoryContextSwitchTo(oldcxt);
+	return state;
+}
+
+/* writes the failure down in the writer's transaction */
+static void
+record_failure(SyncState *state, Relation rel, ErrorData *error)
+{
+	bool		isnull;
+	Datum		d = slot_getattr(state->slot, state->m.attnum, &isnull);
+	char	   *value = NULL;
+
+	if (!isnull)
+	{
+		Oid			out;
+		bool		varlena;
+
+		getTypeOutputInfo(TupleDescAttr(RelationGetDescr(rel), state->m.attnum - 1)->atttypid,
+						  &out, &varlena);
+		value = OidOutputFunctionCall(out, d);
+	}
+	SPI_connect();
+	rm_record_failure(&state->m, rm_row_key(rel, state->slot), NULL, value, error);
+	SPI_finish();
+}
+
+/*
+ * rm_sync() returns trigger
+ *
+ * Gives NEW's shadow column the value that the migration's expression has for
+ * NEW.  Errors: 39P01 if it is not called as such a trigger; those of the
+ * conversion once the new column's constraints are in force.
+ */
+Datum
+rm_sync(PG_FUNCTION_ARGS)
+{
+	TriggerData *trigdata = (TriggerData *) fcinfo->context;
+	SyncState  *state;
+	Relation	rel;
+	HeapTuple	tuple;
+	Datum		value = (Datum) 0;
+	Datum		present;
+	bool		isnull = true;
+	bool		present_isnull;
+	ErrorData  *error;
+	int			column;
+
+	if (!CALLED_AS_TRIGGER(fcinfo) ||
+		!TRIGGER_FIRED_BEFORE(trigdata->tg_event) ||
+		!TRIGGER_FIRED_FOR_ROW(trigdata->tg_event) ||
+		TRIGGER_FIRED_BY_DELETE(trigdata->tg_event))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("%s.sync() is the function of a trigger BEFORE INSERT OR UPDATE FOR EACH ROW",
+						RM_SCHEMA),
+				 errhint("Such triggers are made by rm_add_column() only.")));
+
+	rel = trigdata->tg_relation;
+	tuple = TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event) ?
+		trigdata->tg_newtuple : trigdata->tg_trigtuple;
+	state = fcinfo->flinfo->fn_extra;
+	if (state == NULL)
+		state = begin_statement(trigdata, fcinfo->flinfo);
+	if (state->conv == NULL)
+		return PointerGetDatum(tuple);
+
+	MemoryContextReset(state->value_cxt);
+	ExecStoreHeapTuple(tuple, state->slot, false);
+	if (state->m.enforced)
+	{
+		value = rm_conversion_evaluate(state->conv, state->slot, &isnull);
+	}
+	else if (!rm_conversion_try(state->conv, state->slot, state->value_cxt, &value,
+								&isnull, &error))
+	{
+		record_failure(state, rel, error);
+		value = (Datum) 0;
+		isnull = true;
+	}
+
+	present = slot_getattr(state->slot, state->m.new_attnum, &present_isnull);
+	column = state->m.new_attnum;
+	if (isnull != present_isnull ||
+		(!isnull && !datum_image_eq(value, present, state->conv->typbyval,
+									state->conv->typlen)))
+		tuple = heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), 1, &column,
+										  &value, &isnull);
+	ExecClearTuple(state->slot);
+	return PointerGetDatum(tuple);
+}

@@ -1,0 +1,626 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker.c
+ *	  Statements that must be top-level, run in a background worker.
+ *
+ * VACUUM and CREATE INDEX CONCURRENTLY commit in their middle, so PostgreSQL
+ * refuses them inside a procedure.  Here a session (the starter) has such a
+ * statement run by a dynamic background worker and waits for its end:
+ *
+ *	  starter									worker
+ *	  statement, roles and settings
+ *	  into a DSM segment, register  ------->	attach, connect as the
+ *	  wait on the latch							session's user, become the
+ *												current role, settings
+ *												run the statement
+ *	  raise what the worker reported  <-------	result into the segment, exit
+ *
+ * The segment needs no lock: the starter writes before the worker exists, the
+ * worker writes alone, and the starter reads when the worker is gone.
+ *
+ * Easy to get wrong:
+ *
+ * - A snapshot of the starter.  CREATE INDEX CONCURRENTLY waits for all older
+ *	 ones; the starter waits for the worker on a latch, which the deadlock
+ *	 detector does not see.  Hence the check at the start, and the catalog
+ *	 snapshot, which any look into a catalog leaves behind, is dropped again
+ *	 before each wait.
+ *
+ * - Roles.  The worker connects as the session's user, never as a superuser
+ *	 with a role set: RESET ROLE and RESET SESSION AUTHORIZATION lead back to
+ *	 what the session could do anyway.
+ *
+ * - Settings.  RestoreGUCState() is made for parallel workers.  It resets
+ *	 everything to the built-in defaults and then sets also role,
+ *	 session_authorization and the properties of the current transaction, which
+ *	 works only where InitializingParallelWorker switches their checks off.
+ *	 So the starter sends what its session has on top of the configuration
+ *	 file, without those.  statement_timeout works all the same: it counts in
+ *	 the starter, and cancelling the starter cancels the worker.
+ *
+ * - What does not come as an error.  VACUUM of somebody else's table only
+ *	 warns, and a refused connection is a FATAL message in the server's log.
+ *	 A log hook picks both up in the worker.  That is an addition to make
+ *	 messages better, nothing depends on it, for log_min_messages decides
+ *	 what the hook gets to see.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include <signal.h>
+
+#include "access/xact.h"
+#include "compat.h"
+#include "lib/stringinfo.h"
+#include "mb/pg_wchar.h"
+#include "miscadmin.h"
+#include "nodes/parsenodes.h"
+#include "parser/analyze.h"
+#include "pgstat.h"
+#include "postmaster/bgworker.h"
+#include "postmaster/interrupt.h"
+#include "storage/dsm.h"
+#include "storage/ipc.h"
+#include "storage/latch.h"
+#include "storage/proc.h"
+#include "tcop/dest.h"
+#include "tcop/tcopprot.h"
+#include "tcop/utility.h"
+#include "utils/guc.h"
+#include "utils/guc_tables.h"
+#include "utils/memutils.h"
+#include "utils/portal.h"
+#include "utils/resowner.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+#include "worker.h"
+
+#define SEGMENT_MAGIC 0x726d7731
+#define MAX_WARNINGS 4
+
+/* how long a cancelled starter waits for its worker, milliseconds */
+#define CANCEL_PATIENCE 1000
+#define TERMINATE_PATIENCE 9000
+
+/* One message, in fields of fixed size; "" is a field that is not there. */
+typedef struct Report
+{
+	int			sqlerrcode;
+	char		message[1024];
+	char		detail[2048];
+	char		hint[1024];
+	char		context[2048];
+} Report;
+
+/* What starter and worker share. */
+typedef struct Segment
+{
+	uint32		magic;
+
+	/* the order, written by the starter */
+	Oid			database;
+	Oid			session_user;
+	Oid			role;
+	int			nsettings;
+	Size		settings;		/* where in text: name, value, name, ... */
+
+	/* the result, written by the worker */
+	bool		attached;
+	bool		done;
+	bool		failed;
+	Report		error;			/* valid if failed */
+	int			nwarnings;
+	Report		warnings[MAX_WARNINGS];
+
+	char		text[FLEXIBLE_ARRAY_MEMBER];	/* the statement, settings */
+} Segment;
+
+/* What the starter must clean up. */
+typedef struct Run
+{
+	dsm_segment *dsm;
+	BackgroundWorkerHandle *handle;
+} Run;
+
+PGDLLEXPORT void rm_worker_main(Datum main_arg);
+
+/* in the worker: the segment, and the hook that was there before ours */
+static Segment *segment = NULL;
+static emit_log_hook_type previous_log_hook = NULL;
+
+/*
+ * Settings that belong to a session or transaction itself; the worker has its
+ * own.  Names as in guc_tables.c.
+ */
+static const char *const not_carried_over[] = {
+	"client_encoding",
+	"role",
+	"seed",
+	"session_authorization",
+	"transaction_deferrable",
+	"transaction_isolation",
+	"transaction_read_only",
+};
+
+/* Copies text (or NULL) into a field, cut at a character's boundary. */
+static void
+copy_field(char *field, Size size, const char *text)
+{
+	int			len = text ? strlen(text) : 0;
+
+	if (len >= size)
+		len = pg_mbcliplen(text, len, size - 1);
+	if (len > 0)
+		memcpy(field, text, len);
+	field[len] = '\0';
+}
+
+static void
+copy_report(Report *report, const ErrorData *edata)
+{
+	report->sqlerrcode = edata->sqlerrcode;
+	copy_field(report->message, sizeof(report->message), edata->message);
+	copy_field(report->detail, sizeof(report->detail), edata->detail);
+	copy_field(report->hint, sizeof(report->hint), edata->hint);
+	copy_field(report->context, sizeof(report->context), edata->context);
+}
+
+/* Says again, in the starter, what was said in the worker. */
+static void
+repeat_report(int elevel, const Report *report, const char *what)
+{
+	ereport(elevel,
+			(errcode(report->sqlerrcode),
+			 errmsg_internal("%s", report->message),
+			 report->detail[0] ? errdetail_internal("%s", report->detail) : 0,
+			 report->hint[0] ? errhint("%s", report->hint) : 0,
+			 report->context[0] ? errcontext("%s", report->context) : 0,
+			 errcontext("background worker for %s", what)));
+}
+
+/* ------------------------------------------------------------------------
+ * The starter
+ * ------------------------------------------------------------------------
+ */
+
+/*
+ * Raises an error if this backend holds a snapshot: a statement that waits for
+ * all snapshots would wait for ours, and we for it.  Drops the catalog
+ * snapshot, which is nobody's and would count too.
+ */
+static void
+require_no_snapshot(const char *what)
+{
+	InvalidateCatalogSnapshot();
+	if (ActiveSnapshotSet() || TransactionIdIsValid(MyProc->xmin))
+		ereport(ERROR,
+				(errcode(ERRCODE_ACTIVE_SQL_TRANSACTION),
+				 errmsg("cannot wait for %s while holding a snapshot", what),
+				 errdetail("The statement would wait for the snapshot, and its holder for the statement."),
+				 errhint("Commit before the statement, in a READ COMMITTED transaction of a procedure that was called at top level.")));
+}
+
+/*
+ * Appends the settings that this session has on top of the configuration file
+ * (from its database, its role, its client or SET), as name and value, each
+ * with its terminating zero.  Returns how many.
+ */
+static int
+append_settings(StringInfo text)
+{
+	int			nvariables;
+	struct config_generic **variables = rm_guc_variables(&nvariables);
+	int			count = 0;
+
+	for (int i = 0; i < nvariables; i++)
+	{
+		struct config_generic *variable = variables[i];
+		const char *value;
+		bool		carried_over = true;
+
+		if (variable->source < PGC_S_GLOBAL ||
+			(variable->context != PGC_USERSET && variable->context != PGC_SUSET))
+			continue;
+		for (int j = 0; j < lengthof(not_carried_over); j++)
+			if (strcmp(variable->name, not_carried_over[j]) == 0)
+				carried_over = false;
+		if (!carried_over)
+			continue;
+		value = GetConfigOption(variable->name, true, false);
+		if (value == NULL)
+			continue;
+
+		appendBinaryStringInfo(text, variable->name, strlen(variable->name) + 1);
+		appendBinaryStringInfo(text, value, strlen(value) + 1);
+		count++;
+	}
+	return count;
+}
+
+/* Writes the order into a new segment, which lives as the resource owner. */
+static dsm_segment *
+create_segment(const char *sql)
+{
+	StringInfoData text;
+	Size		settings;
+	int			nsettings;
+	dsm_segment *dsm;
+	Segment    *order;
+
+	initStringInfo(&text);
+	appendBinaryStringInfo(&text, sql, strlen(sql) + 1);
+	settings = text.len;
+	nsettings = append_settings(&text);
+
+	dsm = dsm_create(offsetof(Segment, text) + text.len, 0);
+	order = dsm_segment_address(dsm);
+	memset(order, 0, offsetof(Segment, text));
+	order->magic = SEGMENT_MAGIC;
+	order->database = MyDatabaseId;
+	order->session_user = GetSessionUserId();
+	order->role = GetUserId();
+	order->nsettings = nsettings;
+	order->settings = settings;
+	memcpy(order->text, text.data, text.len);
+	pfree(text.data);
+	return dsm;
+}
+
+/* Asks for the worker; it will tell us when it starts and when it ends. */
+static BackgroundWorkerHandle *
+launch_worker(dsm_segment *dsm, const char *what)
+{
+	BackgroundWorker worker;
+	BackgroundWorkerHandle *handle;
+	char	   *name = psprintf("risky_migrations worker for %s", what);
+
+	memset(&worker, 0, sizeof(worker));
+	copy_field(worker.bgw_name, sizeof(worker.bgw_name), name);
+	strlcpy(worker.bgw_type, "risky_migrations worker", BGW_MAXLEN);
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
+	worker.bgw_restart_time = BGW_NEVER_RESTART;
+	strlcpy(worker.bgw_library_name, "risky_migrations",
+			sizeof(worker.bgw_library_name));
+	strlcpy(worker.bgw_function_name, "rm_worker_main", BGW_MAXLEN);
+	worker.bgw_main_arg = UInt32GetDatum(dsm_segment_handle(dsm));
+	worker.bgw_notify_pid = MyProcPid;
+	pfree(name);
+
+	if (!RegisterDynamicBackgroundWorker(&worker, &handle))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
+				 errmsg("no background worker is free for %s", what),
+				 errdetail("max_worker_processes allows %d background workers, and all are in use.",
+						   max_worker_processes),
+				 errhint("Increase max_worker_processes (needs a restart), or try again when other background workers have ended.")));
+	return handle;
+}
+
+/*
+ * Waits for the worker's end, but not longer than patience (milliseconds; -1:
+ * as long as it takes, and only then interruptible).  Returns whether it ended.
+ */
+static bool
+wait_for_end(BackgroundWorkerHandle *handle, long patience)
+{
+	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), patience);
+	pid_t		pid;
+
+	for (;;)
+	{
+		int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH;
+		long		timeout = -1;
+
+		if (patience < 0)
+		{
+			CHECK_FOR_INTERRUPTS();
+			InvalidateCatalogSnapshot();
+		}
+		if (GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
+			return true;
+		if (patience >= 0)
+		{
+			timeout = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+			if (timeout <= 0)
+				return false;
+			events |= WL_TIMEOUT;
+		}
+		(void) WaitLatch(MyLatch, events, timeout, WAIT_EVENT_BGWORKER_SHUTDOWN);
+		ResetLatch(MyLatch);
+	}
+}
+
+/*
+ * The starter fails (code 0) or exits: takes the worker along.  When it fails
+ * it waits until the statement is undone, so that whoever handles the error
+ * finds no locks of the worker's.  A cancelled worker ends like any cancelled
+ * statement; if it does not heed that, it is terminated.
+ */
+static void
+stop_worker(int code, Datum arg)
+{
+	Run		   *run = (Run *) DatumGetPointer(arg);
+	pid_t		pid;
+
+	if (code == 0 &&
+		GetBackgroundWorkerPid(run->handle, &pid) == BGWH_STARTED)
+	{
+		kill(pid, SIGINT);
+		(void) wait_for_end(run->handle, CANCEL_PATIENCE);
+	}
+	TerminateBackgroundWorker(run->handle);
+	if (code == 0)
+	{
+		if (!wait_for_end(run->handle, TERMINATE_PATIENCE))
+			ereport(WARNING,
+					(errcode(ERRCODE_QUERY_CANCELED),
+					 errmsg("the background worker did not end within %d s of being terminated",
+							(CANCEL_PATIENCE + TERMINATE_PATIENCE) / 1000)));
+		dsm_detach(run->dsm);
+
+		/* the waits may have swallowed a wake-up that was meant for others */
+		SetLatch(MyLatch);
+	}
+}
+
+/* Raises what the worker reported; its worker is gone. */
+static void
+raise_result(const Segment *result, const char *what)
+{
+	for (int i = 0; i < result->nwarnings; i++)
+		repeat_report(WARNING, &result->warnings[i], what);
+
+	if (result->done)
+		return;
+
+	if (!result->attached)
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
+				 errmsg("the background worker for %s could not be started", what),
+				 errhint("Look for the reason in the server's log.")));
+
+	if (result->failed && result->error.sqlerrcode != ERRCODE_ADMIN_SHUTDOWN)
+		repeat_report(ERROR, &result->error, what);
+
+	ereport(ERROR,
+			(errcode(ERRCODE_ADMIN_SHUTDOWN),
+			 errmsg("the background worker for %s was terminated", what),
+			 result->failed ? errdetail_internal("%s", result->error.message) : 0,
+			 errhint("Look for what the interrupted statement left behind, such as an invalid index, before you run it again.")));
+}
+
+void
+rm_worker_run(const char *sql, const char *what)
+{
+	Run			run;
+	Segment    *result;
+
+	Assert(IsTransactionState());
+	if (!rm_worker_can_be(GetSessionUserId()))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("a background worker for %s cannot connect as role \"%s\"",
+						what, GetUserNameFromId(GetSessionUserId(), false)),
+				 errdetail("Before PostgreSQL 17 it needs the attribute LOGIN."),
+				 errhint("Connect as a role that may log in, then SET ROLE.")));
+	require_no_snapshot(what);
+
+	run.dsm = create_segment(sql);
+	run.handle = launch_worker(run.dsm, what);
+	PG_ENSURE_ERROR_CLEANUP(stop_worker, PointerGetDatum(&run));
+	{
+		(void) wait_for_end(run.handle, -1);
+	}
+	PG_END_ENSURE_ERROR_CLEANUP(stop_worker, PointerGetDatum(&run));
+
+	/* a copy: raising an error leaves no chance to detach */
+	result = palloc(offsetof(Segment, text));
+	memcpy(result, dsm_segment_address(run.dsm), offsetof(Segment, text));
+	dsm_detach(run.dsm);
+	pfree(run.handle);
+	raise_result(result, what);
+	pfree(result);
+}
+
+/* ------------------------------------------------------------------------
+ * The worker
+ * ------------------------------------------------------------------------
+ */
+
+/*
+ * Log hook: hands on what is not raised as an error of the statement, warnings
+ * and the worker's own death.  Warnings are kept out of the log here, for the
+ * starter will log them.
+ */
+static void
+pick_up_report(ErrorData *edata)
+{
+	if (edata->elevel >= ERROR && !segment->failed)
+	{
+		copy_report(&segment->error, edata);
+		segment->failed = true;
+	}
+	else if (edata->elevel == WARNING && segment->nwarnings < MAX_WARNINGS)
+	{
+		copy_report(&segment->warnings[segment->nwarnings++], edata);
+		edata->output_to_server = false;
+	}
+	if (previous_log_hook)
+		previous_log_hook(edata);
+}
+
+/*
+ * Attaches to the starter's segment for as long as this process lives, and
+ * begins to report into it.  False if the starter has gone meanwhile.
+ */
+static bool
+attach_segment(dsm_handle handle)
+{
+	dsm_segment *dsm;
+
+	CurrentResourceOwner = ResourceOwnerCreate(NULL, "risky_migrations worker");
+	dsm = dsm_attach(handle);
+	if (dsm == NULL)
+		return false;
+	dsm_pin_mapping(dsm);
+	segment = dsm_segment_address(dsm);
+	if (segment->magic != SEGMENT_MAGIC)
+		ereport(ERROR,
+				(errcode(ERRCODE_INTERNAL_ERROR),
+				 errmsg("shared memory segment of a risky_migrations worker has another format"),
+				 errhint("Reconnect: the session uses an older version of the library.")));
+	segment->attached = true;
+	previous_log_hook = emit_log_hook;
+	emit_log_hook = pick_up_report;
+	return true;
+}
+
+/*
+ * Takes over the starter's role and settings, in a transaction of its own.
+ * The settings are set with the rights of a superuser: the starter's session
+ * has them in force, so whether they may be set was decided there.
+ */
+static void
+become_starter(void)
+{
+	const char *next = segment->text + segment->settings;
+
+	StartTransactionCommand();
+	for (int i = 0; i < segment->nsettings; i++)
+	{
+		const char *name = next;
+		const char *value = name + strlen(name) + 1;
+
+		(void) set_config_option(name, value, PGC_SUSET, PGC_S_SESSION,
+								 GUC_ACTION_SET, true, ERROR, false);
+		next = value + strlen(value) + 1;
+	}
+
+	/* what a maintenance statement needs, whatever the session's default */
+	SetConfigOption("default_transaction_isolation", "read committed",
+					PGC_USERSET, PGC_S_SESSION);
+	SetConfigOption("default_transaction_read_only", "off",
+					PGC_USERSET, PGC_S_SESSION);
+	SetConfigOption("default_transaction_deferrable", "off",
+					PGC_USERSET, PGC_S_SESSION);
+
+	if (segment->role == segment->session_user)
+		SetCurrentRoleId(InvalidOid, false);
+	else
+		SetCurrentRoleId(segment->role, superuser_arg(segment->role));
+	CommitTransactionCommand();
+}
+
+/*
+ * Parses, analyzes and plans the one statement into the current memory
+ * context.
+ */
+static List *
+plan_statement(const char *sql, CommandTag *tag)
+{
+	List	   *parsetrees = pg_parse_query(sql);
+	RawStmt    *parsetree;
+	List	   *querytrees;
+	List	   *plans;
+	bool		snapshot_set = false;
+
+	if (list_length(parsetrees) != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_SYNTAX_ERROR),
+				 errmsg("a background worker runs exactly one statement"),
+				 errdetail("It was given %d.", list_length(parsetrees))));
+	parsetree = linitial_node(RawStmt, parsetrees);
+	*tag = CreateCommandTag(parsetree->stmt);
+
+	if (analyze_requires_snapshot(parsetree))
+	{
+		PushActiveSnapshot(GetTransactionSnapshot());
+		snapshot_set = true;
+	}
+	querytrees = pg_analyze_and_rewrite_fixedparams(parsetree, sql, NULL, 0, NULL);
+	plans = pg_plan_queries(querytrees, sql, CURSOR_OPT_PARALLEL_OK, NULL);
+	if (snapshot_set)
+		PopActiveSnapshot();
+	return plans;
+}
+
+/*
+ * Runs the statement as a client's simple query would be run: outside any
+ * transaction block, at top level.  Rows that it returns are thrown away.
+ */
+static void
+run_statement(const char *sql)
+{
+	MemoryContext context;
+	MemoryContext transaction_context;
+	CommandTag	tag;
+	List	   *plans;
+	Portal		portal;
+
+	debug_query_string = sql;
+	pgstat_report_activity(STATE_RUNNING, sql);
+	SetCurrentStatementStartTimestamp();
+	StartTransactionCommand();
+
+	/* the plan must outlive the transactions that the statement goes through */
+	context = AllocSetContextCreate(TopMemoryContext, "risky_migrations statement",
+									ALLOCSET_DEFAULT_SIZES);
+	transaction_context = MemoryContextSwitchTo(context);
+	plans = plan_statement(sql, &tag);
+	MemoryContextSwitchTo(transaction_context);
+
+	CHECK_FOR_INTERRUPTS();
+	portal = CreatePortal("", true, true);
+	portal->visible = false;
+	PortalDefineQuery(portal, NULL, sql, tag, plans, NULL);
+	PortalStart(portal, NULL, 0, InvalidSnapshot);
+	rm_portal_run(portal, true, None_Receiver);
+	PortalDrop(portal, false);
+	CommitTransactionCommand();
+
+	pgstat_report_stat(true);
+	pgstat_report_activity(STATE_IDLE, NULL);
+	debug_query_string = NULL;
+	MemoryContextDelete(context);
+}
+
+/* Entry point of the worker; its argument is the segment's handle. */
+void
+rm_worker_main(Datum main_arg)
+{
+	MemoryContext context = CurrentMemoryContext;
+
+	pqsignal(SIGTERM, die);
+	BackgroundWorkerUnblockSignals();
+
+	if (!attach_segment(DatumGetUInt32(main_arg)))
+		return;
+	BackgroundWorkerInitializeConnectionByOid(segment->database,
+											  segment->session_user,
+											  RM_WORKER_CONNECT_FLAGS);
+
+	PG_TRY();
+	{
+		become_starter();
+		run_statement(MemoryContextStrdup(TopMemoryContext, segment->text));
+		segment->done = true;
+	}
+	PG_CATCH();
+	{
+		/* not logged here: the starter raises it, and logs it then */
+		ErrorData  *edata;
+
+		MemoryContextSwitchTo(context);
+		edata = CopyErrorData();
+		FlushErrorState();
+		copy_report(&segment->error, edata);
+		segment->failed = true;
+		debug_query_string = NULL;
+		AbortCurrentTransaction();
+	}
+	PG_END_TRY();
+}

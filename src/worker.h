@@ -1,0 +1,26 @@
+/*-------------------------------------------------------------------------
+ *
+ * worker.h
+ *	  Background workers: statements that must be top-level, and probes.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_WORKER_H
+#define RM_WORKER_H
+
+/*
+ * Runs one statement that PostgreSQL accepts only at top level (VACUUM, CREATE
+ * INDEX CONCURRENTLY, ...) in a background worker, as the current role, in the
+ * current database and with the caller's settings, and waits for its end.
+ * what names it in messages.  Errors of the statement are raised here with
+ * their SQLSTATE, message, detail and hint; 53000 if no worker can be had.
+ * Cancelling the caller cancels the statement.
+ *
+ * The caller must hold no snapshot and no lock that the statement needs
+ * (asserted: CREATE INDEX CONCURRENTLY would wait for it for ever).
+ */
+extern void rm_worker_run(const char *sql, const char *what);
+
+#endif							/* RM_WORKER_H */
