@@ -591,6 +591,8 @@ backfill_committed(RmRun *run, RmStepResult result)
 {
 	Backfill   *b = run->work;
 
+	if (run->revert)
+		return;
 	b->dirty = false;
 	b->batch_rows += b->xact_rows;
 	if (!b->batch_complete && result != RM_STEP_DONE)

@@ -37,6 +37,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/timestamp.h"
 
 static const char *
 relation_sql(Oid relid)
@@ -102,9 +103,9 @@ refuse_inexact(RmRun *run, const char *rel_sql, const char *column)
 				 errmsg("%lld rows of %s cannot be given their old values back",
 						(long long) inexact, m->relation),
 				 errdetail("%s. Nothing was changed.", m->inexact_rows > 0 ?
-						   "Their values were written in a form that the way back does not make" :
-						   "Their values have no form in the old type"),
-				 errhint("Give these rows values that can be told in the old form, or keep the new type.")));
+						   "When the type was changed, their values were in a form that the way back does not make" :
+						   "Their present values have no form in the old type"),
+				 errhint("Keep the new type, or change it with an ALTER TABLE of your own.")));
 }
 
 static RmStepResult
@@ -188,10 +189,26 @@ alter_type_explain(RmRun *run, ErrorData *error)
 										  "Mend the row, or give a USING expression that converts it.");
 }
 
+/* when it began, when it ended: all that time nobody read or wrote the table */
+static void
+alter_type_committed(RmRun *run, RmStepResult result)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	double		ms = rm_elapsed_ms(run->started);
+	char	   *began = pstrdup(timestamptz_to_str(TimestampTzPlusMilliseconds(now, -(int64) ms)));
+
+	ereport(NOTICE,
+			(errmsg("%s of %s: from %s to %s, %.3f s with the table locked",
+					run->revert ? "changing back the type" : "changing the type",
+					run->relation,
+					began, timestamptz_to_str(now), ms / 1000.0)));
+}
+
 const RmStep rm_step_alter_type = {
 	.name = "alter_type",
 	.apply = alter_type_apply,
 	.revert = alter_type_revert,
+	.committed = alter_type_committed,
 	.explain = alter_type_explain,
 };
 

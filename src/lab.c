@@ -252,8 +252,8 @@ static RmStepResult
 create_tables_revert(RmRun *run)
 {
 	Lab		   *lab = run->work;
-	Oid			types[] = {OIDOID};
-	Datum		v[] = {ObjectIdGetDatum(lab->nspid)};
+	Oid			types[2] = {OIDOID, OIDOID};
+	Datum		v[2] = {ObjectIdGetDatum(lab->nspid)};
 
 	run->relid = lab->large_relid;
 	run->relation = MemoryContextStrdup(run->cxt, lab_sql(lab->nspid, LARGE));
@@ -268,6 +268,10 @@ create_tables_revert(RmRun *run)
 						lab_sql(lab->nspid, LARGE)));
 	rm_state_execute("DELETE FROM risky_migrations.lab WHERE nspid = $1", 1, types, v,
 					 NULL);
+	v[0] = ObjectIdGetDatum(lab->large_relid);
+	v[1] = ObjectIdGetDatum(lab->small_relid);
+	rm_state_execute("UPDATE risky_migrations.migration SET state = 'rolled back',"
+					 " steps_done = 0 WHERE relid IN ($1, $2)", 2, types, v, NULL);
 	lab->small_relid = lab->large_relid = InvalidOid;
 	return RM_STEP_DONE;
 }
@@ -368,17 +372,19 @@ go_to(Lab *lab, int target)
 
 	rm_transaction(look, lab);
 
-	/* back */
-	if (target != 2 && (lab->direct_small || lab->direct_large))
-		revert_direct(lab);
-	if (steps_done(lab) > want_steps || (lab->three_step && want_steps == 0))
-		rm_migration_revert(lab->three_step, want_steps);
+	/* back; what is dropped anyway need not be changed back first */
 	if (target == 0)
 	{
+		if (lab->three_step)
+			rm_migration_revert(lab->three_step, 0);
 		if (OidIsValid(lab->large_relid))
 			rm_run_free_step("lab", &create_tables, true, lab);
 		return;
 	}
+	if (target != 2 && (lab->direct_small || lab->direct_large))
+		revert_direct(lab);
+	if (steps_done(lab) > want_steps || (lab->three_step && want_steps == 0))
+		rm_migration_revert(lab->three_step, want_steps);
 
 	/* forth */
 	if (!OidIsValid(lab->large_relid))
@@ -568,6 +574,18 @@ is_empty(Oid nspid, const char *table)
 	return SPI_processed == 0;
 }
 
+/* the rows that the way back from 0002 could not restore are gone */
+static void
+forget_inexact_rows(Lab *lab)
+{
+	Oid			types[] = {OIDOID, OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(lab->small_relid), ObjectIdGetDatum(lab->large_relid)};
+
+	rm_state_execute("UPDATE risky_migrations.migration SET inexact_rows = 0"
+					 " WHERE relid IN ($1, $2) AND inexact_rows <> 0",
+					 2, types, v, NULL);
+}
+
 /*
  * rm_seed(n bigint, batch bigint) returns bigint
  */
@@ -598,6 +616,7 @@ rm_seed(PG_FUNCTION_ARGS)
 							lab_sql(lab.nspid, SMALL), lab_sql(lab.nspid, LARGE)));
 		ereport(NOTICE,
 				(errmsg("the lab's tables held rows before; these are replaced")));
+		forget_inexact_rows(&lab);
 	}
 	seed_table(lab.nspid, lab.small_relid, SMALL, "SmallRecord_", SMALL_ROWS, batch);
 	seed_table(lab.nspid, lab.large_relid, LARGE, "LargeRecord_", n, batch);

@@ -601,11 +601,13 @@ enforce_committed(RmRun *run, RmStepResult result)
 	Enforce    *e = run->work;
 	char		checked[32];
 
+	if (run->revert)
+		return;
 	e->checked += e->xact_checked;
 	e->failures += e->xact_failures;
 	e->mended += e->xact_mended;
 	e->xact_checked = e->xact_failures = e->xact_mended = 0;
-	if (result != RM_STEP_DONE || run->revert)
+	if (result != RM_STEP_DONE)
 		return;
 	rm_format_count(checked, sizeof(checked), e->checked);
 	if (e->not_needed)
