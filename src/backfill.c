@@ -71,7 +71,7 @@
 /* pages of a window: large enough that a pass outlasts other transactions */
 #define WINDOW_PAGES 1024
 /* visits in which a page is to be done; fewer give more rows away */
-#define AIMED_VISITS 6
+#define AIMED_VISITS 12
 /* how long to rest in one window for the sake of an old snapshot, in ms */
 #define PATIENCE 200
 /* the same after a window in which resting did not help */
@@ -251,6 +251,7 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 	int			dead;
 	int			stored = 0;
 	int			left = 0;
+	int			locked = 0;
 	int			evict = -1;		/* not yet decided */
 	bool		through = true;
 
@@ -270,7 +271,9 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 
 		if (b->failed != NIL && is_member(b->failed, block, offsets[i]))
 			continue;
-		if (transaction_full(run))
+		/* the clock is looked at every few rows */
+		if (b->batch_rows + b->xact_rows >= run->batch ||
+			(i % 8 == 0 && transaction_full(run)))
 		{
 			through = false;
 			break;
@@ -306,9 +309,9 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 			}
 			if (evict == 0)
 			{
-				left++;
-				b->pass_left++;
-				continue;
+				/* rows of a table are alike: the others will not fit either */
+				left += n - i;
+				break;
 			}
 			evict--;
 		}
@@ -318,13 +321,14 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 			room -= Min(room, hot ? need : 0);
 		}
 		else
-			left++;
+			locked++;
 	}
 	ReleaseBuffer(buf);
 	if (through)
 	{
 		page->visited = true;
-		page->done = (left == 0);
+		page->done = (left == 0 && locked == 0);
+		b->pass_left += left;
 	}
 	return through;
 }
@@ -407,7 +411,7 @@ static void
 work_on_window(RmRun *run, Relation rel, BlockNumber end)
 {
 	Backfill   *b = run->work;
-	RmRows	   *rows = rm_rows_open(run->m, rel, false);
+	RmRows	   *rows = rm_rows_open(run->m, rel, RM_ROWS_MANY);
 	bool		full = false;
 
 	while (b->next < b->end && !full)
@@ -450,7 +454,7 @@ visit_skipped_row(RmRun *run, Relation rel)
 		return true;
 	ItemPointerCopy((ItemPointer) DatumGetPointer(rm_result_datum(0, 1)), &tid);
 
-	rows = rm_rows_open(m, rel, false);
+	rows = rm_rows_open(m, rel, RM_ROWS_ONE);
 	if (rm_row_get_tid(rows, &tid))
 	{
 		bool		isnull;

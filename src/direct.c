@@ -144,7 +144,7 @@ find_row(void *arg)
 	FindRow    *find = arg;
 	RmMigration *m = rm_migration_load(find->run->migration_id, CurrentMemoryContext);
 	Relation	rel = table_open(m->relid, AccessShareLock);
-	RmRows	   *rows = rm_rows_open(m, rel, true);
+	RmRows	   *rows = rm_rows_open(m, rel, RM_ROWS_READ);
 	BlockNumber end = RelationGetNumberOfBlocks(rel);
 
 	for (BlockNumber block = 0; block < end && find->detail == NULL; block++)

@@ -39,18 +39,23 @@
 #include "miscadmin.h"
 #include "rows.h"
 #include "storage/bufmgr.h"
+#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
+/* longest wait for a row while others are locked, in milliseconds */
+#define ROW_LOCK_TIMEOUT "5"
+
 /*
  * Begins work on the rows of rel, which the caller has opened and locked.
  * Takes a snapshot; call rm_rows_close() before the transaction ends (an error
- * needs no call).
+ * needs no call).  To wait for rows, one may be changed in the transaction;
+ * else waits are cut short.
  */
 RmRows *
-rm_rows_open(RmMigration *m, Relation rel, bool reading_only)
+rm_rows_open(RmMigration *m, Relation rel, RmRowsMode mode)
 {
 	RmRows	   *rows = palloc0(sizeof(RmRows));
 	int			natts = RelationGetDescr(rel)->natts;
@@ -58,7 +63,9 @@ rm_rows_open(RmMigration *m, Relation rel, bool reading_only)
 	rows->m = m;
 	rows->rel = rel;
 	rows->target = m->new_attnum;
-	rows->reading_only = reading_only;
+	if (mode == RM_ROWS_MANY)
+		(void) set_config_option("lock_timeout", ROW_LOCK_TIMEOUT, PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 	rows->snapshot = GetTransactionSnapshot();
 	PushActiveSnapshot(rows->snapshot);
 	rows->snapshot = GetActiveSnapshot();
@@ -76,7 +83,7 @@ rm_rows_open(RmMigration *m, Relation rel, bool reading_only)
 	rows->nulls = palloc(sizeof(bool) * natts);
 	rows->row_cxt = AllocSetContextCreate(CurrentMemoryContext, "rm row",
 										  ALLOCSET_DEFAULT_SIZES);
-	if (!reading_only)
+	if (mode != RM_ROWS_READ)
 	{
 		rows->estate = CreateExecutorState();
 		rows->rri = makeNode(ResultRelInfo);
@@ -226,9 +233,35 @@ rm_row_make(RmRows *rows, Datum value, bool isnull)
 }
 
 /*
+ * Could the row in the slot be updated without waiting?  A single lock FOR KEY
+ * SHARE, as a foreign key takes it, is in nobody's way.
+ */
+static TM_Result
+try_row(RmRows *rows)
+{
+	BufferHeapTupleTableSlot *bslot = (BufferHeapTupleTableSlot *) rows->slot;
+	HeapTuple	tup = bslot->base.tuple;
+	uint16		infomask;
+	TM_Result	result;
+
+	LockBuffer(bslot->buffer, BUFFER_LOCK_SHARE);
+	result = HeapTupleSatisfiesUpdate(tup, rows->cid, bslot->buffer);
+	infomask = tup->t_data->t_infomask;
+	LockBuffer(bslot->buffer, BUFFER_LOCK_UNLOCK);
+	if (result == TM_BeingModified && !(infomask & HEAP_XMAX_IS_MULTI) &&
+		HEAP_XMAX_IS_LOCKED_ONLY(infomask) && HEAP_XMAX_IS_KEYSHR_LOCKED(infomask))
+		result = TM_Ok;
+	return result;
+}
+
+/*
  * Stores the version that rm_row_make() has formed.  TM_BeingModified means
  * that somebody else has a lock on the row (only without wait); TM_Updated and
  * TM_Deleted that there is nothing left to do.
+ *
+ * heap_update() knows no way not to wait, so that is found out beforehand.
+ * Somebody may lock the row in between; then it waits after all, but for no
+ * longer than ROW_LOCK_TIMEOUT (55P03, and the transaction is repeated).
  */
 TM_Result
 rm_row_store(RmRows *rows, bool wait, bool *hot)
@@ -239,8 +272,14 @@ rm_row_store(RmRows *rows, bool wait, bool *hot)
 	TM_Result	result;
 	ItemPointerData old_tid = rows->slot->tts_tid;
 
+	if (!wait)
+	{
+		result = try_row(rows);
+		if (result != TM_Ok)
+			return result;
+	}
 	result = table_tuple_update(rows->rel, &old_tid, rows->new_slot, rows->cid,
-								rows->snapshot, InvalidSnapshot, wait, &tmfd,
+								rows->snapshot, InvalidSnapshot, true, &tmfd,
 								&lockmode, &update_indexes);
 	if (result != TM_Ok)
 		return result;

@@ -14,6 +14,14 @@
 #include "storage/buf.h"
 #include "utils/snapshot.h"
 
+/* what a transaction does to the rows */
+typedef enum RmRowsMode
+{
+	RM_ROWS_READ,				/* nothing */
+	RM_ROWS_ONE,				/* changes one, and may wait for it */
+	RM_ROWS_MANY				/* changes many, and must not wait for any */
+} RmRowsMode;
+
 /* access to the rows of one table during one transaction */
 typedef struct RmRows
 {
@@ -30,11 +38,10 @@ typedef struct RmRows
 	Datum	   *values;
 	bool	   *nulls;
 	CommandId	cid;
-	bool		reading_only;
 	BlockNumber block;			/* of the row in slot */
 } RmRows;
 
-extern RmRows *rm_rows_open(RmMigration *m, Relation rel, bool reading_only);
+extern RmRows *rm_rows_open(RmMigration *m, Relation rel, RmRowsMode mode);
 extern void rm_rows_close(RmRows *rows);
 extern int	rm_rows_on_page(RmRows *rows, Buffer buf, bool missing_only,
 							OffsetNumber *offsets, int *dead);

@@ -441,7 +441,7 @@ static void
 verify_range(RmRun *run, Relation rel, BlockNumber end)
 {
 	RmMigration *m = run->m;
-	RmRows	   *rows = rm_rows_open(m, rel, false);
+	RmRows	   *rows = rm_rows_open(m, rel, RM_ROWS_MANY);
 	BlockNumber block = m->next_block;
 	BlockNumber stop = Min((int64) end, m->next_block + VERIFY_PAGES);
 	instr_time	started;

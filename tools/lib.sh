@@ -103,7 +103,7 @@ as_root() {
 	elif command -v sudo >/dev/null; then
 		sudo -- "$@"
 	else
-		die "needs root to run: $*"
+		die "needs root, be root or install sudo, to run: $*"
 	fi
 }
 
