@@ -85,15 +85,13 @@ lint-version:
 	grep -q "risky_migrations--$$version.sql" $(top)META.json || \
 	{ echo "META.json or sql/ disagrees with the version of risky_migrations.control" >&2; exit 1; }
 
-# Without PostgreSQL's headers, which it takes for ours: macros that are not C
-# are given here.  Once for the oldest and once for the newest version.
+# With PostgreSQL's headers, whose macros it needs to understand a function at
+# all, and without complaints about them.  Takes a minute.
 lint-cppcheck:
-	cd $(top) && for version in 150000 180000; do \
-		cppcheck --quiet --error-exitcode=1 --inline-suppr \
-			--enable=warning,performance,portability --std=c99 --language=c \
-			-DPG_VERSION_NUM=$$version '-DPG_FUNCTION_INFO_V1(f)=' \
-			-DPG_MODULE_MAGIC= src || exit 1; \
-	done
+	cd $(top) && cppcheck --quiet --error-exitcode=1 --inline-suppr \
+		-j $$(nproc) --enable=warning,performance,portability \
+		--std=c99 --language=c --max-configs=1 -D__GNUC__ -D__x86_64__ \
+		-I$(includedir_server) '--suppress=*:$(includedir_server)/*' src
 
 # In a copy: object files in the tree would hide the warnings.
 lint-build:

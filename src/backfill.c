@@ -16,6 +16,9 @@
  *	pages, just enough that the rest fit in a handful of visits: with old rows
  *	of s bytes, new ones of n, and r = s / n, a page on which k of its rows have
  *	left can convert k*r + k*r*r + ... further ones, at most k*r/(1-r).
+ *	They leave in two portions.  Each needs new index entries, and by the time
+ *	of the second the entries that the first has left behind are dead: B-trees
+ *	drop these instead of splitting their pages.
  *
  *	Transactions end after max_row_lock_time, and within a batch of at most so
  *	many rows, so no other writer waits long for a row.  They commit without
@@ -71,7 +74,7 @@
 /* pages of a window: large enough that a pass outlasts other transactions */
 #define WINDOW_PAGES 1024
 /* visits in which a page is to be done; fewer give more rows away */
-#define AIMED_VISITS 12
+#define AIMED_VISITS 20
 /* how long to rest in one window for the sake of an old snapshot, in ms */
 #define PATIENCE 200
 /* the same after a window in which resting did not help */
@@ -84,6 +87,7 @@ typedef struct PageState
 {
 	bool		done;			/* nothing is left to do */
 	bool		visited;
+	uint8		evict_later;	/* rows to give away at the second visit */
 } PageState;
 
 /* the window, and the batch it is counted in; lives across transactions */
@@ -297,15 +301,23 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 		{
 			if (evict < 0)
 			{
-				/* what is dead will be room at the next visit */
-				if (dead > 0 || (page->visited && stored > 0))
-					evict = 0;
+				if (dead > 0)
+					evict = 0;	/* what is dead will be room at the next visit */
 				else if (!page->visited)
+				{
 					evict = rows_to_evict(n - i,
 										  MAXALIGN(((HeapTupleTableSlot *) rows->slot)->tuple->t_len),
 										  need);
+					page->evict_later = evict / 2;
+					evict -= page->evict_later;
+				}
+				else if (page->evict_later > 0)
+				{
+					evict = page->evict_later;
+					page->evict_later = 0;
+				}
 				else
-					evict = Max(1, (n - i) / 4);
+					evict = stored > 0 ? 0 : Max(1, (n - i) / 4);
 			}
 			if (evict == 0)
 			{

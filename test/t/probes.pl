@@ -593,6 +593,9 @@ for my $drop ('DROP DATABASE other', 'DROP DATABASE other WITH (FORCE)')
 	wait_for_samples($id, 10);
 	my $session = session();
 	my $pid = $session->query_safe('SELECT pg_backend_pid()');
+
+	# samples are committed asynchronously; this commit takes them along
+	$session->query_safe('CREATE TABLE synchronous ()');
 	kill 'KILL', $pid;
 	eval { $session->quit };
 	for (1 .. 300)
