@@ -74,7 +74,7 @@
 /* pages of a window: large enough that a pass outlasts other transactions */
 #define WINDOW_PAGES 1024
 /* visits in which a page is to be done; fewer give more rows away */
-#define AIMED_VISITS 20
+#define AIMED_VISITS 14
 /* how long to rest in one window for the sake of an old snapshot, in ms */
 #define PATIENCE 200
 /* the same after a window in which resting did not help */
