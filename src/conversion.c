@@ -68,7 +68,6 @@
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
-#include "utils/pg_locale.h"
 #include "utils/resowner.h"
 #include "utils/ruleutils.h"
 #include "utils/syscache.h"
@@ -520,9 +519,10 @@ settings_in_force(RmConversion *conv)
 	now.nulls = Array_nulls;
 	now.zone = session_timezone;	/* never freed, so never another zone */
 	strlcpy(now.path, namespace_search_path, sizeof(now.path));
-	strlcpy(now.monetary, locale_monetary, sizeof(now.monetary));
-	strlcpy(now.numeric, locale_numeric, sizeof(now.numeric));
-	strlcpy(now.lctime, locale_time, sizeof(now.lctime));
+	/* their variables are declared in a header that needs ICU's */
+	strlcpy(now.monetary, GetConfigOption("lc_monetary", false, false), sizeof(now.monetary));
+	strlcpy(now.numeric, GetConfigOption("lc_numeric", false, false), sizeof(now.numeric));
+	strlcpy(now.lctime, GetConfigOption("lc_time", false, false), sizeof(now.lctime));
 	strlcpy(now.tsconfig, TSCurrentConfig, sizeof(now.tsconfig));
 	if (conv->seen_valid && memcmp(&now, &conv->seen, sizeof(now)) == 0)
 		return conv->seen_in_force;

@@ -344,8 +344,9 @@ rm_record_failure(RmMigration *m, const char *row_key, ItemPointer tid,
 {
 	Oid			types[] = {INT8OID, TEXTOID, TIDOID, TEXTOID, TEXTOID, TEXTOID};
 	Datum		v[6];
-	char		n[6] = "      ";
+	char		n[6];
 
+	memset(n, ' ', sizeof(n));
 	v[0] = Int64GetDatum(m->id);
 	v[1] = text_or_null(row_key, &n[1]);
 	v[2] = PointerGetDatum(tid);

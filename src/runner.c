@@ -223,8 +223,9 @@ log_begin(void *arg)
 	RmRun	   *run = arg;
 	Oid			types[] = {INT8OID, TEXTOID, TEXTOID, TEXTOID, OIDOID, OIDOID, TEXTOID};
 	Datum		v[7];
-	char		n[7] = "       ";
+	char		n[7];
 
+	memset(n, ' ', sizeof(n));
 	v[0] = Int64GetDatum(run->migration_id);
 	n[0] = run->migration_id ? ' ' : 'n';
 	if (run->migration_id)
