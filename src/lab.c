@@ -693,45 +693,55 @@ rm_lab_write(PG_FUNCTION_ARGS)
 }
 
 /*
- * rm_lab_check(OUT rows_checked bigint, OUT rows_wrong bigint)
- *
  * Compares every row of large_record with the truth that its name tells: the
- * column created_at always, the shadow column where it is NOT NULL or, with
- * filled rows only, has a value.
+ * column created_at always; the shadow column in rows where it has a value,
+ * and in all rows once the backfill is done.  Needs SPI.
+ */
+static void
+check_rows(Lab *lab, int64 *checked, int64 *wrong)
+{
+	static const char *const truth = "CASE WHEN name LIKE 'LargeRecord\\_%' THEN"
+		" " RM_SCHEMA ".lab_moment(substr(name, 13)::int8)"
+		" WHEN name LIKE 'written %' THEN substr(name, 9) END";
+	AttrNumber	shadow = get_attnum(lab->large_relid, "created_at_new");
+	StringInfoData condition;
+
+	initStringInfo(&condition);
+	appendStringInfo(&condition, "created_at IS DISTINCT FROM (%s)%s", truth,
+					 holds_strings(lab->large_relid) ? "" : "::pg_catalog.timestamp");
+	if (shadow != InvalidAttrNumber)
+		appendStringInfo(&condition,
+						 " OR %s created_at_new IS DISTINCT FROM (%s)::pg_catalog.timestamp",
+						 steps_done(lab) > RM_BACKFILL ? "" : "created_at_new IS NOT NULL AND",
+						 truth);
+	rm_execute(psprintf("SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE %s) FROM %s",
+						condition.data, lab_sql(lab->nspid, LARGE)));
+	*checked = rm_result_int64(0, 1);
+	*wrong = rm_result_int64(0, 2);
+}
+
+/*
+ * rm_lab_check(OUT rows_checked bigint, OUT rows_wrong bigint)
  */
 Datum
 rm_lab_check(PG_FUNCTION_ARGS)
 {
 	Lab			lab;
-	AttrNumber	shadow;
 	TupleDesc	desc;
+	int64		checked;
+	int64		wrong;
 	Datum		values[2];
 	bool		nulls[2] = {false, false};
-	const char *truth = "CASE WHEN name LIKE 'LargeRecord\\_%' THEN"
-		" " RM_SCHEMA ".lab_moment(substr(name, 13)::int8)"
-		" WHEN name LIKE 'written %' THEN substr(name, 9) END";
-	StringInfoData wrong;
-	bool		filled;
 
 	if (get_call_result_type(fcinfo, NULL, &desc) != TYPEFUNC_COMPOSITE)
 		elog(ERROR, "return type must be a row type");
 	SPI_connect();
 	need_lab(&lab);
 	look(&lab);
-	shadow = get_attnum(lab.large_relid, "created_at_new");
-	filled = steps_done(&lab) > RM_BACKFILL;
-
-	initStringInfo(&wrong);
-	appendStringInfo(&wrong, "created_at IS DISTINCT FROM (%s)%s", truth,
-					 holds_strings(lab.large_relid) ? "" : "::pg_catalog.timestamp");
-	if (shadow != InvalidAttrNumber)
-		appendStringInfo(&wrong, " OR %s created_at_new IS DISTINCT FROM (%s)::pg_catalog.timestamp",
-						 filled ? "" : "created_at_new IS NOT NULL AND", truth);
-	rm_execute(psprintf("SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE %s) FROM %s",
-						wrong.data, lab_sql(lab.nspid, LARGE)));
-	values[0] = Int64GetDatum(rm_result_int64(0, 1));
-	values[1] = Int64GetDatum(rm_result_int64(0, 2));
+	check_rows(&lab, &checked, &wrong);
 	SPI_finish();
+	values[0] = Int64GetDatum(checked);
+	values[1] = Int64GetDatum(wrong);
 	PG_RETURN_DATUM(HeapTupleGetDatum(heap_form_tuple(BlessTupleDesc(desc), values, nulls)));
 }
 
@@ -848,6 +858,7 @@ static void
 do_record(void *arg)
 {
 	Compare    *c = arg;
+	Lab			lab = c->lab;
 	int64		checked;
 	int64		wrong;
 	int64		seeded;
@@ -857,10 +868,9 @@ do_record(void *arg)
 	int			i = 0;
 
 	measure_sizes(c, &c->heap_after, &c->index_after);
-	rm_execute(psprintf("SELECT (x).rows_checked, (x).rows_wrong FROM %s.rm_lab_check() x",
-						c->function_schema));
-	checked = rm_result_int64(0, 1);
-	wrong = rm_result_int64(0, 2);
+	lab.cxt = CurrentMemoryContext;
+	look(&lab);
+	check_rows(&lab, &checked, &wrong);
 	/* rows that are missing are wrong too */
 	rm_execute(psprintf("SELECT count(*) FILTER (WHERE id <= " INT64_FORMAT "),"
 						" count(*) FILTER (WHERE id > " INT64_FORMAT ") FROM %s",

@@ -46,7 +46,7 @@
 #include "utils/snapmgr.h"
 
 /* longest wait for a row while others are locked, in milliseconds */
-#define ROW_LOCK_TIMEOUT "5"
+#define ROW_LOCK_TIMEOUT "20"
 
 /*
  * Begins work on the rows of rel, which the caller has opened and locked.

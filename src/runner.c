@@ -477,8 +477,8 @@ notice_retry(RmRun *run, int tries)
 		return;
 	blockers = rm_lock_blockers(run->relid, AccessExclusiveLock);
 	ereport(NOTICE,
-			(errmsg("step %s: no lock on %s within %d ms (%s), try %d of %d; others are let through meanwhile",
-					run->step->name, run->relation, rm_lock_timeout,
+			(errmsg("step %s: a lock on %s was not to be had in time (%s), try %d of %d; others are let through meanwhile",
+					run->step->name, run->relation,
 					blockers ? blockers : "its holder is gone", tries,
 					rm_lock_retries + 1)));
 }
