@@ -20,9 +20,10 @@
  *	of the second the entries that the first has left behind are dead: B-trees
  *	drop these instead of splitting their pages.
  *
- *	Transactions end after max_row_lock_time, and within a batch of at most so
- *	many rows, so no other writer waits long for a row.  They commit without
- *	waiting for the disk; at the end of each batch the WAL is flushed, after
+ *	Transactions end after max_row_lock_time, at the next page when somebody
+ *	waits for one of their rows, and within a batch of at most so many rows, so
+ *	no other writer waits long for a row.  They commit without waiting for the
+ *	disk; at the end of each batch the WAL is flushed, after
  *	the locks are gone.
  *
  *	A window counts as done only when all its rows are: only then the state
@@ -68,6 +69,7 @@
 #include "state.h"
 #include "steps.h"
 #include "storage/bufmgr.h"
+#include "storage/lock.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 
@@ -197,6 +199,19 @@ rows_to_evict(int rows, Size old_size, Size new_size)
 		gain += term;
 	}
 	return Max(1, (int) ((double) rows / (1 + gain) + 0.999));
+}
+
+/*
+ * Does anybody wait for a row of this transaction?  The rows bear the id of
+ * the subtransaction under way, and whoever wants one of them waits for that.
+ */
+static bool
+somebody_waits(void)
+{
+	LOCKTAG		tag;
+
+	SET_LOCKTAG_TRANSACTION(tag, GetCurrentTransactionId());
+	return LockHasWaiters(&tag, ExclusiveLock, false);
 }
 
 /* has the transaction had its rows or its time? */
@@ -433,7 +448,7 @@ work_on_window(RmRun *run, Relation rel, BlockNumber end)
 			!visit_page(run, rows, b->next))
 			break;
 		b->next++;
-		full = transaction_full(run);
+		full = transaction_full(run) || (b->xact_rows > 0 && somebody_waits());
 	}
 	rm_rows_close(rows);
 	if (b->next >= b->end)

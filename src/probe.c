@@ -94,6 +94,9 @@
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
 
+/* bgw_type, as pg_stat_activity shows it */
+#define PROBE_WORKER_TYPE "risky_migrations probe"
+
 /* fourth field of the advisory lock; SQL's own functions use 1 and 2 */
 #define PROBE_LOCK_KIND 4
 
@@ -273,8 +276,10 @@ rm_probe_pid(int64 id)
 
 /* Length of an interval without months, microseconds; must fit into int64. */
 static int64
-interval_microseconds(const Interval *interval)
+interval_microseconds(Datum value)
 {
+	const Interval *interval = DatumGetIntervalP(value);
+
 	return interval->day * USECS_PER_DAY + interval->time;
 }
 
@@ -433,9 +438,11 @@ register_probe(int64 id)
 	order.starter = GetTopTransactionId();
 
 	memset(&worker, 0, sizeof(worker));
-	snprintf(worker.bgw_name, BGW_MAXLEN, "risky_migrations probe " INT64_FORMAT, id);
-	strlcpy(worker.bgw_type, "risky_migrations probe", BGW_MAXLEN);
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	snprintf(worker.bgw_name, BGW_MAXLEN,
+			 "risky_migrations probe " INT64_FORMAT, id);
+	strlcpy(worker.bgw_type, PROBE_WORKER_TYPE, BGW_MAXLEN);
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS |
+		BGWORKER_BACKEND_DATABASE_CONNECTION;
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	strlcpy(worker.bgw_library_name, "risky_migrations",
@@ -461,7 +468,10 @@ register_probe(int64 id)
 Datum
 rm_probe_start(PG_FUNCTION_ARGS)
 {
-	Oid			types[] = {OIDOID, OIDOID, TEXTOID, INTERVALOID, INTERVALOID, INTERVALOID, TEXTARRAYOID};
+	Oid			types[] = {
+		OIDOID, OIDOID, TEXTOID, INTERVALOID, INTERVALOID, INTERVALOID,
+		TEXTARRAYOID
+	};
 	Datum		values[lengthof(types)];
 	int64		id;
 
@@ -548,7 +558,7 @@ stop_running_probe(int64 id)
 		else if (last_pid != 0)
 			slot_type = GetBackgroundWorkerTypeByPid(last_pid);
 		if (pid == 0 &&
-			(slot_type == NULL || strcmp(slot_type, "risky_migrations probe") != 0))
+			(slot_type == NULL || strcmp(slot_type, PROBE_WORKER_TYPE) != 0))
 			return;
 
 		if (TimestampDifferenceExceeds(asked_at, GetCurrentTimestamp(), STOP_PATIENCE))
@@ -612,7 +622,8 @@ rm_probe_stop(PG_FUNCTION_ARGS)
 	/* a worker that came to life between our look and our update */
 	stop_running_probe(PG_GETARG_INT64(0));
 
-	rm_state_execute("SELECT count(*) FROM risky_migrations.probe_sample WHERE probe_id = $1",
+	rm_state_execute("SELECT count(*) FROM risky_migrations.probe_sample"
+					 " WHERE probe_id = $1",
 					 1, &type, &value, NULL);
 	count = rm_result_int64(0, 1);
 	SPI_finish();
@@ -716,7 +727,8 @@ try_transaction(Oid role, void (*work) (void *), void *arg, ErrorData **error)
 		StartTransactionCommand();
 		XactIsoLevel = XACT_READ_COMMITTED;
 		if (OidIsValid(role))
-			SetUserIdAndSecContext(role, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
+			SetUserIdAndSecContext(role, save_sec_context |
+								   SECURITY_LOCAL_USERID_CHANGE);
 
 		work(arg);
 
@@ -824,7 +836,8 @@ keep_sample(int64 tick, int64 latency, Outcome outcome, int sqlerrcode,
 	{
 		int			len = pg_mbcliplen(message, strlen(message), MAX_MESSAGE);
 
-		strlcpy(sample->sqlstate, unpack_sql_state(sqlerrcode), sizeof(sample->sqlstate));
+		strlcpy(sample->sqlstate, unpack_sql_state(sqlerrcode),
+				sizeof(sample->sqlstate));
 		sample->message = MemoryContextAlloc(TopMemoryContext, len + 1);
 		memcpy(sample->message, message, len);
 		sample->message[len] = '\0';
@@ -846,6 +859,25 @@ forget_samples(int count)
 	self.nsamples -= count;
 }
 
+/* An array of count elements of type text; null may be NULL for none. */
+static Datum
+text_array(Datum *elements, bool *null, int count)
+{
+	int			lower_bound = 1;
+
+	return PointerGetDatum(construct_md_array(elements, null, 1, &count,
+											  &lower_bound, TEXTOID, -1, false,
+											  TYPALIGN_INT));
+}
+
+/* An array of count elements of a type of eight bytes. */
+static Datum
+eight_byte_array(Datum *elements, int count, Oid type)
+{
+	return PointerGetDatum(construct_array(elements, count, type, 8,
+										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+}
+
 /*
  * Writes the oldest samples, in one command.  Returns how many; they are to be
  * forgotten when the transaction has committed.
@@ -854,37 +886,39 @@ static int
 insert_samples(void)
 {
 	int			count = Min(self.nsamples, FLUSH_MAX);
-	Oid			types[] = {INT8OID, TIMESTAMPTZARRAYOID, FLOAT8ARRAYOID, TEXTARRAYOID, TEXTARRAYOID, TEXTARRAYOID};
+	Datum	   *at = palloc(sizeof(Datum) * count);
+	Datum	   *latency = palloc(sizeof(Datum) * count);
+	Datum	   *outcome = palloc(sizeof(Datum) * count);
+	Datum	   *sqlstate = palloc0(sizeof(Datum) * count);
+	Datum	   *message = palloc0(sizeof(Datum) * count);
+	bool	   *ok = palloc(sizeof(bool) * count);
+	Oid			types[] = {
+		INT8OID, TIMESTAMPTZARRAYOID, FLOAT8ARRAYOID, TEXTARRAYOID,
+		TEXTARRAYOID, TEXTARRAYOID
+	};
 	Datum		values[lengthof(types)];
-	Datum	   *columns[lengthof(types) - 1];
-	bool	   *null = palloc(sizeof(bool) * count);
-	int			dims[1] = {count};
-	int			lower_bounds[1] = {1};
 
-	for (int i = 0; i < lengthof(columns); i++)
-		columns[i] = palloc(sizeof(Datum) * count);
 	for (int i = 0; i < count; i++)
 	{
 		Sample	   *sample = &self.samples[(self.first_sample + i) % MAX_SAMPLES];
 
-		null[i] = sample->message == NULL;
-		columns[0][i] = TimestampTzGetDatum(sample->at);
-		columns[1][i] = Float8GetDatum(sample->latency_ms);
-		columns[2][i] = CStringGetTextDatum(outcome_names[sample->outcome]);
-		columns[3][i] = null[i] ? (Datum) 0 : CStringGetTextDatum(sample->sqlstate);
-		columns[4][i] = null[i] ? (Datum) 0 : CStringGetTextDatum(sample->message);
+		at[i] = TimestampTzGetDatum(sample->at);
+		latency[i] = Float8GetDatum(sample->latency_ms);
+		outcome[i] = CStringGetTextDatum(outcome_names[sample->outcome]);
+		ok[i] = sample->outcome == OUTCOME_OK;
+		if (!ok[i])
+		{
+			sqlstate[i] = CStringGetTextDatum(sample->sqlstate);
+			message[i] = CStringGetTextDatum(sample->message);
+		}
 	}
 
 	values[0] = Int64GetDatum(self.id);
-	values[1] = PointerGetDatum(construct_array(columns[0], count, TIMESTAMPTZOID, sizeof(TimestampTz),
-												FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	values[2] = PointerGetDatum(construct_array(columns[1], count, FLOAT8OID, sizeof(float8),
-												FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	values[3] = PointerGetDatum(construct_array(columns[2], count, TEXTOID, -1, false, TYPALIGN_INT));
-	for (int i = 3; i < lengthof(columns); i++)
-		values[i + 1] = PointerGetDatum(construct_md_array(columns[i], null, 1, dims, lower_bounds,
-														   TEXTOID, -1, false, TYPALIGN_INT));
-
+	values[1] = eight_byte_array(at, count, TIMESTAMPTZOID);
+	values[2] = eight_byte_array(latency, count, FLOAT8OID);
+	values[3] = text_array(outcome, NULL, count);
+	values[4] = text_array(sqlstate, ok, count);
+	values[5] = text_array(message, ok, count);
 	rm_state_execute("INSERT INTO risky_migrations.probe_sample"
 					 " (probe_id, at, latency_ms, outcome, sqlstate, message)"
 					 " SELECT $1, s.* FROM unnest($2, $3, $4, $5, $6) AS s",
@@ -923,7 +957,8 @@ lock_id(void *arg)
 	LOCKTAG		tag;
 
 	set_probe_tag(&tag, self.id);
-	*(bool *) arg = LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
+	*(bool *) arg =
+		LockAcquire(&tag, ExclusiveLock, true, true) != LOCKACQUIRE_NOT_AVAIL;
 }
 
 /*
@@ -959,7 +994,8 @@ do_housekeeping(void *arg)
 		self.gone = true;
 	else
 	{
-		rm_state_execute("SELECT ended_at IS NOT NULL FROM risky_migrations.probe WHERE id = $1",
+		rm_state_execute("SELECT ended_at IS NOT NULL"
+						 " FROM risky_migrations.probe WHERE id = $1",
 						 1, &type, &value, NULL);
 		if (SPI_processed == 0)
 			self.gone = true;
@@ -1097,6 +1133,7 @@ run_tick(int64 tick)
 	ErrorData  *error = NULL;
 	int64		latency;
 	bool		ok;
+	bool		cancelled;
 
 	if (left <= 0)
 	{
@@ -1107,14 +1144,15 @@ run_tick(int64 tick)
 
 	ok = try_transaction(self.role, run_query, &left_ms, &error);
 	latency = now_us() - from;
+	cancelled = !ok && error->sqlerrcode == ERRCODE_QUERY_CANCELED;
 	if (ok)
 		keep_sample(tick, latency, OUTCOME_OK, 0, NULL);
-	else if (error->sqlerrcode == ERRCODE_QUERY_CANCELED && hurry)
+	else if (cancelled && hurry)
 		keep_sample(tick, latency, OUTCOME_TIMEOUT, error->sqlerrcode,
 					"the probe was ended while the query ran");
 	else
 		keep_sample(tick, latency,
-					error->sqlerrcode == ERRCODE_QUERY_CANCELED && latency >= self.timeout
+					cancelled && latency >= self.timeout
 					? OUTCOME_TIMEOUT : OUTCOME_ERROR,
 					error->sqlerrcode, error->message);
 
@@ -1181,12 +1219,13 @@ close_schedule(void)
 	while (!self.gone && due_time(self.next_tick) < end)
 	{
 		int64		tick = self.next_tick++;
-		int64		late = now_us() - due_time(tick) - own_work_since(due_time(tick));
+		int64		from = due_time(tick) + own_work_since(due_time(tick));
+		int64		late = Max(0, now_us() - from);
 
 		if (!hurry)
 			run_tick(tick);
 		else
-			keep_sample(tick, Min(Max(late, 0), self.timeout), OUTCOME_TIMEOUT,
+			keep_sample(tick, Min(late, self.timeout), OUTCOME_TIMEOUT,
 						ERRCODE_QUERY_CANCELED,
 						"not run: the probe was ended before");
 		CHECK_FOR_INTERRUPTS();
@@ -1214,7 +1253,8 @@ apply_settings(ArrayType *settings)
 	Datum	   *elements;
 	int			count;
 
-	deconstruct_array(settings, TEXTOID, -1, false, TYPALIGN_INT, &elements, NULL, &count);
+	deconstruct_array(settings, TEXTOID, -1, false, TYPALIGN_INT,
+					  &elements, NULL, &count);
 	for (int i = 0; i < count; i++)
 	{
 		char	   *name = TextDatumGetCString(elements[i]);
@@ -1231,6 +1271,10 @@ apply_settings(ArrayType *settings)
 /*
  * Reads the probe's row.  If there is none, or it has ended, there is nothing
  * to do: the starter has rolled back, or stopped the probe again.
+ *
+ * The row is locked.  An rm_probe_stop() that did not see us has it locked
+ * before, so we find that it has ended, or after, and then its second look
+ * sees us.
  */
 static void
 load_probe(void *arg)
@@ -1244,16 +1288,18 @@ load_probe(void *arg)
 	if (OidIsValid(self.relid))
 	{
 		rm_state_execute("SELECT owner, query, every, timeout, time_limit, settings"
-						 " FROM risky_migrations.probe WHERE id = $1 AND ended_at IS NULL",
+						 " FROM risky_migrations.probe"
+						 " WHERE id = $1 AND ended_at IS NULL FOR NO KEY UPDATE",
 						 1, &type, &value, NULL);
 		if (SPI_processed == 1)
 		{
 			self.gone = false;
 			self.role = DatumGetObjectId(rm_result_datum(0, 1));
-			self.query = MemoryContextStrdup(TopMemoryContext, rm_result_text(0, 2));
-			self.every = interval_microseconds(DatumGetIntervalP(rm_result_datum(0, 3)));
-			self.timeout = interval_microseconds(DatumGetIntervalP(rm_result_datum(0, 4)));
-			self.time_limit = interval_microseconds(DatumGetIntervalP(rm_result_datum(0, 5)));
+			self.query = MemoryContextStrdup(TopMemoryContext,
+											 rm_result_text(0, 2));
+			self.every = interval_microseconds(rm_result_datum(0, 3));
+			self.timeout = interval_microseconds(rm_result_datum(0, 4));
+			self.time_limit = interval_microseconds(rm_result_datum(0, 5));
 			apply_settings(DatumGetArrayTypeP(rm_result_datum(0, 6)));
 		}
 	}
@@ -1270,7 +1316,8 @@ mark_ended(void *arg)
 	begin_own_work(ENDING_LOCK_TIMEOUT);
 	values[0] = Int64GetDatum(self.id);
 	values[1] = CStringGetTextDatum((char *) arg);
-	rm_state_execute("UPDATE risky_migrations.probe SET ended_at = clock_timestamp(), end_reason = $2"
+	rm_state_execute("UPDATE risky_migrations.probe"
+					 " SET ended_at = clock_timestamp(), end_reason = $2"
 					 " WHERE id = $1 AND ended_at IS NULL",
 					 lengthof(types), types, values, NULL);
 	end_own_work();
@@ -1296,13 +1343,15 @@ finish(void)
 	self.lost_samples += self.nsamples;
 	if (self.lost_samples > 0)
 	{
-		reason = psprintf("%s (" INT64_FORMAT " samples lost)", reason, self.lost_samples);
+		reason = psprintf("%s (" INT64_FORMAT " samples lost)",
+						  reason, self.lost_samples);
 		ereport(LOG,
 				(errmsg("probe " INT64_FORMAT " has lost " INT64_FORMAT " samples that could not be stored",
 						self.id, self.lost_samples)));
 	}
 	for (tries = terminated ? 1 : 3; tries > 0; tries--)
-		if (try_transaction(InvalidOid, mark_ended, unconstify(char *, reason), &error))
+		if (try_transaction(InvalidOid, mark_ended, unconstify(char *, reason),
+							&error))
 			break;
 }
 
@@ -1338,14 +1387,16 @@ connect_worker(const ProbeOrder *order)
 	pqsignal(SIGTERM, die);
 	pqsignal(SIGHUP, SignalHandlerForConfigReload);
 	BackgroundWorkerUnblockSignals();
-	BackgroundWorkerInitializeConnectionByOid(order->database, order->session_user,
+	BackgroundWorkerInitializeConnectionByOid(order->database,
+											  order->session_user,
 											  RM_WORKER_CONNECT_FLAGS);
 	HOLD_CANCEL_INTERRUPTS();
 	pqsignal(SIGTERM, handle_terminate);
 	pqsignal(SIGUSR2, handle_stop);
 
 	self.id = order->id;
-	self.samples = MemoryContextAlloc(TopMemoryContext, sizeof(Sample) * MAX_SAMPLES);
+	self.samples = MemoryContextAlloc(TopMemoryContext,
+									  sizeof(Sample) * MAX_SAMPLES);
 	self.tick_context = AllocSetContextCreate(TopMemoryContext, "probe tick",
 											  ALLOCSET_DEFAULT_SIZES);
 	self.watch = RegisterTimeout(USER_TIMEOUT, watch_over);
@@ -1363,6 +1414,7 @@ rm_probe_main(Datum main_arg)
 {
 	ProbeOrder	order;
 	ErrorData  *error;
+	char	   *reason;
 
 	memcpy(&order, MyBgworkerEntry->bgw_extra, sizeof(order));
 	connect_worker(&order);
@@ -1374,14 +1426,17 @@ rm_probe_main(Datum main_arg)
 	{
 		if (stop_asked || !OidIsValid(self.relid))
 			return;
-		self.end_reason = MemoryContextStrdup(TopMemoryContext,
-											  psprintf("error: %s", error->message));
+		reason = psprintf("error: %s", error->message);
+		self.end_reason = MemoryContextStrdup(TopMemoryContext, reason);
 	}
 	MemoryContextReset(self.tick_context);
 
+	/* from here on a stop request lets what is due run; was there one before? */
+	phase = PHASE_PROBING;
+	if (stop_asked && self.end_reason == NULL)
+		self.end_reason = terminated ? "terminated" : "stopped";
 	if (self.end_reason == NULL)
 	{
-		phase = PHASE_PROBING;
 		self.began = self.last_check = self.last_flush = now_us();
 		self.began_at = GetCurrentTimestamp();
 		run_schedule();

@@ -280,7 +280,8 @@ launch_worker(dsm_segment *dsm, const char *what)
 	memset(&worker, 0, sizeof(worker));
 	copy_field(worker.bgw_name, sizeof(worker.bgw_name), name);
 	strlcpy(worker.bgw_type, "risky_migrations worker", BGW_MAXLEN);
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS | BGWORKER_BACKEND_DATABASE_CONNECTION;
+	worker.bgw_flags = BGWORKER_SHMEM_ACCESS |
+		BGWORKER_BACKEND_DATABASE_CONNECTION;
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	strlcpy(worker.bgw_library_name, "risky_migrations",
@@ -307,7 +308,8 @@ launch_worker(dsm_segment *dsm, const char *what)
 static bool
 wait_for_end(BackgroundWorkerHandle *handle, long patience)
 {
-	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), patience);
+	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+													   patience);
 	pid_t		pid;
 
 	for (;;)
@@ -324,7 +326,8 @@ wait_for_end(BackgroundWorkerHandle *handle, long patience)
 			return true;
 		if (patience >= 0)
 		{
-			timeout = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), deadline);
+			timeout = TimestampDifferenceMilliseconds(GetCurrentTimestamp(),
+													  deadline);
 			if (timeout <= 0)
 				return false;
 			events |= WL_TIMEOUT;
@@ -541,7 +544,8 @@ plan_statement(const char *sql, CommandTag *tag)
 		PushActiveSnapshot(GetTransactionSnapshot());
 		snapshot_set = true;
 	}
-	querytrees = pg_analyze_and_rewrite_fixedparams(parsetree, sql, NULL, 0, NULL);
+	querytrees = pg_analyze_and_rewrite_fixedparams(parsetree, sql,
+													NULL, 0, NULL);
 	plans = pg_plan_queries(querytrees, sql, CURSOR_OPT_PARALLEL_OK, NULL);
 	if (snapshot_set)
 		PopActiveSnapshot();

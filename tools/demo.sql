@@ -3,6 +3,7 @@
 \set QUIET on
 \pset pager off
 \pset linestyle ascii
+\pset footer off
 SET client_min_messages = notice;
 
 \echo
@@ -15,18 +16,23 @@ ORDER BY position;
 
 CREATE EXTENSION risky_migrations;
 
-\echo One change of a column from integer to bigint, done twice on equal tables of
-\echo :rows rows: once as plain ALTER TABLE, once as a risky migration.  Meanwhile
-\echo probes read and write the table, and note how long each of them had to wait.
+\echo The same change of a column from text to timestamp, on equal tables of :rows
+\echo rows: first directly, by ALTER TABLE, then in three steps.  All the while one
+\echo probe reads the table and one writes to it, and they note how long each took.
 \echo
 CALL rm_compare(:rows);
 
 \echo
-\echo What the two ways cost:
+\echo What the two ways cost (times in milliseconds):
 SELECT * FROM rm_comparison() \gx
 
-\echo When it happened, and how long the probes waited:
+\echo When it happened, and how long the probes had to wait:
+\echo
+\pset tuples_only on
+\pset format unaligned
 SELECT * FROM rm_timeline();
+\pset format aligned
+\pset tuples_only off
 
 \echo Which locks were held, and for how long:
 SELECT * FROM rm_lock_report();

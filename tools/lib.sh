@@ -21,7 +21,8 @@ bindir=
 job=
 trash=()
 
-export LC_ALL=C.UTF-8
+# LANG as well, because PostgreSQL's Perl modules take LC_ALL away.
+export LANG=C.UTF-8 LC_ALL=C.UTF-8
 # Neither the caller's connection settings nor those of a calling make count.
 unset "${!PG@}" MAKEFLAGS MAKELEVEL MAKEOVERRIDES MFLAGS
 
@@ -150,6 +151,12 @@ ensure_packages() {
 # ---------------------------------------------------------------------------
 # PostgreSQL installations
 # ---------------------------------------------------------------------------
+
+# The packages it takes to build the extension for a major version and run it.
+# PostgreSQL's headers want those of ICU without depending on their package.
+packages_to_build() {
+	printf '%s\n' "postgresql-$1" "postgresql-server-dev-$1" gcc libc6-dev libicu-dev make
+}
 
 debian_pg_config() {
 	printf '/usr/lib/postgresql/%s/bin/pg_config\n' "$1"

@@ -30,6 +30,8 @@ CREATE FUNCTION public.picture() RETURNS text LANGUAGE sql AS $$
 		coalesce((SELECT string_agg(p::text, ';' ORDER BY id) FROM refusals.plain p), ''))
 $$;
 
+-- Where the wording is PostgreSQL's own, only the SQLSTATE is shown.
+
 -- 1. Procedures where they could not commit
 SELECT public.picture() AS before \gset
 BEGIN;
@@ -67,8 +69,13 @@ CALL public.call_it_too();
 DO $$ BEGIN CALL rm_migrate('0001'); EXCEPTION WHEN division_by_zero THEN NULL; END $$;
 \echo SQLSTATE :SQLSTATE
 SELECT count(*) FROM risky_migrations.step_log;
+-- a block or a procedure that may commit may call them
+DO $$ BEGIN CALL rm_migrate('0003'); CALL rm_migrate('zero'); END $$;
+SELECT step, direction, state FROM risky_migrations.step_log ORDER BY id;
 
 -- 2. Counts and batches
+CALL rm_migrate('0001');
+SELECT rm_seed(7, 3);
 CALL rm_compare(0);
 \echo SQLSTATE :SQLSTATE
 CALL rm_compare(-1);
@@ -93,7 +100,20 @@ CALL rm_compare(10, '20 ms', '0 s');
 \echo SQLSTATE :SQLSTATE
 CALL rm_compare(10, '20 ms', '1 day');
 \echo SQLSTATE :SQLSTATE
-SELECT count(*) FROM risky_migrations.step_log;
+-- what the probes would refuse is refused before the lab is emptied for it
+\set VERBOSITY sqlstate
+CALL rm_compare(10, '2 hours');
+\set VERBOSITY default
+\set VERBOSITY sqlstate
+CALL rm_compare(10, '20 ms', '2 hours');
+\set VERBOSITY default
+\set VERBOSITY sqlstate
+CALL rm_compare(10, '0.2 ms');
+\set VERBOSITY default
+-- the lab is as it was
+SELECT applied, number FROM rm_showmigrations();
+SELECT rows_checked, rows_wrong FROM rm_lab_check();
+CALL rm_migrate('zero');
 CALL rm_backfill_batched(0);
 \echo SQLSTATE :SQLSTATE
 CALL rm_backfill_batched(-1);
@@ -187,12 +207,15 @@ CALL rm_add_column('nowhere', 'v', 'int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('nowhere.plain', 'v', 'int');
 \echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
 CALL rm_add_column('a.b.c.d', 'v', 'int');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain; DROP TABLE plain', 'v', 'int');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('"plain', 'v', 'int');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 CALL rm_add_column('plain', 'nothing', 'int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'V', 'int');
@@ -203,18 +226,24 @@ CALL rm_add_column('plain', 'v', 'nonsense');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'nowhere.nonsense');
 \echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int; DROP TABLE plain');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int DEFAULT 5');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int NOT NULL');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'varchar(-1)');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'setof int');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int%TYPE');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 CALL rm_add_column('plain', 'v', 'serial');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'anyelement');
@@ -226,13 +255,16 @@ CALL rm_add_column('plain', 'v', 'record');
 CALL rm_add_column('plain', 'v', 'cstring', 'v::cstring');
 \echo SQLSTATE :SQLSTATE
 -- a composite of the table itself
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'plain', 'ROW(1, v, 1, 1)::plain');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 -- a shell type
 CREATE TYPE shell;
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'shell');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 DROP TYPE shell;
+SELECT public.picture() = :'before' AS nothing_changed;
 
 -- 4. Which relations
 CREATE VIEW a_view AS SELECT * FROM plain;
@@ -247,6 +279,7 @@ CREATE TABLE part PARTITION OF parted FOR VALUES FROM (0) TO (10);
 CREATE TABLE parent (id int, v text);
 CREATE TABLE child () INHERITS (parent);
 CREATE TEMP TABLE temporary_table (v text);
+CREATE TABLE typed OF a_composite;
 CREATE TABLE has_new (v text, v_new text);
 CREATE TABLE late_trigger (v text);
 CREATE FUNCTION public.noop() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NEW; END $$;
@@ -276,7 +309,12 @@ CALL rm_add_column('child', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('temporary_table', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
+CALL rm_add_column('typed', 'v', 'int', 'v::int');
+\set VERBOSITY default
 CALL rm_add_column('plain', 'g', 'bigint');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('plain', 'g', 'bigint', 'n::bigint');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('has_new', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
@@ -288,6 +326,7 @@ CALL rm_add_column('pg_catalog.pg_class', 'reltuples', 'float8');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('risky_migrations.migration', 'phase', 'bigint');
 \echo SQLSTATE :SQLSTATE
+SELECT public.picture() = :'before' AS nothing_changed;
 -- a trigger that fires last but does not change rows is no obstacle: after, or of statements
 DROP TRIGGER "~zz" ON late_trigger;
 CREATE TRIGGER "~zz" AFTER UPDATE ON late_trigger FOR EACH ROW EXECUTE FUNCTION noop();
@@ -296,7 +335,6 @@ CALL rm_add_column('late_trigger', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_rollback();
 \echo SQLSTATE :SQLSTATE
-SELECT public.picture() = :'before' AS nothing_changed;
 
 -- 5. The expression
 SELECT public.picture() AS before \gset
@@ -311,11 +349,14 @@ CALL rm_add_column('plain', 'v', 'int', 'v::jsonb');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', 'v::int, 2');
 \echo SQLSTATE :SQLSTATE
+CALL rm_add_column('plain', 'v', 'int', '*');
 \echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'v::int; DROP TABLE plain');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'v::int) ; DROP TABLE plain; --');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 CALL rm_add_column('plain', 'v', 'int', 'v::int FROM plain');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', 'v::int WHERE true');
@@ -326,8 +367,9 @@ CALL rm_add_column('plain', 'v', 'int', 'v::int ORDER BY 1');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', 'v::int LIMIT 1');
 \echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'v::int UNION SELECT 1');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 CALL rm_add_column('plain', 'v', 'int', 'DISTINCT v::int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', 'v::int FOR UPDATE');
@@ -336,26 +378,36 @@ CALL rm_add_column('plain', 'v', 'int', '-- v');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', '   ');
 \echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'v::int +');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', '$1');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'nothing::int');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'has_new.v::int');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', '(SELECT 1)');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'CASE WHEN EXISTS (SELECT FROM has_new) THEN 1 END');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'max(n)');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'row_number() OVER ()');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'generate_series(1, 2)');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'set_f(v)');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 CALL rm_add_column('plain', 'v', 'int', 'volatile_f(v)');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', 'stable_f(v)');
@@ -364,8 +416,9 @@ CALL rm_add_column('plain', 'v', 'int', 'random()::int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', 'nextval(''a_sequence'')');
 \echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'int', 'nowhere(v)');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 CALL rm_add_column('plain', 'v', 'timestamptz', 'now()');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'timestamptz', 'clock_timestamp()');
@@ -402,17 +455,19 @@ CALL rm_add_column('plain', 'v', 'jsonb', 'to_jsonb(plain)');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'int', 'g + v::int');
 \echo SQLSTATE :SQLSTATE
+SELECT public.picture() = :'before' AS nothing_changed;
 -- a schema's own now() is an ordinary function
 CALL rm_add_column('plain', 'v', 'int', 'public.now(v)');
 \echo SQLSTATE :SQLSTATE
 CALL rm_rollback();
 \echo SQLSTATE :SQLSTATE
-SELECT public.picture() = :'before' AS nothing_changed;
+SELECT public.picture() AS before \gset
 
 -- 6. Whose table
 SET ROLE regress_rm_other;
+\set VERBOSITY sqlstate
 CALL rm_add_column('refusals.plain', 'v', 'int', 'v::int');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 RESET ROLE;
 GRANT USAGE ON SCHEMA refusals TO regress_rm_other;
 GRANT ALL ON plain TO regress_rm_other;
@@ -427,8 +482,9 @@ CREATE TYPE public.mood AS ENUM ('sad', 'ok');
 REVOKE USAGE ON TYPE public.mood FROM PUBLIC;
 GRANT USAGE ON SCHEMA other TO regress_rm_owner;
 SET ROLE regress_rm_owner;
+\set VERBOSITY sqlstate
 CALL rm_add_column('other.theirs', 'v', 'public.mood', 'v::public.mood');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 RESET ROLE;
 SELECT public.picture() = :'before' AS nothing_changed;
 
@@ -514,7 +570,7 @@ CALL rm_migrate('0003');
 \echo SQLSTATE :SQLSTATE
 SELECT to_regclass('large_record');
 DROP VIEW small_record;
--- one that took the place of the lab's own
+-- one that took the place of the lab's own; the message names it
 CALL rm_migrate('0003');
 ALTER TABLE large_record RENAME TO large_record_away;
 CREATE TABLE large_record (precious text);
@@ -550,23 +606,42 @@ CREATE SCHEMA closed;
 GRANT USAGE ON SCHEMA closed TO regress_rm_other;
 SET ROLE regress_rm_other;
 SET search_path = closed, public;
+\set VERBOSITY sqlstate
 CALL rm_migrate('0001');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 RESET ROLE;
 SET search_path = refusals, public;
 
 -- 9. Values that do not convert
+CREATE FUNCTION public.strings() RETURNS text LANGUAGE sql AS $$
+	SELECT md5(string_agg(x.t, ';' ORDER BY x.t)) FROM (
+		SELECT 's' || s::text FROM small_record s UNION ALL SELECT 'l' || l::text FROM large_record l) x (t)
+$$;
+CREATE VIEW public.types AS SELECT attrelid::regclass::text, atttypid::regtype FROM pg_attribute
+WHERE attname = 'created_at' AND attrelid IN (to_regclass('refusals.small_record'), to_regclass('refusals.large_record'));
 SELECT rm_seed(5);
 UPDATE large_record SET created_at = 'not a date' WHERE id = 3;
-SELECT public.picture() AS before \gset
+SELECT public.strings() AS before \gset
 CALL rm_migrate('0002');
 \echo SQLSTATE :SQLSTATE
-SELECT public.picture() = :'before' AS nothing_changed;
+SELECT public.strings() = :'before' AS nothing_changed;
 SELECT applied, number FROM rm_showmigrations();
--- the small table had been changed by then, and was changed back
-SELECT attrelid::regclass, atttypid::regtype FROM pg_attribute
-WHERE attname = 'created_at' AND attrelid IN ('small_record'::regclass, 'large_record'::regclass) ORDER BY 1;
-SELECT count(*) FROM small_record WHERE created_at = risky_migrations.lab_moment(id);
+SELECT * FROM types ORDER BY 1;
+-- also if the small table holds strings that could not be made again from timestamps
+UPDATE small_record SET created_at = 'Jan 3 2024' WHERE id = 5;
+SELECT public.strings() AS before \gset
+CALL rm_migrate('0002');
+\echo SQLSTATE :SQLSTATE
+SELECT public.strings() = :'before' AS nothing_changed;
+SELECT * FROM types ORDER BY 1;
+DO $$ BEGIN
+	-- go on from where it should be, wherever it is
+	IF EXISTS (SELECT FROM types WHERE atttypid = 'timestamp'::regtype) THEN
+		PERFORM rm_seed(5);
+		CALL rm_migrate('0001');
+	END IF;
+END $$;
+UPDATE small_record SET created_at = risky_migrations.lab_moment(id);
 -- in the small table
 UPDATE large_record SET created_at = risky_migrations.lab_moment(id);
 UPDATE small_record SET created_at = '2024-13-01 00:00:00' WHERE id = 77;
@@ -619,8 +694,7 @@ UPDATE small_record SET created_at = '0044-03-15 12:00:00 BC' WHERE id = 9;
 CALL rm_migrate('0001');
 \echo SQLSTATE :SQLSTATE
 SELECT applied, number FROM rm_showmigrations();
-SELECT attrelid::regclass, atttypid::regtype FROM pg_attribute
-WHERE attname = 'created_at' AND attrelid IN ('small_record'::regclass, 'large_record'::regclass) ORDER BY 1;
+SELECT * FROM types ORDER BY 1;
 UPDATE small_record SET created_at = risky_migrations.lab_moment(id)::timestamp;
 CALL rm_migrate('0001');
 SELECT * FROM rm_lab_check();
@@ -635,10 +709,9 @@ SELECT rm_probe_start('  -- nothing');
 \echo SQLSTATE :SQLSTATE
 SELECT rm_probe_start('SELECT 1; SELECT 2');
 \echo SQLSTATE :SQLSTATE
-SELECT rm_probe_start('SELECT');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY sqlstate
 SELECT rm_probe_start('SELEC 1');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 SELECT rm_probe_start('SELECT 1', NULL);
 \echo SQLSTATE :SQLSTATE
 SELECT rm_probe_start('SELECT 1', '0 s');
@@ -675,11 +748,19 @@ SELECT rm_probe_stop(-1);
 \echo SQLSTATE :SQLSTATE
 SELECT rm_probe_stop(4711);
 \echo SQLSTATE :SQLSTATE
-SET ROLE regress_rm_other;
-SELECT rm_probe_start('SELECT 1');
-\echo SQLSTATE :SQLSTATE
-RESET ROLE;
+-- none was started; then one, of which others know nothing
 SELECT count(*) FROM risky_migrations.probe;
+SELECT rm_probe_start('SELECT 1', '1 s') AS probe \gset
+SET ROLE regress_rm_other;
+SELECT count(*) FROM rm_probes;
+\set VERBOSITY sqlstate
+SELECT rm_probe_stop(:probe);
+\set VERBOSITY default
+RESET ROLE;
+SELECT rm_probe_stop(:probe) >= 0 AS stopped;
+\set VERBOSITY sqlstate
+SELECT rm_probe_stop(:probe);
+\set VERBOSITY default
 
 -- 12. The settings
 SET risky_migrations.lock_timeout = 0;
@@ -704,8 +785,9 @@ INSERT INTO elsewhere VALUES ('x');
 \echo SQLSTATE :SQLSTATE
 DROP TRIGGER t ON elsewhere;
 CREATE TRIGGER t BEFORE INSERT ON elsewhere FOR EACH ROW EXECUTE FUNCTION risky_migrations.sync('x');
+\set VERBOSITY sqlstate
 INSERT INTO elsewhere VALUES ('x');
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 DROP TRIGGER t ON elsewhere;
 CREATE TRIGGER t AFTER INSERT ON elsewhere FOR EACH ROW EXECUTE FUNCTION risky_migrations.sync('1');
 INSERT INTO elsewhere VALUES ('x');
@@ -722,15 +804,41 @@ INSERT INTO elsewhere VALUES ('y') RETURNING *;
 SELECT risky_migrations.sync();
 \echo SQLSTATE :SQLSTATE
 
--- every refusal that reached a step is in the log as failed, none as done or running
-SELECT state, count(*) FROM rm_migrations GROUP BY 1 ORDER BY 1;
-SELECT approach, step, direction, sqlstate, count(*) FROM risky_migrations.step_log
-WHERE state = 'failed' GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4;
+-- 14. Domains: ADD COLUMN of one that has constraints would write the whole
+-- table anew under ACCESS EXCLUSIVE
+CREATE DOMAIN positive AS int CHECK (VALUE > 0);
+CREATE DOMAIN not_null AS int NOT NULL;
+CREATE DOMAIN two_deep AS positive;
+CREATE DOMAIN unconstrained AS int;
+CREATE TABLE domained (a text, b text, c text, d text);
+INSERT INTO domained VALUES ('1', '2', '3', '4');
+\set VERBOSITY sqlstate
+CALL rm_add_column('domained', 'a', 'positive', 'a::int');
+\set VERBOSITY default
+\set VERBOSITY sqlstate
+CALL rm_add_column('domained', 'b', 'not_null', 'b::int');
+\set VERBOSITY default
+\set VERBOSITY sqlstate
+CALL rm_add_column('domained', 'c', 'two_deep', 'c::int');
+\set VERBOSITY default
+\set VERBOSITY sqlstate
+CALL rm_add_column('domained', 'd', 'unconstrained', 'd::int');
+\set VERBOSITY default
+SELECT step, rewritten FROM rm_lock_report() WHERE relation = 'refusals.domained' AND lock_mode = 'AccessExclusiveLock';
+SELECT * FROM domained;
+DROP TABLE domained CASCADE;
+
+-- whatever was refused after its step had begun is in the log as failed, and
+-- nothing is left running
+SELECT DISTINCT approach, step, direction, sqlstate FROM risky_migrations.step_log
+WHERE state = 'failed' ORDER BY 1, 2, 3, 4;
 SELECT count(*) FROM risky_migrations.step_log WHERE state = 'running';
 SELECT count(*) FROM pg_locks WHERE locktype = 'advisory';
 
 SET search_path = public;
 DROP EXTENSION risky_migrations CASCADE;
+DROP VIEW types;
+DROP FUNCTION strings;
 DROP SCHEMA refusals, other, closed CASCADE;
 DROP FUNCTION picture, call_it, noop, volatile_f, stable_f, immutable_f, set_f, now(text);
 DROP PROCEDURE call_it_too;
