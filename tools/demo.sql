@@ -16,7 +16,7 @@ ORDER BY position;
 
 CREATE EXTENSION risky_migrations;
 
-\echo The same change of a column from text to timestamp, on equal tables of :rows
+\echo The same change of a column from varchar to timestamp, on equal tables of :rows
 \echo rows: first directly, by ALTER TABLE, then in three steps.  All the while one
 \echo probe reads the table and one writes to it, and they note how long each took.
 \echo
