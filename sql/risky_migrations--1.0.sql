@@ -215,6 +215,18 @@ COMMENT ON PROCEDURE rm_rollback(bigint) IS
 	'takes a migration back from wherever it stands, with nothing left lying about';
 
 -----------------------------------------------------------------------
+-- Know
+-----------------------------------------------------------------------
+
+CREATE FUNCTION rm_check_conversion(relation text, column_name text, new_type text,
+	using_expr text DEFAULT NULL, max_rows bigint DEFAULT 100,
+	OUT row_key text, OUT value text, OUT sqlstate text, OUT message text,
+	OUT rows_like_it bigint)
+RETURNS SETOF record AS 'MODULE_PATHNAME', 'rm_check_conversion' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION rm_check_conversion(text, text, text, text, bigint) IS
+	'the rows whose value would not convert, at most max_rows of them, and how many fail for the same reason; reads the table with ACCESS SHARE only';
+
+-----------------------------------------------------------------------
 -- Watch
 -----------------------------------------------------------------------
 

@@ -345,11 +345,17 @@ rm_row_key(Relation rel, TupleTableSlot *slot)
 	return psprintf("(%s)=(%s)", names.data, values.data);
 }
 
+/* the column that changes, as text; NULL if it is */
+char *
+rm_row_value(RmRows *rows)
+{
+	return column_text(rows->rel, rows->slot, rows->m->attnum);
+}
+
 /* records that the row in the slot does not convert */
 void
 rm_row_record_failure(RmRows *rows, ErrorData *error)
 {
 	rm_record_failure(rows->m, rm_row_key(rows->rel, rows->slot),
-					  &rows->slot->tts_tid,
-					  column_text(rows->rel, rows->slot, rows->m->attnum), error);
+					  &rows->slot->tts_tid, rm_row_value(rows), error);
 }

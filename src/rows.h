@@ -10,6 +10,7 @@
 #ifndef RM_ROWS_H
 #define RM_ROWS_H
 
+#include "access/tableam.h"
 #include "migration.h"
 #include "storage/buf.h"
 #include "utils/snapshot.h"
@@ -53,6 +54,7 @@ extern TM_Result rm_row_store(RmRows *rows, bool wait, bool *hot);
 extern bool rm_row_convert(RmRows *rows, bool careful, Datum *value, bool *isnull,
 						   ErrorData **error);
 extern void rm_row_record_failure(RmRows *rows, ErrorData *error);
+extern char *rm_row_value(RmRows *rows);
 extern char *rm_row_key(Relation rel, TupleTableSlot *slot);
 
 #endif							/* RM_ROWS_H */

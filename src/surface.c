@@ -96,8 +96,8 @@ rm_text_argument(FunctionCallInfo fcinfo, int arg, const char *name)
 }
 
 /* OID of the table of that name, as it stands in the present search_path */
-static Oid
-find_relation(const char *name)
+Oid
+rm_find_relation(const char *name)
 {
 	List	   *names = rm_qualified_name_list(name);
 	Oid			relid = RangeVarGetRelid(makeRangeVarFromNameList(names), NoLock, true);
@@ -325,7 +325,7 @@ rm_add_column(PG_FUNCTION_ARGS)
 	spec.column = rm_text_argument(fcinfo, 1, "column_name");
 	spec.new_type = rm_text_argument(fcinfo, 2, "new_type");
 	spec.using_expr = PG_ARGISNULL(3) ? NULL : rm_text_argument(fcinfo, 3, "using_expr");
-	spec.relid = find_relation(relation);
+	spec.relid = rm_find_relation(relation);
 	spec.new_column = rm_shadow_column_name(spec.column);
 
 	m = rm_migration_start(&spec);

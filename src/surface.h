@@ -30,6 +30,7 @@ typedef struct RmMigrationSpec
 extern int64 rm_count_argument(FunctionCallInfo fcinfo, int arg, const char *name,
 							   int64 min, int64 max);
 extern char *rm_text_argument(FunctionCallInfo fcinfo, int arg, const char *name);
+extern Oid	rm_find_relation(const char *name);
 extern RmMigration *rm_migration_read(int64 id);
 extern RmMigration *rm_migration_start(const RmMigrationSpec *spec);
 extern void rm_migration_revert(RmMigration *m, int to_steps);

@@ -1,0 +1,124 @@
+-- Catalog facts: what the extension consists of, where it lives, and how each
+-- of its functions may be called.
+\set ON_ERROR_STOP 1
+CREATE EXTENSION IF NOT EXISTS pgtap;
+CREATE SCHEMA tools;
+CREATE EXTENSION risky_migrations SCHEMA tools;
+
+BEGIN;
+SELECT no_plan();
+
+-- every object that belongs to the extension
+CREATE TEMP VIEW member AS
+SELECT d.classid::regclass::text AS catalog, d.objid, i.type, i.schema, i.name, i.identity
+FROM pg_depend d, LATERAL pg_identify_object(d.classid, d.objid, d.objsubid) i
+WHERE d.refclassid = 'pg_extension'::regclass AND d.deptype = 'e'
+	AND d.refobjid = (SELECT oid FROM pg_extension WHERE extname = 'risky_migrations');
+
+-- signatures: kind, volatility, strictness, parallel safety, arguments with their defaults, result
+CREATE TEMP VIEW signature AS
+SELECT m.schema, p.proname::text AS name,
+	format('%s %s(%s)%s %s%s%s', CASE p.prokind WHEN 'p' THEN 'procedure' ELSE 'function' END, p.proname,
+		pg_get_function_arguments(p.oid), coalesce(' ' || pg_get_function_result(p.oid), ''),
+		CASE p.provolatile WHEN 'v' THEN 'volatile' WHEN 's' THEN 'stable' ELSE 'immutable' END,
+		CASE WHEN p.proisstrict THEN ' strict' ELSE '' END,
+		CASE p.proparallel WHEN 's' THEN ' parallel safe' ELSE '' END) AS signature
+FROM member m JOIN pg_proc p ON p.oid = m.objid AND m.catalog = 'pg_proc';
+
+SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
+	'procedure rm_add_column(IN relation text, IN column_name text, IN new_type text, IN using_expr text DEFAULT NULL::text) volatile',
+	'procedure rm_backfill_batched(IN batch bigint DEFAULT 100000, IN migration bigint DEFAULT NULL::bigint) volatile',
+	'procedure rm_enforce_not_null(IN migration bigint DEFAULT NULL::bigint) volatile',
+	'procedure rm_rollback(IN migration bigint DEFAULT NULL::bigint) volatile',
+	'procedure rm_migrate(IN target text) volatile',
+	'procedure rm_compare(IN rows bigint DEFAULT 1000000, IN every interval DEFAULT ''00:00:00.01''::interval, IN timeout interval DEFAULT ''00:00:05''::interval) volatile',
+	'function rm_lock_report(OUT approach text, OUT step text, OUT relation text, OUT role text, OUT lock_mode text, OUT blocks_reads boolean, OUT blocks_writes boolean, OUT wait_ms numeric, OUT hold_ms numeric, OUT hold_is_exact boolean, OUT rewritten boolean, OUT started_at timestamp with time zone) SETOF record stable',
+	'function rm_blocked_queries(OUT waiting_pid integer, OUT waiting_query text, OUT relation text, OUT lock_mode text, OUT waited interval, OUT blocking_pid integer, OUT blocking_query text, OUT blocking_state text, OUT depth integer) SETOF record volatile',
+	'function rm_active_queries(OUT pid integer, OUT role name, OUT backend_type text, OUT state text, OUT running_for interval, OUT transaction_for interval, OUT wait_event_type text, OUT wait_event text, OUT blocked_by integer[], OUT query text) SETOF record volatile',
+	'function rm_table_sizes(OUT relation text, OUT rows_estimated bigint, OUT heap_bytes bigint, OUT toast_bytes bigint, OUT index_bytes bigint, OUT total_bytes bigint, OUT total text) SETOF record stable',
+	'function rm_probe_start(query text, every interval DEFAULT ''00:00:00.01''::interval, timeout interval DEFAULT ''00:00:05''::interval, time_limit interval DEFAULT ''01:00:00''::interval) bigint volatile',
+	'function rm_probe_stop(id bigint) bigint volatile',
+	'function rm_seed(n bigint, batch bigint DEFAULT 10000) bigint volatile',
+	'function rm_list_large() json volatile',
+	'function rm_lab_check(OUT rows_checked bigint, OUT rows_wrong bigint) record volatile',
+	'function rm_showmigrations(OUT applied text, OUT number text, OUT name text, OUT applied_at timestamp with time zone, OUT duration interval) SETOF record stable',
+	'function rm_comparison(OUT approach text, OUT rows bigint, OUT total_ms numeric, OUT step_ms json, OUT read_longest_ms numeric, OUT read_p99_ms numeric, OUT write_longest_ms numeric, OUT write_p99_ms numeric, OUT timeouts bigint, OUT errors bigint, OUT probes_made bigint, OUT wal_bytes bigint, OUT heap_bytes_before bigint, OUT heap_bytes_after bigint, OUT index_bytes_before bigint, OUT index_bytes_after bigint, OUT rows_checked bigint, OUT rows_wrong bigint) SETOF record stable',
+	'function rm_timeline() SETOF text stable'
+], 'what people call');
+
+SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations'$$, ARRAY[
+	'function may_see(relid oid, owner oid) boolean stable parallel safe',
+	'function sync() trigger volatile',
+	'function is_lab_form(value text) boolean immutable strict parallel safe',
+	'function lab_moment(n bigint) text immutable strict parallel safe',
+	'function lab_write(rows bigint) text volatile'
+], 'what the extension calls');
+
+SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE type IN ('table', 'view', 'index')$$, ARRAY[
+	'table risky_migrations.migration', 'table risky_migrations.skipped_row', 'table risky_migrations.conversion_error',
+	'table risky_migrations.step_log', 'table risky_migrations.step_lock', 'table risky_migrations.lab',
+	'table risky_migrations.probe', 'table risky_migrations.probe_sample', 'table risky_migrations.comparison',
+	'view risky_migrations.lock_report', 'view risky_migrations.lab_step', 'view risky_migrations.comparison_step',
+	'view risky_migrations.comparison_latest',
+	'view tools.rm_migrations', 'view tools.rm_progress', 'view tools.rm_conversion_errors', 'view tools.rm_probes',
+	'view tools.rm_probe_results'
+], 'tables and views');
+
+SELECT set_eq($$SELECT DISTINCT type FROM member WHERE type !~ '^(table|view|sequence|function|procedure|type|schema)$|\[\]'$$,
+	ARRAY[]::text[], 'nothing but schema, tables, views, functions and procedures');
+
+-- where they live
+SELECT is_empty($$SELECT identity FROM member WHERE schema NOT IN ('tools', 'risky_migrations') AND type <> 'schema'$$,
+	'no object outside the two schemas');
+SELECT is_empty($$SELECT identity FROM member WHERE schema = 'tools' AND name !~ '^rm_' AND type <> 'type' AND type <> 'function'$$,
+	'in the schema of the extension all names begin with rm_');
+SELECT is_empty($$SELECT name FROM signature WHERE schema = 'tools' AND name !~ '^rm_'$$, 'functions too');
+SELECT is(count(*), 0::bigint, 'nothing in pg_catalog or public is new')
+FROM member WHERE schema IN ('pg_catalog', 'public', 'information_schema');
+SELECT is((SELECT extversion FROM pg_extension WHERE extname = 'risky_migrations'),
+	(SELECT default_version FROM pg_available_extensions WHERE name = 'risky_migrations'), 'the version of the control file');
+
+-- every one says what it is
+SELECT is_empty($$SELECT m.identity FROM member m
+	WHERE m.type IN ('table', 'view', 'function', 'procedure', 'schema')
+	AND coalesce(obj_description(m.objid, m.catalog), '') = ''$$, 'every object has a comment');
+SELECT isnt(obj_description(oid, 'pg_extension'), NULL, 'the extension too') FROM pg_extension WHERE extname = 'risky_migrations';
+
+-- how they run
+SELECT is_empty($$SELECT m.identity FROM member m JOIN pg_proc p ON p.oid = m.objid AND m.catalog = 'pg_proc' WHERE p.prosecdef$$,
+	'no function is SECURITY DEFINER');
+SELECT is_empty($$SELECT m.identity FROM member m JOIN pg_proc p ON p.oid = m.objid AND m.catalog = 'pg_proc'
+	WHERE p.prokind = 'p' AND p.proconfig IS NOT NULL$$, 'no procedure has settings, which would forbid it to commit');
+SELECT is_empty($$SELECT m.identity FROM member m JOIN pg_proc p ON p.oid = m.objid AND m.catalog = 'pg_proc'
+	JOIN pg_language l ON l.oid = p.prolang WHERE l.lanname NOT IN ('c', 'sql')$$, 'C and SQL only: no other language is needed');
+SELECT is_empty($$SELECT m.identity FROM member m JOIN pg_proc p ON p.oid = m.objid AND m.catalog = 'pg_proc'
+	JOIN pg_language l ON l.oid = p.prolang WHERE l.lanname = 'sql' AND p.prosqlbody IS NULL$$,
+	'bodies in SQL were parsed at CREATE EXTENSION: no search_path changes what they mean');
+SELECT is_empty($$SELECT m.identity FROM member m JOIN pg_class c ON c.oid = m.objid AND m.catalog = 'pg_class'
+	WHERE c.relkind = 'v' AND NOT coalesce('security_barrier=true' = ANY (c.reloptions), false)$$,
+	'every view is a security barrier');
+SELECT is_empty($$SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'risky_migrations'::regnamespace
+	AND c.relpersistence <> 'p'$$, 'all state is WAL-logged');
+SELECT is_empty($$SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'risky_migrations'::regnamespace AND c.relkind = 'r'
+	AND NOT EXISTS (SELECT FROM pg_index i WHERE i.indrelid = c.oid)$$, 'every table has an index');
+
+-- settings
+LOAD 'risky_migrations';
+SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, setting, unit, context, min_val, max_val) FROM pg_settings
+	WHERE name ~ '^risky_migrations\.'$$, ARRAY[
+	'risky_migrations.lock_retries 50 user 0..2147483647',
+	'risky_migrations.lock_retry_max_delay 10000ms user 1..3600000',
+	'risky_migrations.lock_timeout 250ms user 10..60000',
+	'risky_migrations.max_row_lock_time 25ms user 1..60000'], 'the settings, their defaults and ranges');
+SELECT is_empty($$SELECT name FROM pg_settings WHERE name ~ '^risky_migrations\.' AND coalesce(short_desc, '') = ''$$,
+	'each of them is described');
+
+-- gone without a trace, made again
+DROP EXTENSION risky_migrations;
+SELECT is((SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname IN ('tools', 'risky_migrations'))
+	+ (SELECT count(*) FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname IN ('tools', 'risky_migrations'))
+	+ (SELECT count(*) FROM pg_namespace WHERE nspname = 'risky_migrations'), 0::bigint, 'DROP EXTENSION leaves nothing');
+CREATE EXTENSION risky_migrations SCHEMA tools;
+SELECT is((SELECT count(*) FROM tools.rm_migrations), 0::bigint, 'and it can be created again');
+SELECT * FROM finish();
+ROLLBACK;
