@@ -90,6 +90,7 @@ typedef struct PageState
 	bool		done;			/* nothing is left to do */
 	bool		visited;
 	uint8		evict_later;	/* rows to give away at the second visit */
+	Bitmapset  *failed;			/* offsets of rows that do not convert */
 } PageState;
 
 /* the window, and the batch it is counted in; lives across transactions */
@@ -108,12 +109,12 @@ typedef struct Backfill
 	int			rested_ms;
 	int			patience_ms;
 	List	   *locked;			/* TIDs found locked in this pass */
-	List	   *failed;			/* TIDs in the window that do not convert */
 
 	bool		dirty;			/* a transaction is under way, or has failed */
 	int64		batch_rows;		/* in the batch, committed */
 	int64		xact_rows;
 	int64		xact_hot;
+	int64		xact_failed;	/* rows that did not convert */
 	int64		base_rows;		/* run->rows_changed before the transaction */
 	int64		base_hot;
 	int64		base_batches;
@@ -128,23 +129,6 @@ typedef struct Backfill
 	int64		failures;
 	bool		nothing_to_do;
 } Backfill;
-
-/* is the row at that place one of those? */
-static bool
-is_member(List *tids, BlockNumber block, OffsetNumber offset)
-{
-	ListCell   *lc;
-
-	foreach(lc, tids)
-	{
-		ItemPointer tid = lfirst(lc);
-
-		if (ItemPointerGetBlockNumber(tid) == block &&
-			ItemPointerGetOffsetNumber(tid) == offset)
-			return true;
-	}
-	return false;
-}
 
 /* adds a copy of tid to the list, in the memory of the step */
 static List *
@@ -174,14 +158,14 @@ begin_pass(Backfill *b)
 static void
 reset_window(Backfill *b, BlockNumber start, BlockNumber end)
 {
+	for (int i = 0; i < WINDOW_PAGES; i++)
+		bms_free(b->pages[i].failed);
 	b->start = start;
 	b->end = Min(start + WINDOW_PAGES, end);
 	memset(b->pages, 0, sizeof(b->pages));
 	b->plain = false;
 	b->rested_ms = 0;
 	b->lock_passes = 0;
-	list_free_deep(b->failed);
-	b->failed = NIL;
 	begin_pass(b);
 }
 
@@ -220,10 +204,10 @@ transaction_full(RmRun *run)
 {
 	Backfill   *b = run->work;
 
-	if (b->batch_rows + b->xact_rows >= run->batch)
+	if (b->batch_rows + b->xact_rows + b->xact_failed >= run->batch)
 		return true;
 	/* the commit takes its time too */
-	return b->xact_rows > 0 &&
+	return b->xact_rows + b->xact_failed > 0 &&
 		rm_elapsed_ms(b->first_row) >= rm_max_row_lock_time * 0.8;
 }
 
@@ -234,7 +218,7 @@ store_row(RmRun *run, RmRows *rows, bool *hot)
 	Backfill   *b = run->work;
 	TM_Result	result;
 
-	if (b->xact_rows == 0)
+	if (b->xact_rows + b->xact_failed == 0)
 		INSTR_TIME_SET_CURRENT(b->first_row);
 	result = rm_row_store(rows, false, hot);
 	switch (result)
@@ -252,6 +236,23 @@ store_row(RmRun *run, RmRows *rows, bool *hot)
 			b->locked = add_tid(run, b->locked, &rows->slot->tts_tid);
 			return false;
 	}
+}
+
+/* records that the row in the slot does not convert; not to be tried again */
+static void
+note_failure(RmRun *run, RmRows *rows, PageState *page, OffsetNumber offset,
+			 ErrorData *error)
+{
+	Backfill   *b = run->work;
+	MemoryContext oldcxt;
+
+	if (b->xact_rows + b->xact_failed == 0)
+		INSTR_TIME_SET_CURRENT(b->first_row);
+	rm_row_record_failure(rows, error);
+	b->xact_failed++;
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	page->failed = bms_add_member(page->failed, offset);
+	MemoryContextSwitchTo(oldcxt);
 }
 
 /*
@@ -286,12 +287,12 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 		bool		isnull;
 		ErrorData  *error;
 		Size		need;
-		bool		hot;
+		bool		hot = false;
 
-		if (b->failed != NIL && is_member(b->failed, block, offsets[i]))
+		if (bms_is_member(offsets[i], page->failed))
 			continue;
 		/* the clock is looked at every few rows */
-		if (b->batch_rows + b->xact_rows >= run->batch ||
+		if (b->batch_rows + b->xact_rows + b->xact_failed >= run->batch ||
 			(i % 8 == 0 && transaction_full(run)))
 		{
 			through = false;
@@ -302,9 +303,7 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 		if (!rm_row_convert(rows, b->careful, &value, &isnull, &error))
 		{
 			b->converting = false;
-			rm_row_record_failure(rows, error);
-			b->failures++;
-			b->failed = add_tid(run, b->failed, &rows->slot->tts_tid);
+			note_failure(run, rows, page, offsets[i], error);
 			continue;
 		}
 		b->converting = false;
@@ -487,7 +486,7 @@ visit_skipped_row(RmRun *run, Relation rel)
 		bool		isnull;
 		Datum		value;
 		ErrorData  *error;
-		bool		hot;
+		bool		hot = false;
 
 		(void) rm_row_target(rows, &isnull);
 		if (!isnull)
@@ -495,7 +494,7 @@ visit_skipped_row(RmRun *run, Relation rel)
 		else if (!rm_row_convert(rows, true, &value, &isnull, &error))
 		{
 			rm_row_record_failure(rows, error);
-			b->failures++;
+			b->xact_failed++;
 		}
 		else if (!isnull)
 		{
@@ -564,7 +563,7 @@ begin_work(RmRun *run)
 	b->base_rows = run->rows_changed;
 	b->base_hot = run->rows_hot;
 	b->base_batches = run->batches;
-	b->xact_rows = b->xact_hot = 0;
+	b->xact_rows = b->xact_hot = b->xact_failed = 0;
 	b->batch_complete = false;
 	return b;
 }
@@ -605,7 +604,7 @@ backfill_apply(RmRun *run)
 	run->rows_changed += b->xact_rows;
 	run->rows_hot += b->xact_hot;
 	run->async_commit = true;
-	b->batch_complete = b->batch_rows + b->xact_rows >= run->batch;
+	b->batch_complete = b->batch_rows + b->xact_rows + b->xact_failed >= run->batch;
 	if (b->batch_complete ||
 		(result == RM_STEP_DONE && b->batch_rows + b->xact_rows > 0))
 		run->batches++;
@@ -626,6 +625,7 @@ backfill_committed(RmRun *run, RmStepResult result)
 		return;
 	b->dirty = false;
 	b->batch_rows += b->xact_rows;
+	b->failures += b->xact_failed;
 	if (!b->batch_complete && result != RM_STEP_DONE)
 		return;
 
@@ -638,8 +638,9 @@ backfill_committed(RmRun *run, RmStepResult result)
 	if (result == RM_STEP_DONE && b->failures > 0)
 		ereport(WARNING,
 				(errcode(ERRCODE_DATA_EXCEPTION),
-				 errmsg("%lld rows hold values that do not convert",
-						(long long) b->failures),
+				 errmsg_plural("%lld row holds a value that does not convert",
+							   "%lld rows hold values that do not convert",
+							   (unsigned long) b->failures, (long long) b->failures),
 				 errdetail("They are recorded, and nothing was lost; they stand in the way of the next step."),
 				 errhint("SELECT * FROM rm_conversion_errors; mended rows are converted as they are written.")));
 }

@@ -70,6 +70,7 @@ typedef struct Check
 	HTAB	   *kinds;
 	List	   *failed;			/* of FailedRow, at most limit */
 	int64		limit;
+	bool		first_only;		/* stop at the first one */
 } Check;
 
 /* SQLSTATE and message, without what stands between its first and last quote */
@@ -203,6 +204,63 @@ put_result(Check *check, ReturnSetInfo *rsinfo)
 	}
 }
 
+/* goes through the table, of which the caller holds a lock */
+static void
+run_check(Check *check, Relation rel, const char *column, const char *new_type,
+		  const char *using_expr)
+{
+	HASHCTL		ctl = {.keysize = KIND_LEN,.entrysize = sizeof(FailureKind)};
+	RmConversionDef *def = rm_conversion_parse(rel, column, new_type, using_expr);
+	RmMigration m = {0};
+	BlockNumber end;
+
+	m.relid = RelationGetRelid(rel);
+	m.relation = RelationGetRelationName(rel);
+	m.attnum = def->attnum;
+	m.new_type_id = def->type;
+	m.new_typmod = def->typmod;
+	m.using_expr = def->using_expr;
+	m.tree = def->tree;
+	m.server_version = def->server_version;
+	m.settings = def->settings;
+
+	check->kinds = hash_create("rm kinds of failure", 16, &ctl, HASH_ELEM | HASH_BLOBS);
+	check->rows = rm_rows_open(&m, rel, RM_ROWS_READ);
+	end = RelationGetNumberOfBlocks(rel);
+	for (BlockNumber block = 0; block < end; block++)
+	{
+		CHECK_FOR_INTERRUPTS();
+		check_page(check, block);
+		if (check->first_only && check->failed != NIL)
+			break;
+	}
+	rm_rows_close(check->rows);
+}
+
+/*
+ * Key of the first row found that does not convert, and its error, in the
+ * current memory context; NULL if all do.  Waits for ACCESS SHARE as long as
+ * lock_timeout says.
+ */
+char *
+rm_first_failure(Oid relid, const char *column, const char *new_type,
+				 const char *using_expr, ErrorData **error)
+{
+	Check		check = {.cxt = CurrentMemoryContext,.limit = 1,.first_only = true};
+	Relation	rel = relation_open(relid, AccessShareLock);
+	FailedRow  *row;
+
+	run_check(&check, rel, column, new_type, using_expr);
+	relation_close(rel, NoLock);
+	if (check.failed == NIL)
+		return NULL;
+	row = linitial(check.failed);
+	*error = palloc0(sizeof(ErrorData));
+	(*error)->sqlerrcode = row->sqlerrcode;
+	(*error)->message = row->message;
+	return row->key;
+}
+
 /*
  * rm_check_conversion(relation text, column_name text, new_type text,
  *					   using_expr text, max_rows bigint)
@@ -218,11 +276,7 @@ rm_check_conversion(PG_FUNCTION_ARGS)
 	char	   *using_expr = PG_ARGISNULL(3) ? NULL : rm_text_argument(fcinfo, 3, "using_expr");
 	Oid			relid = rm_find_relation(rm_text_argument(fcinfo, 0, "relation"));
 	Check		check = {.cxt = CurrentMemoryContext};
-	HASHCTL		ctl = {.keysize = KIND_LEN,.entrysize = sizeof(FailureKind)};
-	RmMigration m = {0};
-	RmConversionDef *def;
 	Relation	rel;
-	BlockNumber end;
 
 	check.limit = rm_count_argument(fcinfo, 4, "max_rows", 1, 1000000);
 	rel = relation_open(relid, AccessShareLock);
@@ -234,26 +288,8 @@ rm_check_conversion(PG_FUNCTION_ARGS)
 				 errmsg("\"%s\" is not an ordinary table", RelationGetRelationName(rel)),
 				 errdetail("Only tables of the access method heap can be read page by page."),
 				 errhint("Of a partitioned table, name the partitions one by one.")));
-	def = rm_conversion_parse(rel, column, new_type, using_expr);
-	m.relid = relid;
-	m.attnum = def->attnum;
-	m.new_type = def->type_name;
-	m.using_expr = def->using_expr;
-	m.tree = def->tree;
-	m.server_version = def->server_version;
-	m.settings = def->settings;
-	m.relation = RelationGetRelationName(rel);
-
 	InitMaterializedSRF(fcinfo, 0);
-	check.kinds = hash_create("rm kinds of failure", 16, &ctl, HASH_ELEM | HASH_BLOBS);
-	check.rows = rm_rows_open(&m, rel, RM_ROWS_READ);
-	end = RelationGetNumberOfBlocks(rel);
-	for (BlockNumber block = 0; block < end; block++)
-	{
-		CHECK_FOR_INTERRUPTS();
-		check_page(&check, block);
-	}
-	rm_rows_close(check.rows);
+	run_check(&check, rel, column, new_type, using_expr);
 	relation_close(rel, NoLock);
 	put_result(&check, rsinfo);
 	hash_destroy(check.kinds);

@@ -41,11 +41,13 @@
 #include "access/transam.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_collation.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_type.h"
 #include "commands/tablecmds.h"
 #include "compat.h"
 #include "conversion.h"
+#include "fmgr.h"
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "nodes/nodeFuncs.h"
@@ -53,11 +55,13 @@
 #include "parser/parse_coerce.h"
 #include "parser/parse_collate.h"
 #include "parser/parse_expr.h"
+#include "parser/parse_func.h"
 #include "parser/parse_node.h"
 #include "parser/parse_relation.h"
 #include "parser/parse_type.h"
 #include "parser/parser.h"
 #include "pgtime.h"
+#include "state.h"
 #include "tsearch/ts_cache.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -72,6 +76,8 @@
 #include "utils/ruleutils.h"
 #include "utils/syscache.h"
 #include "utils/xml.h"
+
+PG_FUNCTION_INFO_V1(rm_steady_text);
 
 /* what a conversion may read; fixed, and documented in doc/architecture.md */
 static const char *const setting_names[] = {
@@ -100,10 +106,20 @@ static const char *const unsteady_functions[] = {
 	"table_to_xml_and_xmlschema", "ts_stat", "ts_rewrite",
 };
 
+static Node *steady_strings_mutator(Node *node, void *context);
+
 typedef struct RefuseContext
 {
 	const char *expr;
 } RefuseContext;
+
+/* "*" or "t.*", which only a list of targets can be */
+static bool
+is_star(Node *node)
+{
+	return node && IsA(node, ColumnRef) &&
+		IsA(llast(((ColumnRef *) node)->fields), A_Star);
+}
 
 /*
  * One expression from its text, without anything around it: neither further
@@ -124,7 +140,8 @@ parse_expression_text(const char *text)
 		stmt->whereClause || stmt->groupClause || stmt->havingClause ||
 		stmt->windowClause || stmt->valuesLists || stmt->sortClause ||
 		stmt->limitOffset || stmt->limitCount || stmt->lockingClause ||
-		stmt->withClause || stmt->op != SETOP_NONE)
+		stmt->withClause || stmt->op != SETOP_NONE ||
+		is_star(linitial_node(ResTarget, stmt->targetList)->val))
 		ereport(ERROR,
 				(errcode(ERRCODE_SYNTAX_ERROR),
 				 errmsg("the USING expression is not a single expression"),
@@ -314,6 +331,10 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 	(void) refuse_unsteady_walker(expr, &context);
 	refuse_generated(rel, expr, using_expr);
 
+	/* what is constant in it may not depend on the clock either */
+	(void) expression_planner((Expr *) steady_strings_mutator(copyObject(expr), NULL));
+
+	def->old_type = att->atttypid;
 	def->tree = nodeToString(expr);
 	def->server_version = PG_VERSION_NUM / 10000;
 	def->settings = current_settings();
@@ -352,37 +373,39 @@ is_clock_type(Oid type)
 	}
 }
 
-/* collects string columns that are read as dates or times */
-static bool
-clock_columns_walker(Node *node, Bitmapset **columns)
+/*
+ * Puts steady_text() around every string that is read as a date or time, so
+ * that 'today' and its like are found wherever they come from.
+ */
+static Node *
+steady_strings_mutator(Node *node, void *context)
 {
+	CoerceViaIO *coerce;
+	Oid			string_type;
+
 	if (node == NULL)
-		return false;
-	if (IsA(node, CoerceViaIO) &&
-		is_clock_type(((CoerceViaIO *) node)->resulttype))
-		pull_varattnos((Node *) ((CoerceViaIO *) node)->arg, 1, columns);
-	return expression_tree_walker(node, clock_columns_walker, columns);
-}
-
-/* drops from the list the columns that are not strings */
-static Bitmapset *
-keep_string_columns(Bitmapset *columns, Relation rel)
-{
-	Bitmapset  *result = NULL;
-	int			i = -1;
-
-	while ((i = bms_next_member(columns, i)) >= 0)
+		return NULL;
+	node = expression_tree_mutator(node, steady_strings_mutator, context);
+	if (!IsA(node, CoerceViaIO) || !is_clock_type(((CoerceViaIO *) node)->resulttype))
+		return node;
+	coerce = (CoerceViaIO *) node;
+	string_type = getBaseType(exprType((Node *) coerce->arg));
+	if (string_type == TEXTOID || string_type == VARCHAROID || string_type == BPCHAROID)
 	{
-		AttrNumber	attnum = i + FirstLowInvalidHeapAttributeNumber;
-		Oid			type;
+		Oid			arg_types[] = {TEXTOID};
+		Oid			function = LookupFuncName(list_make2(makeString(RM_SCHEMA),
+														 makeString("steady_text")),
+											  1, arg_types, false);
+		Expr	   *text = (Expr *) makeRelabelType(coerce->arg, TEXTOID, -1,
+													DEFAULT_COLLATION_OID,
+													COERCE_IMPLICIT_CAST);
 
-		if (attnum <= 0)
-			continue;
-		type = getBaseType(TupleDescAttr(RelationGetDescr(rel), attnum - 1)->atttypid);
-		if (type == TEXTOID || type == VARCHAROID || type == BPCHAROID)
-			result = bms_add_member(result, attnum);
+		coerce->arg = (Expr *) makeFuncExpr(function, TEXTOID, list_make1(text),
+											DEFAULT_COLLATION_OID,
+											DEFAULT_COLLATION_OID,
+											COERCE_EXPLICIT_CALL);
 	}
-	return result;
+	return node;
 }
 
 /* do all columns that the expression reads still exist with their types? */
@@ -418,7 +441,8 @@ rm_conversion_load(const char *tree, int server_version,
 	MemoryContext oldcxt = MemoryContextSwitchTo(cxt);
 	RmConversion *conv = palloc0(sizeof(RmConversion));
 	Node	   *expr;
-	Bitmapset  *columns = NULL;
+	Oid			save_userid;
+	int			save_sec_context;
 	ListCell   *lc;
 
 	if (server_version == PG_VERSION_NUM / 10000)
@@ -430,13 +454,15 @@ rm_conversion_load(const char *tree, int server_version,
 		MemoryContextSwitchTo(oldcxt);
 		return NULL;
 	}
-	(void) clock_columns_walker(expr, &columns);
 
 	conv->cxt = cxt;
 	conv->target = target;
 	conv->role = rel->rd_rel->relowner;
-	conv->expr = expression_planner((Expr *) expr);
-	conv->clock_columns = keep_string_columns(columns, rel);
+	/* planning evaluates what is constant: as the owner, like all of it */
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(conv->role, save_sec_context | SECURITY_RESTRICTED_OPERATION);
+	conv->expr = expression_planner((Expr *) steady_strings_mutator(expr, NULL));
+	SetUserIdAndSecContext(save_userid, save_sec_context);
 	get_typlenbyval(type, &conv->typlen, &conv->typbyval);
 	foreach(lc, settings)
 		conv->settings = lappend(conv->settings, pstrdup(lfirst(lc)));
@@ -563,27 +589,20 @@ names_the_clock(const char *s, int len)
 	return false;
 }
 
-/* refuses a row whose string would be read by the clock (22007) */
-static void
-refuse_clock_strings(RmConversion *conv, TupleTableSlot *slot)
+/*
+ * risky_migrations.steady_text(text) returns text
+ */
+Datum
+rm_steady_text(PG_FUNCTION_ARGS)
 {
-	int			attnum = -1;
+	text	   *t = PG_GETARG_TEXT_PP(0);
 
-	while ((attnum = bms_next_member(conv->clock_columns, attnum)) >= 0)
-	{
-		bool		isnull;
-		Datum		d = slot_getattr(slot, attnum, &isnull);
-		text	   *t;
-
-		if (isnull)
-			continue;
-		t = DatumGetTextPP(d);
-		if (names_the_clock(VARDATA_ANY(t), VARSIZE_ANY_EXHDR(t)))
-			ereport(ERROR,
-					(errcode(ERRCODE_INVALID_DATETIME_FORMAT),
-					 errmsg("value \"%s\" depends on the clock", text_to_cstring(t)),
-					 errhint("Write the date or time that is meant.")));
-	}
+	if (names_the_clock(VARDATA_ANY(t), VARSIZE_ANY_EXHDR(t)))
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_DATETIME_FORMAT),
+				 errmsg("value \"%s\" depends on the clock", text_to_cstring(t)),
+				 errhint("Write the date or time that is meant.")));
+	PG_RETURN_TEXT_P(t);
 }
 
 /*
@@ -602,8 +621,6 @@ rm_conversion_evaluate(RmConversion *conv, TupleTableSlot *slot, bool *isnull)
 
 	ResetExprContext(conv->econtext);
 	conv->econtext->ecxt_scantuple = slot;
-	if (conv->clock_columns)
-		refuse_clock_strings(conv, slot);
 
 	GetUserIdAndSecContext(&save_userid, &save_sec_context);
 	SetUserIdAndSecContext(conv->role,

@@ -11,7 +11,6 @@
 #define RM_CONVERSION_H
 
 #include "executor/tuptable.h"
-#include "nodes/bitmapset.h"
 #include "nodes/execnodes.h"
 #include "nodes/pg_list.h"
 #include "utils/rel.h"
@@ -21,6 +20,7 @@ typedef struct RmConversionDef
 {
 	Oid			relid;
 	AttrNumber	attnum;			/* the column that changes */
+	Oid			old_type;
 	Oid			type;			/* the type it gets */
 	int32		typmod;
 	char	   *type_name;		/* formatted, for SQL and for people */
@@ -60,7 +60,6 @@ typedef struct RmConversion
 	Oid			role;			/* evaluated as this role: the table's owner */
 	Expr	   *expr;
 	List	   *settings;
-	Bitmapset  *clock_columns;	/* strings that 'now' or 'today' would spoil */
 	ExprState  *state;			/* set by rm_conversion_prepare */
 	ExprContext *econtext;
 	bool		settings_fixed; /* the caller has applied the settings */

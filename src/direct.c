@@ -86,11 +86,15 @@ alter_type_apply(RmRun *run)
 	return RM_STEP_DONE;
 }
 
-/* the rows of which the way back would make another value than there was */
-static void
-refuse_inexact(RmRun *run, const char *rel_sql, const char *column)
+/*
+ * Refuses (22000) if there are rows of which the way back would make another
+ * value than there was.  Needs SPI; exact only under a lock.
+ */
+void
+rm_direct_refuse_inexact(const RmMigration *m)
 {
-	RmMigration *m = run->m;
+	const char *rel_sql = relation_sql(m->relid);
+	const char *column = quote_identifier(get_attname(m->relid, m->attnum, false));
 	int64		inexact = m->inexact_rows;
 
 	if (inexact == 0 && m->reverse_check)
@@ -100,8 +104,10 @@ refuse_inexact(RmRun *run, const char *rel_sql, const char *column)
 	if (inexact > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_DATA_EXCEPTION),
-				 errmsg("%lld rows of %s cannot be given their old values back",
-						(long long) inexact, m->relation),
+				 errmsg_plural("%lld row of %s cannot be given its old value back",
+							   "%lld rows of %s cannot be given their old values back",
+							   (unsigned long) inexact, (long long) inexact,
+							   m->relation),
 				 errdetail("%s. Nothing was changed.", m->inexact_rows > 0 ?
 						   "When the type was changed, their values were in a form that the way back does not make" :
 						   "Their present values have no form in the old type"),
@@ -122,7 +128,7 @@ alter_type_revert(RmRun *run)
 				 errhint("Start a migration with the inverse expression.")));
 	rel_sql = begin_alter(run);
 	column = quote_identifier(get_attname(m->relid, m->attnum, false));
-	refuse_inexact(run, rel_sql, column);
+	rm_direct_refuse_inexact(m);
 	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", rel_sql,
 						column, m->old_type, m->reverse_expr));
 	m->inexact_rows = 0;
@@ -142,7 +148,7 @@ static void
 find_row(void *arg)
 {
 	FindRow    *find = arg;
-	RmMigration *m = rm_migration_load(find->run->migration_id, CurrentMemoryContext);
+	RmMigration *m = rm_migration_load(find->run->migration_id, false, CurrentMemoryContext);
 	Relation	rel = table_open(m->relid, AccessShareLock);
 	RmRows	   *rows = rm_rows_open(m, rel, RM_ROWS_READ);
 	BlockNumber end = RelationGetNumberOfBlocks(rel);

@@ -90,6 +90,8 @@ typedef struct Lab
 	Oid			nspid;
 	Oid			small_relid;	/* InvalidOid: there is no lab */
 	Oid			large_relid;
+	Oid			known_small;	/* what it once made, even if one is gone */
+	Oid			known_large;
 	MemoryContext cxt;
 	RmMigration *direct_small;	/* done, or NULL */
 	RmMigration *direct_large;
@@ -133,12 +135,13 @@ find_tables(Lab *lab)
 	Datum		v[] = {ObjectIdGetDatum(lab->nspid)};
 
 	lab->small_relid = lab->large_relid = InvalidOid;
+	lab->known_small = lab->known_large = InvalidOid;
 	rm_state_execute("SELECT small_relid::int8, large_relid::int8"
 					 " FROM risky_migrations.lab WHERE nspid = $1", 1, types, v, NULL);
 	if (SPI_processed == 0)
 		return;
-	lab->small_relid = rm_result_int64(0, 1);
-	lab->large_relid = rm_result_int64(0, 2);
+	lab->small_relid = lab->known_small = rm_result_int64(0, 1);
+	lab->large_relid = lab->known_large = rm_result_int64(0, 2);
 	if (get_relname_relid(SMALL, lab->nspid) != lab->small_relid ||
 		get_relname_relid(LARGE, lab->nspid) != lab->large_relid)
 		lab->small_relid = lab->large_relid = InvalidOid;
@@ -157,7 +160,7 @@ find_migration(Lab *lab, Oid relid, const char *method, const char *state)
 					 3, types, v, NULL);
 	if (SPI_processed == 0)
 		return NULL;
-	return rm_migration_load(rm_result_int64(0, 1), lab->cxt);
+	return rm_migration_load(rm_result_int64(0, 1), false, lab->cxt);
 }
 
 static void
@@ -206,9 +209,18 @@ need_lab(Lab *lab)
  */
 
 static void
-refuse_foreign_table(Lab *lab, const char *name)
+refuse_existing_table(Lab *lab, const char *name, Oid own)
 {
-	if (OidIsValid(get_relname_relid(name, lab->nspid)))
+	Oid			relid = get_relname_relid(name, lab->nspid);
+
+	if (OidIsValid(relid) && relid == own)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the lab in schema \"%s\" has lost one of its tables",
+						get_namespace_name(lab->nspid)),
+				 errdetail("Only %s is left of it.", lab_sql(lab->nspid, name)),
+				 errhint("DROP TABLE %s, then call it again.", lab_sql(lab->nspid, name))));
+	if (OidIsValid(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_DUPLICATE_TABLE),
 				 errmsg("relation %s already exists and is not the lab's own",
@@ -225,8 +237,11 @@ create_tables_apply(RmRun *run)
 	Datum		v[4];
 	static const char *const tables[] = {SMALL, LARGE};
 
-	refuse_foreign_table(lab, SMALL);
-	refuse_foreign_table(lab, LARGE);
+	/* a table of somebody else's is worth telling before one that is left */
+	if (get_relname_relid(LARGE, lab->nspid) != lab->known_large)
+		refuse_existing_table(lab, LARGE, lab->known_large);
+	refuse_existing_table(lab, SMALL, lab->known_small);
+	refuse_existing_table(lab, LARGE, lab->known_large);
 	for (int i = 0; i < lengthof(tables); i++)
 		rm_execute(psprintf("CREATE TABLE %s (id bigserial PRIMARY KEY,"
 							" name varchar(100) NOT NULL,"
@@ -304,45 +319,52 @@ start_direct(Lab *lab, Oid relid)
 	(void) rm_migration_start(&spec);
 }
 
+/* 22xxx, before anything is changed, if a row of small_record does not convert */
+static void
+check_small(void *arg)
+{
+	Lab		   *lab = arg;
+	ErrorData  *error;
+	char	   *key = rm_first_failure(lab->small_relid, "created_at", "timestamp",
+									   USING_EXPR, &error);
+
+	if (key)
+		ereport(ERROR,
+				(errcode(error->sqlerrcode),
+				 errmsg("%s", error->message),
+				 errdetail("Row %s of %s does not convert. Nothing was changed.", key,
+						   lab_sql(lab->nspid, SMALL)),
+				 errhint("Mend the row, then call it again.")));
+}
+
 /*
- * Both tables, or none: if the second cannot be changed, the first is changed
- * back.
+ * Both tables, or none.  Changing a table back is not always exact, so it is
+ * not relied on: the small one is looked through first, then the large one is
+ * changed, and then the small one.
  */
 static void
 apply_direct(Lab *lab)
 {
-	MemoryContext cxt = CurrentMemoryContext;
-
+	if (lab->direct_small == NULL)
+		rm_transaction(check_small, lab);
+	if (lab->direct_large == NULL)
+		start_direct(lab, lab->large_relid);
 	if (lab->direct_small == NULL)
 		start_direct(lab, lab->small_relid);
-	if (lab->direct_large != NULL)
-		return;
-	PG_TRY();
-	{
-		start_direct(lab, lab->large_relid);
-	}
-	PG_CATCH();
-	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(cxt);
-		error = CopyErrorData();
-		FlushErrorState();
-		rm_transaction(look, lab);
-		if (lab->direct_small)
-			rm_migration_revert(lab->direct_small, 0);
-		ReThrowError(error);
-	}
-	PG_END_TRY();
 }
 
-/*
- * The way back refuses before anything is changed, and that must hold for
- * both tables: the large one, where it takes long, goes first.
- */
+static void
+check_small_reversible(void *arg)
+{
+	rm_direct_refuse_inexact(((Lab *) arg)->direct_small);
+}
+
+/* likewise: what stands against it in either table is found before */
 static void
 revert_direct(Lab *lab)
 {
+	if (lab->direct_small)
+		rm_transaction(check_small_reversible, lab);
 	if (lab->direct_large)
 		rm_migration_revert(lab->direct_large, 0);
 	if (lab->direct_small)
@@ -383,7 +405,9 @@ go_to(Lab *lab, int target)
 	}
 	if (target != 2 && (lab->direct_small || lab->direct_large))
 		revert_direct(lab);
-	if (steps_done(lab) > want_steps || (lab->three_step && want_steps == 0))
+	if (steps_done(lab) > want_steps ||
+		(lab->three_step && (want_steps == 0 ||
+							 (steps_done(lab) == want_steps && rm_step_begun(lab->three_step)))))
 		rm_migration_revert(lab->three_step, want_steps);
 
 	/* forth */
@@ -504,7 +528,7 @@ rm_lab_moment(PG_FUNCTION_ARGS)
 	int			second = seconds % 86400;
 	char		buf[32];
 
-	if (seconds < 0 || seconds > MAX_ROWS + 86400)
+	if (PG_GETARG_INT64(0) < 1 || seconds > MAX_ROWS + 86400)
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 				 errmsg("there is no such moment in the lab"),
@@ -983,7 +1007,7 @@ compare_approach(Compare *c, const char *approach, int target)
 	rm_transaction(do_record, c);
 }
 
-/* an interval argument that must be there and positive; checked by the probe */
+/* an interval argument in the range that probes take */
 static Interval *
 interval_argument(FunctionCallInfo fcinfo, int arg, const char *name)
 {
@@ -997,11 +1021,12 @@ interval_argument(FunctionCallInfo fcinfo, int arg, const char *name)
 				 errdetail("It is the interval that the probes are given."),
 				 errhint("Give an interval such as '10 ms', or leave it out for the default.")));
 	given = PG_GETARG_INTERVAL_P(arg);
-	if (given->month != 0 || given->day != 0 || given->time <= 0)
+	if (given->month != 0 || given->day != 0 || given->time < 1000 ||
+		given->time > USECS_PER_HOUR)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
-				 errmsg("%s must be a positive time without days", name),
-				 errdetail("It is the interval that the probes are given."),
+				 errmsg("%s is out of range", name),
+				 errdetail("It must be from 1 ms to 1 hour."),
 				 errhint("Give an interval such as '10 ms'.")));
 	memcpy(copy, given, sizeof(Interval));
 	return copy;

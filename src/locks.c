@@ -163,6 +163,7 @@ stat_for(RmLockAccount *account, Oid relid, LOCKMODE mode)
 	stat->role = "table";
 	stat->wait_ms = -1;
 	account->stats = lappend(account->stats, stat);
+	account->complete = false;
 	MemoryContextSwitchTo(oldcxt);
 	return stat;
 }
@@ -222,13 +223,18 @@ storage_changed(List *old_storage, Oid relid, Oid relfilenode)
  * Notes every relation lock that this transaction holds.  Call it as the last
  * thing before commit; target is the migration's table.  old_storage is what
  * rm_relation_storage() gave before the work, or NIL: nothing can have been
- * rewritten.
+ * rewritten.  Once they are known, transactions that take no other lock by
+ * rm_lock_relation() and rewrite nothing are believed to take the same ones.
  */
 void
 rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
 {
-	LockData   *data = GetLockStatusData();
+	LockData   *data;
 
+	release_armed = true;
+	if (account->complete && old_storage == NIL)
+		return;					/* a batch like the one before it */
+	data = GetLockStatusData();
 	for (int i = 0; i < data->nelements; i++)
 	{
 		LockInstanceData *lock = &data->locks[i];
@@ -275,7 +281,7 @@ rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
 			}
 		ReleaseSysCache(tup);
 	}
-	release_armed = true;
+	account->complete = true;
 }
 
 /* the transaction has committed: its locks are released, add up the holds */
@@ -375,7 +381,18 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 	stat->wait_ms = Max(stat->wait_ms, wait_ms);
 	stat->current = true;
 
-	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+	if (mode >= ShareLock)
+		account->blocking = true;
+
+	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+	{
+		if (stat->relation == NULL)
+			stat->relation =
+				MemoryContextStrdup(account->cxt,
+									quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+															   get_rel_name(relid)));
+	}
+	else
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("the table of this migration does not exist any more"),

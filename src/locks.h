@@ -38,6 +38,7 @@ typedef struct RmLockAccount
 	List	   *stats;			/* of RmLockStat */
 	instr_time	xact_start;		/* bound for locks taken inside statements */
 	bool		blocking;		/* a lock of this transaction blocks writers */
+	bool		complete;		/* the lock table has been read for these modes */
 } RmLockAccount;
 
 extern void rm_locks_init(void);

@@ -19,7 +19,9 @@
  */
 #include "postgres.h"
 
+#include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/sysattr.h"
 #include "access/table.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
@@ -28,10 +30,12 @@
 #include "executor/spi.h"
 #include "migration.h"
 #include "miscadmin.h"
-#include "parser/parse_type.h"
+#include "nodes/nodes.h"
+#include "optimizer/optimizer.h"
 #include "risky_migrations.h"
 #include "state.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -51,11 +55,11 @@ rm_method_by_name(const char *name)
 }
 
 /*
- * Loads a migration into cxt and locks its row.  42704 if there is none.
- * Needs SPI.
+ * Loads a migration into cxt, with a lock on its row if it is to be saved.
+ * 42704 if there is none.  Needs SPI.
  */
 RmMigration *
-rm_migration_load(int64 id, MemoryContext cxt)
+rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 {
 	Oid			types[] = {INT8OID};
 	Datum		values[] = {Int64GetDatum(id)};
@@ -63,13 +67,16 @@ rm_migration_load(int64 id, MemoryContext cxt)
 	MemoryContext oldcxt;
 	int			col = 0;
 
-	rm_state_execute("SELECT method, state, steps_done::int8, phase::int8, owner::int8,"
+	rm_state_execute(psprintf("SELECT method, state, steps_done::int8, phase::int8, owner::int8,"
 					 " relid::int8, relation, attnum::int8, column_name, old_type,"
-					 " new_type, new_attnum::int8, new_column, using_expr,"
+					 " old_type_id::int8, new_type, new_type_id::int8, new_typmod::int8,"
+					 " new_attnum::int8, new_column, using_expr,"
 					 " reverse_expr, exact_check, reverse_check, settings, conversion_tree,"
-					 " server_version::int8, enforced::int::int8, relfilenode::int8,"
+					 " server_version::int8, enforced::int::int8, trigger_xmin,"
+					 " relfilenode::int8,"
 					 " next_block, end_block, rows_done, rows_estimated, inexact_rows"
-					 " FROM risky_migrations.migration WHERE id = $1 FOR UPDATE",
+					 " FROM risky_migrations.migration WHERE id = $1 %s",
+							  lock ? "FOR NO KEY UPDATE" : ""),
 					 1, types, values, NULL);
 	if (SPI_processed == 0)
 		ereport(ERROR,
@@ -90,7 +97,10 @@ rm_migration_load(int64 id, MemoryContext cxt)
 	m->attnum = rm_result_int64(0, ++col);
 	m->column = rm_result_text(0, ++col);
 	m->old_type = rm_result_text(0, ++col);
+	m->old_type_id = rm_result_int64(0, ++col);
 	m->new_type = rm_result_text(0, ++col);
+	m->new_type_id = rm_result_int64(0, ++col);
+	m->new_typmod = rm_result_int64(0, ++col);
 	m->new_attnum = rm_result_int64(0, ++col);
 	m->new_column = rm_result_text(0, ++col);
 	m->using_expr = rm_result_text(0, ++col);
@@ -101,6 +111,7 @@ rm_migration_load(int64 id, MemoryContext cxt)
 	m->tree = rm_result_text(0, ++col);
 	m->server_version = rm_result_int64(0, ++col);
 	m->enforced = rm_result_int64(0, ++col) != 0;
+	m->trigger_xmin = rm_result_int64(0, ++col);
 	m->relfilenode = rm_result_int64(0, ++col);
 	m->next_block = rm_result_int64(0, ++col);
 	m->end_block = rm_result_int64(0, ++col);
@@ -124,7 +135,7 @@ rm_migration_insert(RmMigration *m)
 {
 	Oid			types[] = {TEXTOID, INT8OID, INT8OID, TEXTOID, INT8OID, TEXTOID,
 		TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTARRAYOID,
-	TEXTOID, INT8OID};
+	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -146,13 +157,18 @@ rm_migration_insert(RmMigration *m)
 	v[i++] = rm_settings_array(m->settings);
 	v[i++] = CStringGetTextDatum(m->tree);
 	v[i++] = Int64GetDatum(m->server_version);
+	v[i++] = Int64GetDatum(m->old_type_id);
+	v[i++] = Int64GetDatum(m->new_type_id);
+	v[i++] = Int64GetDatum(m->new_typmod);
 
 	rm_state_execute("INSERT INTO risky_migrations.migration (method, owner, relid,"
 					 " relation, attnum, column_name, old_type, new_type,"
 					 " new_column, using_expr, reverse_expr, exact_check,"
-					 " reverse_check, settings, conversion_tree, server_version)"
+					 " reverse_check, settings, conversion_tree, server_version,"
+					 " old_type_id, new_type_id, new_typmod)"
 					 " VALUES ($1, $2::oid, $3::oid, $4, $5, $6, $7, $8, $9, $10,"
-					 " $11, $12, $13, $14, $15, $16) RETURNING id",
+					 " $11, $12, $13, $14, $15, $16, $17::oid,"
+					 " $18::oid, $19) RETURNING id",
 					 lengthof(types), types, v, n);
 	m->id = rm_result_int64(0, 1);
 	m->state = "open";
@@ -164,7 +180,7 @@ void
 rm_migration_save(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID, TEXTOID, INT8OID, INT8OID, INT8OID, BOOLOID,
-	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID};
+	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID};
 	Datum		v[lengthof(types)];
 	int			i = 0;
 
@@ -180,10 +196,12 @@ rm_migration_save(const RmMigration *m)
 	v[i++] = Int64GetDatum(m->rows_done);
 	v[i++] = Int64GetDatum(m->rows_estimated);
 	v[i++] = Int64GetDatum(m->inexact_rows);
+	v[i++] = Int64GetDatum(m->trigger_xmin);
 	rm_state_execute("UPDATE risky_migrations.migration SET state = $2,"
 					 " steps_done = $3, phase = $4, new_attnum = $5, enforced = $6,"
 					 " relfilenode = $7::oid, next_block = $8, end_block = $9,"
-					 " rows_done = $10, rows_estimated = $11, inexact_rows = $12"
+					 " rows_done = $10, rows_estimated = $11, inexact_rows = $12,"
+					 " trigger_xmin = $13"
 					 " WHERE id = $1",
 					 lengthof(types), types, v, NULL);
 }
@@ -249,56 +267,137 @@ rm_trigger_name(int64 id)
 	return psprintf("~rm_sync_%lld", (long long) id);
 }
 
+/* name of the constraint that proves NOT NULL for a while */
+char *
+rm_check_name(const RmMigration *m)
+{
+	return psprintf("rm_not_null_%lld", (long long) m->id);
+}
+
+/* has the step after the last one that is done left anything behind? */
+bool
+rm_step_begun(const RmMigration *m)
+{
+	return m->phase != 0 || m->rows_done > 0 || m->next_block > 0;
+}
+
+/*
+ * The transaction that has last written the sync trigger's row in pg_trigger:
+ * another one after every DISABLE, ENABLE and re-creation.
+ */
+int64
+rm_trigger_xmin(const RmMigration *m)
+{
+	Relation	pg_trigger = table_open(TriggerRelationId, AccessShareLock);
+	ScanKeyData keys[2];
+	SysScanDesc scan;
+	HeapTuple	tup;
+	int64		xmin = 0;
+
+	ScanKeyInit(&keys[0], Anum_pg_trigger_tgrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(m->relid));
+	ScanKeyInit(&keys[1], Anum_pg_trigger_tgname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum(rm_trigger_name(m->id)));
+	scan = systable_beginscan(pg_trigger, TriggerRelidNameIndexId, true, NULL, 2, keys);
+	tup = systable_getnext(scan);
+	if (HeapTupleIsValid(tup))
+		xmin = (int64) HeapTupleHeaderGetRawXmin(tup->t_data);
+	systable_endscan(scan);
+	table_close(pg_trigger, AccessShareLock);
+	return xmin;
+}
+
+/* does the expression, kept as text in a catalog, use the column? */
+static bool
+uses_column(const char *tree, AttrNumber attnum)
+{
+	Bitmapset  *attnos = NULL;
+
+	pull_varattnos(stringToNode(tree), 1, &attnos);
+	return bms_is_member(attnum - FirstLowInvalidHeapAttributeNumber, attnos);
+}
+
+/*
+ * Constraints of the user's on the shadow column would not be checked by the
+ * backfill, and columns generated from it not be computed.
+ */
+static const char *
+find_constraint(const RmMigration *m, TupleDesc desc)
+{
+	TupleConstr *constr = desc->constr;
+
+	for (int i = 0; constr && i < constr->num_check; i++)
+		if (strcmp(constr->check[i].ccname, rm_check_name(m)) != 0 &&
+			uses_column(constr->check[i].ccbin, m->new_attnum))
+			return psprintf("The constraint \"%s\" has been added to the column \"%s\".",
+							constr->check[i].ccname, m->new_column);
+	for (int i = 0; constr && i < constr->num_defval; i++)
+	{
+		Form_pg_attribute att = TupleDescAttr(desc, constr->defval[i].adnum - 1);
+
+		if (att->attgenerated && uses_column(constr->defval[i].adbin, m->new_attnum))
+			return psprintf("The column \"%s\" is generated from the column \"%s\".",
+							NameStr(att->attname), m->new_column);
+	}
+	return NULL;
+}
+
+/* what is wrong with the columns of the migration, or NULL */
+static const char *
+find_changed_column(const RmMigration *m, TupleDesc desc)
+{
+	Form_pg_attribute att;
+
+	att = m->attnum <= desc->natts ? TupleDescAttr(desc, m->attnum - 1) : NULL;
+	if (att == NULL || att->attisdropped)
+		return psprintf("The column \"%s\" has been dropped.", m->column);
+	if (m->new_attnum == 0)
+		return NULL;
+	if (att->atttypid != m->old_type_id)
+		return psprintf("The column \"%s\" has another type now.", NameStr(att->attname));
+	att = m->new_attnum <= desc->natts ? TupleDescAttr(desc, m->new_attnum - 1) : NULL;
+	if (att == NULL || att->attisdropped)
+		return psprintf("The column \"%s\" has been dropped.", m->new_column);
+	if (att->atttypid != m->new_type_id || att->atttypmod != m->new_typmod)
+		return psprintf("The column \"%s\" has another type now.", NameStr(att->attname));
+	return find_constraint(m, desc);
+}
+
+/* what is wrong with the sync trigger, or NULL */
+static const char *
+find_changed_trigger(const RmMigration *m, TriggerDesc *desc)
+{
+	char	   *name = rm_trigger_name(m->id);
+	Trigger    *sync = NULL;
+
+	for (int i = 0; desc && i < desc->numtriggers; i++)
+		if (strcmp(desc->triggers[i].tgname, name) == 0)
+			sync = &desc->triggers[i];
+	if (sync == NULL)
+		return psprintf("The sync trigger \"%s\" has been dropped or disabled.", name);
+	if (sync->tgenabled != TRIGGER_FIRES_ALWAYS)
+		return psprintf("The sync trigger \"%s\" is not enabled ALWAYS any more.", name);
+	for (int i = 0; i < desc->numtriggers; i++)
+	{
+		Trigger    *t = &desc->triggers[i];
+
+		if (TRIGGER_FOR_BEFORE(t->tgtype) && TRIGGER_FOR_ROW(t->tgtype) &&
+			(TRIGGER_FOR_INSERT(t->tgtype) || TRIGGER_FOR_UPDATE(t->tgtype)) &&
+			t->tgfoid != sync->tgfoid && strcmp(t->tgname, name) > 0)
+			return psprintf("The trigger \"%s\" fires after the sync trigger and could change the row again.",
+							t->tgname);
+	}
+	return NULL;
+}
+
 /* stops cleanly if somebody's DDL has changed what the migration relies on */
 void
 rm_check_ground(const RmMigration *m, Relation rel)
 {
-	TupleDesc	desc = RelationGetDescr(rel);
-	Form_pg_attribute att;
-	const char *broken = NULL;
-	char	   *trigger_name = rm_trigger_name(m->id);
-	Trigger    *sync = NULL;
+	const char *broken = find_changed_column(m, RelationGetDescr(rel));
 
-	att = m->attnum <= desc->natts ? TupleDescAttr(desc, m->attnum - 1) : NULL;
-	if (att == NULL || att->attisdropped)
-		broken = psprintf("The column \"%s\" has been dropped.", m->column);
-	else if (m->new_attnum != 0)
-	{
-		Oid			old_type,
-					new_type;
-		int32		typmod;
-
-		parseTypeString(m->old_type, &old_type, &typmod, 0);
-		if (old_type != att->atttypid)
-			broken = psprintf("The column \"%s\" has another type now.",
-							  NameStr(att->attname));
-		parseTypeString(m->new_type, &new_type, &typmod, 0);
-		att = m->new_attnum <= desc->natts ? TupleDescAttr(desc, m->new_attnum - 1) : NULL;
-		if (att == NULL || att->attisdropped)
-			broken = psprintf("The column \"%s\" has been dropped.", m->new_column);
-		else if (new_type != att->atttypid || typmod != att->atttypmod)
-			broken = psprintf("The column \"%s\" has another type now.",
-							  NameStr(att->attname));
-		for (int i = 0; rel->trigdesc && i < rel->trigdesc->numtriggers; i++)
-			if (strcmp(rel->trigdesc->triggers[i].tgname, trigger_name) == 0)
-				sync = &rel->trigdesc->triggers[i];
-		if (broken == NULL && sync == NULL)
-			broken = psprintf("The sync trigger \"%s\" has been dropped or disabled.",
-							  trigger_name);
-		else if (broken == NULL && sync->tgenabled != TRIGGER_FIRES_ALWAYS)
-			broken = psprintf("The sync trigger \"%s\" is not enabled ALWAYS any more.",
-							  trigger_name);
-		for (int i = 0; broken == NULL && i < rel->trigdesc->numtriggers; i++)
-		{
-			Trigger    *t = &rel->trigdesc->triggers[i];
-
-			if (TRIGGER_FOR_BEFORE(t->tgtype) && TRIGGER_FOR_ROW(t->tgtype) &&
-				(TRIGGER_FOR_INSERT(t->tgtype) || TRIGGER_FOR_UPDATE(t->tgtype)) &&
-				strcmp(t->tgname, trigger_name) > 0)
-				broken = psprintf("The trigger \"%s\" fires after the sync trigger and could change the row again.",
-								  t->tgname);
-		}
-	}
+	if (broken == NULL && m->new_attnum != 0)
+		broken = find_changed_trigger(m, rel->trigdesc);
 	if (broken)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -313,13 +412,11 @@ rm_check_ground(const RmMigration *m, Relation rel)
 RmConversion *
 rm_migration_conversion(const RmMigration *m, Relation rel, MemoryContext cxt)
 {
-	Oid			type;
-	int32		typmod;
 	RmConversion *conv;
 
-	parseTypeString(m->new_type, &type, &typmod, 0);
 	conv = rm_conversion_load(m->tree, m->server_version, m->using_expr, rel,
-							  type, typmod, m->new_attnum, m->settings, cxt);
+							  m->new_type_id, m->new_typmod, m->new_attnum,
+							  m->settings, cxt);
 	if (conv == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),

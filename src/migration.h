@@ -30,8 +30,11 @@ typedef struct RmMigration
 	char	   *relation;		/* qualified name when it started */
 	AttrNumber	attnum;
 	char	   *column;
-	char	   *old_type;
+	char	   *old_type;		/* as told to people */
+	Oid			old_type_id;
 	char	   *new_type;
+	Oid			new_type_id;
+	int32		new_typmod;
 	AttrNumber	new_attnum;		/* shadow column, 0 while there is none */
 	char	   *new_column;		/* its name */
 	char	   *using_expr;		/* see RmConversionDef */
@@ -42,6 +45,7 @@ typedef struct RmMigration
 	char	   *tree;
 	int			server_version;
 	bool		enforced;		/* the new column's constraints hold */
+	int64		trigger_xmin;	/* of the sync trigger's row when verification began */
 	Oid			relfilenode;	/* to which block numbers belong */
 	int64		next_block;		/* below it everything is done */
 	int64		end_block;		/* fixed when the work began */
@@ -120,18 +124,22 @@ struct RmRun
 	int64		lock_retries;
 	RmLockAccount locks;
 	instr_time	started;
+	double		duration_ms;	/* to the last commit */
 	uint64		wal_started;
 	TimestampTz last_notice;
 };
 
 /* migration.c: rows of state */
 extern const RmMethod *rm_method_by_name(const char *name);
-extern RmMigration *rm_migration_load(int64 id, MemoryContext cxt);
+extern RmMigration *rm_migration_load(int64 id, bool lock, MemoryContext cxt);
 extern int64 rm_migration_insert(RmMigration *m);
 extern void rm_migration_save(const RmMigration *m);
 extern int64 rm_open_migration(const char *method);
 extern void rm_check_owner(Oid relid, const char *relation);
 extern char *rm_trigger_name(int64 id);
+extern int64 rm_trigger_xmin(const RmMigration *m);
+extern char *rm_check_name(const RmMigration *m);
+extern bool rm_step_begun(const RmMigration *m);
 extern void rm_check_ground(const RmMigration *m, Relation rel);
 extern RmConversion *rm_migration_conversion(const RmMigration *m, Relation rel,
 											 MemoryContext cxt);

@@ -18,8 +18,9 @@
  * the time it is updated.  That successor was written with the sync trigger
  * in place, so TM_Updated and TM_Deleted mean that nothing is left to do.
  *
- * Index entries are made as the table's owner in a security-restricted
- * operation (they may call functions of the owner's).
+ * From rm_rows_open() to rm_rows_close() we are the table's owner, in a
+ * security-restricted operation: the expression and those of indexes may be the
+ * owner's code, and even planning them evaluates what is constant in them.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -60,6 +61,10 @@ rm_rows_open(RmMigration *m, Relation rel, RmRowsMode mode)
 	RmRows	   *rows = palloc0(sizeof(RmRows));
 	int			natts = RelationGetDescr(rel)->natts;
 
+	/* whatever of the owner's runs from here on runs as the owner */
+	GetUserIdAndSecContext(&rows->save_userid, &rows->save_sec_context);
+	SetUserIdAndSecContext(rel->rd_rel->relowner,
+						   rows->save_sec_context | SECURITY_RESTRICTED_OPERATION);
 	rows->m = m;
 	rows->rel = rel;
 	rows->target = m->new_attnum;
@@ -85,6 +90,7 @@ rm_rows_open(RmMigration *m, Relation rel, RmRowsMode mode)
 										  ALLOCSET_DEFAULT_SIZES);
 	if (mode != RM_ROWS_READ)
 	{
+		CheckCmdReplicaIdentity(rel, CMD_UPDATE);
 		rows->estate = CreateExecutorState();
 		rows->rri = makeNode(ResultRelInfo);
 		/* not in any range table: no column counts as changed for the indexes */
@@ -107,6 +113,7 @@ rm_rows_close(RmRows *rows)
 	}
 	FreeExprContext(rows->conv->econtext, true);
 	PopActiveSnapshot();
+	SetUserIdAndSecContext(rows->save_userid, rows->save_sec_context);
 }
 
 /*
@@ -286,15 +293,8 @@ rm_row_store(RmRows *rows, bool wait, bool *hot)
 	*hot = rm_update_was_hot(update_indexes);
 	if (rm_update_needs_indexes(update_indexes) && rows->rri->ri_NumIndices > 0)
 	{
-		Oid			save_userid;
-		int			save_sec_context;
-
-		GetUserIdAndSecContext(&save_userid, &save_sec_context);
-		SetUserIdAndSecContext(rows->rel->rd_rel->relowner,
-							   save_sec_context | SECURITY_RESTRICTED_OPERATION);
 		rm_insert_index_tuples(rows->rri, rows->new_slot, rows->estate,
 							   update_indexes);
-		SetUserIdAndSecContext(save_userid, save_sec_context);
 		ResetPerTupleExprContext(rows->estate);
 	}
 	return result;

@@ -40,6 +40,8 @@ typedef struct RmRows
 	bool	   *nulls;
 	CommandId	cid;
 	BlockNumber block;			/* of the row in slot */
+	Oid			save_userid;	/* whom to be again */
+	int			save_sec_context;
 } RmRows;
 
 extern RmRows *rm_rows_open(RmMigration *m, Relation rel, RmRowsMode mode);

@@ -156,11 +156,17 @@ rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
 	return error;
 }
 
-/* work(arg) in a transaction of its own; its errors are raised after rollback */
+/*
+ * work(arg) in a transaction of its own, with waits bounded; its errors are
+ * raised after rollback.
+ */
 void
 rm_transaction(void (*work) (void *arg), void *arg)
 {
-	ErrorData  *error = rm_try(work, arg, CurrentMemoryContext);
+	ErrorData  *error;
+
+	rm_lock_bound_waits();
+	error = rm_try(work, arg, CurrentMemoryContext);
 
 	if (error)
 	{
@@ -289,13 +295,17 @@ log_sums(RmRun *run, const char *state, ErrorData *error)
 					 15, types, v, n);
 }
 
-/* the locks, when their holds are known */
+/* what is known only after the commit: the locks' holds, the whole duration */
 static void
 log_locks(void *arg)
 {
 	RmRun	   *run = arg;
+	Oid			id_types[] = {INT8OID, FLOAT8OID};
+	Datum		id_values[] = {Int64GetDatum(run->log_id), Float8GetDatum(run->duration_ms)};
 	ListCell   *lc;
 
+	rm_state_execute("UPDATE risky_migrations.step_log SET duration_ms = $2 WHERE id = $1",
+					 2, id_types, id_values, NULL);
 	foreach(lc, run->locks.stats)
 	{
 		RmLockStat *stat = lfirst(lc);
@@ -377,6 +387,23 @@ choose_synchronous_commit(RmRun *run)
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 }
 
+/* 55000 if another session has taken the migration elsewhere meanwhile */
+static void
+check_step_applies(RmRun *run)
+{
+	RmMigration *m = run->m;
+
+	if (run->revert ? m->steps_done >= run->step_index && strcmp(m->state, "rolled back") != 0 :
+		m->steps_done == run->step_index && strcmp(m->state, "open") == 0)
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("migration %lld has been changed by another session meanwhile",
+					(long long) m->id),
+			 errdetail("It is %s, and %d of its steps are done.", m->state, m->steps_done),
+			 errhint("SELECT * FROM rm_migrations says what to call next.")));
+}
+
 /* one transaction of a step */
 static void
 attempt_step(void *arg)
@@ -390,7 +417,10 @@ attempt_step(void *arg)
 	run->pause_ms = 0;
 	run->old_storage = NIL;
 	if (run->migration_id)
-		run->m = rm_migration_load(run->migration_id, CurrentMemoryContext);
+	{
+		run->m = rm_migration_load(run->migration_id, true, CurrentMemoryContext);
+		check_step_applies(run);
+	}
 
 	attempt->result = (run->revert ? run->step->revert : run->step->apply) (run);
 
@@ -512,6 +542,7 @@ fail(RmRun *run, ErrorData *error)
 {
 	Attempt		attempt = {.run = run,.error = error};
 
+	run->duration_ms = rm_elapsed_ms(run->started);
 	if (rm_try(record_failure, &attempt, run->cxt) == NULL)
 		rm_commit();
 	else
@@ -545,6 +576,7 @@ run_transactions(RmRun *run)
 		if (error == NULL)
 		{
 			rm_lock_account_committed(&run->locks);
+			run->duration_ms = rm_elapsed_ms(run->started);
 			tries = 0;
 			if (run->step->committed)
 				run->step->committed(run, attempt.result);

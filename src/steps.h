@@ -17,6 +17,9 @@ extern const RmStep rm_step_add_column;
 extern const RmStep rm_step_backfill;
 extern const RmStep rm_step_enforce_not_null;
 
+/* direct.c */
+extern void rm_direct_refuse_inexact(const RmMigration *m);
+
 /* backfill.c */
 extern void rm_backfill_fix_end(RmMigration *m, Relation rel);
 

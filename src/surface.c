@@ -130,7 +130,7 @@ resolve(void *arg)
 
 	if (r->id == 0)
 		r->id = rm_open_migration("three_step");
-	r->m = rm_migration_load(r->id, r->cxt);
+	r->m = rm_migration_load(r->id, false, r->cxt);
 	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(r->m->relid)))
 		rm_check_owner(r->m->relid, r->m->relation);
 	else if (!has_privs_of_role(GetUserId(), r->m->owner))
@@ -254,7 +254,10 @@ start_migration(void *arg)
 	m->attnum = def->attnum;
 	m->column = pstrdup(spec->column);
 	m->old_type = pstrdup(def->old_type_name);
+	m->old_type_id = def->old_type;
 	m->new_type = pstrdup(def->type_name);
+	m->new_type_id = def->type;
+	m->new_typmod = def->typmod;
 	m->new_column = spec->new_column ? pstrdup(spec->new_column) : NULL;
 	m->using_expr = pstrdup(def->using_expr);
 	m->reverse_expr = spec->reverse_expr ? pstrdup(spec->reverse_expr) : NULL;
@@ -396,7 +399,7 @@ rm_enforce_not_null(PG_FUNCTION_ARGS)
 static void
 close_migration(void *arg)
 {
-	RmMigration *m = rm_migration_load(((RmMigration *) arg)->id, CurrentMemoryContext);
+	RmMigration *m = rm_migration_load(((RmMigration *) arg)->id, true, CurrentMemoryContext);
 
 	m->state = "rolled back";
 	m->steps_done = 0;
@@ -421,7 +424,7 @@ rm_migration_revert(RmMigration *m, int to_steps)
 		return;
 	}
 	/* of a step that was begun there may be something too */
-	if (first < m->method->nsteps && first > 0 && (m->phase != 0 || first == RM_BACKFILL))
+	if (first < m->method->nsteps && first > 0 && rm_step_begun(m))
 		first++;
 	for (int step = Min(first, m->method->nsteps) - 1; step >= to_steps; step--)
 	{

@@ -31,6 +31,9 @@ extern int64 rm_count_argument(FunctionCallInfo fcinfo, int arg, const char *nam
 							   int64 min, int64 max);
 extern char *rm_text_argument(FunctionCallInfo fcinfo, int arg, const char *name);
 extern Oid	rm_find_relation(const char *name);
+extern char *rm_first_failure(Oid relid, const char *column,
+							  const char *new_type, const char *using_expr,
+							  ErrorData **error);
 extern RmMigration *rm_migration_read(int64 id);
 extern RmMigration *rm_migration_start(const RmMigrationSpec *spec);
 extern void rm_migration_revert(RmMigration *m, int to_steps);

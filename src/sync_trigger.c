@@ -30,13 +30,13 @@
 #include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/table.h"
+#include "access/xact.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
 #include "compat.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "migration.h"
-#include "parser/parse_type.h"
 #include "rows.h"
 #include "state.h"
 #include "utils/builtins.h"
@@ -46,7 +46,9 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/resowner.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 
 PG_FUNCTION_INFO_V1(rm_sync);
 
@@ -65,7 +67,8 @@ typedef struct SyncEntry
 typedef struct SyncState
 {
 	RmMigration m;
-	RmConversion *conv;			/* NULL: leave rows as they are */
+	RmConversion *conv;			/* NULL: leave rows as they are, unless ... */
+	ErrorData  *error;			/* ... this happened: record it for each row */
 	TupleTableSlot *slot;
 	MemoryContext value_cxt;
 } SyncState;
@@ -85,6 +88,13 @@ relation_changed(Datum arg, Oid relid)
 			entry->valid = false;
 }
 
+/* a function has changed: it may be one that was inlined */
+static void
+function_changed(Datum arg, int cacheid, uint32 hashvalue)
+{
+	relation_changed(arg, InvalidOid);
+}
+
 static void
 make_cache(void)
 {
@@ -94,6 +104,7 @@ make_cache(void)
 		return;
 	sync_entries = hash_create("rm sync triggers", 16, &ctl, HASH_ELEM | HASH_BLOBS);
 	CacheRegisterRelcacheCallback(relation_changed, (Datum) 0);
+	CacheRegisterSyscacheCallback(PROCOID, function_changed, (Datum) 0);
 }
 
 static char *
@@ -130,32 +141,32 @@ read_migration(SyncEntry *entry, Relation rel)
 	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	ScanKeyInit(&key, SPI_fnumber(RelationGetDescr(state), "id"),
 				BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(entry->id));
-	scan = systable_beginscan(state, InvalidOid, false, snapshot, 1, &key);
+	list_free(RelationGetIndexList(state));
+	scan = systable_beginscan(state, state->rd_pkindex, OidIsValid(state->rd_pkindex),
+							  snapshot, 1, &key);
 	tup = systable_getnext(scan);
 	if (HeapTupleIsValid(tup))
 	{
 		TupleDesc	desc = RelationGetDescr(state);
 		MemoryContext oldcxt = MemoryContextSwitchTo(entry->cxt);
 		RmMigration *m = &entry->m;
-		Oid			type;
-		int32		typmod;
 
 		m->id = entry->id;
 		m->relid = DatumGetObjectId(attribute(tup, desc, "relid"));
 		m->attnum = DatumGetInt16(attribute(tup, desc, "attnum"));
 		m->new_attnum = DatumGetInt16(attribute(tup, desc, "new_attnum"));
 		m->enforced = DatumGetBool(attribute(tup, desc, "enforced"));
-		m->new_type = text_attribute(tup, desc, "new_type");
 		if (m->relid == entry->relid && m->new_attnum > 0 &&
 			m->new_attnum <= RelationGetDescr(rel)->natts &&
 			!TupleDescAttr(RelationGetDescr(rel), m->new_attnum - 1)->attisdropped)
 		{
-			parseTypeString(m->new_type, &type, &typmod, 0);
+			Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), m->new_attnum - 1);
+
 			entry->conv =
 				rm_conversion_load(text_attribute(tup, desc, "conversion_tree"),
 								   DatumGetInt32(attribute(tup, desc, "server_version")),
-								   text_attribute(tup, desc, "using_expr"), rel, type,
-								   typmod, m->new_attnum,
+								   text_attribute(tup, desc, "using_expr"), rel,
+								   att->atttypid, att->atttypmod, m->new_attnum,
 								   rm_settings_list(attribute(tup, desc, "settings")),
 								   entry->cxt);
 		}
@@ -206,36 +217,80 @@ get_entry(int64 id, Relation rel)
 	return entry;
 }
 
-/* what is needed for the rows of one statement */
+/*
+ * The conversion, copied (the entry may be thrown away while the statement
+ * runs) and ready for use.
+ */
+static void
+prepare_conversion(SyncState *state, SyncEntry *entry, MemoryContext cxt)
+{
+	RmConversion *conv = palloc(sizeof(RmConversion));
+	ListCell   *lc;
+
+	*conv = *entry->conv;
+	conv->expr = copyObject(entry->conv->expr);
+	conv->settings = NIL;
+	foreach(lc, entry->conv->settings)
+		conv->settings = lappend(conv->settings, pstrdup(lfirst(lc)));
+	conv->seen_valid = false;
+	rm_conversion_prepare(conv, cxt);
+	state->conv = conv;
+}
+
+/*
+ * What is needed for the rows of one statement.  An error of it (the owner may
+ * not call a function any more) must not fail the write either: it is kept,
+ * and recorded for each row.
+ */
 static SyncState *
 begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 {
 	MemoryContext oldcxt = MemoryContextSwitchTo(flinfo->fn_mcxt);
+	ResourceOwner oldowner = CurrentResourceOwner;
 	SyncState  *state = palloc0(sizeof(SyncState));
 	Trigger    *trigger = trigdata->tg_trigger;
-	SyncEntry  *entry;
+	int64		id;
 
 	if (trigger->tgnargs != 1)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("%s.sync() takes one argument, the migration's id", RM_SCHEMA),
 				 errhint("Such triggers are made by rm_add_column() only.")));
-	entry = get_entry(pg_strtoint64(trigger->tgargs[0]), trigdata->tg_relation);
-	if (entry->conv)
+	id = pg_strtoint64(trigger->tgargs[0]);
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(flinfo->fn_mcxt);
+	PG_TRY();
 	{
-		/* a copy: the entry may be thrown away while the statement runs */
+		SyncEntry  *entry = get_entry(id, trigdata->tg_relation);
+
 		state->m = entry->m;
 		state->m.new_type = NULL;
-		state->conv = palloc(sizeof(RmConversion));
-		*state->conv = *entry->conv;
-		state->conv->expr = copyObject(entry->conv->expr);
-		state->conv->settings = NIL;
-		for (int i = 0; i < list_length(entry->conv->settings); i++)
-			state->conv->settings = lappend(state->conv->settings,
-											pstrdup(list_nth(entry->conv->settings, i)));
-		state->conv->clock_columns = bms_copy(entry->conv->clock_columns);
-		state->conv->seen_valid = false;
-		rm_conversion_prepare(state->conv, flinfo->fn_mcxt);
+		if (entry->conv)
+			prepare_conversion(state, entry, flinfo->fn_mcxt);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		SyncEntry  *entry = hash_search(sync_entries, &id, HASH_FIND, NULL);
+
+		MemoryContextSwitchTo(flinfo->fn_mcxt);
+		state->error = CopyErrorData();
+		if (entry)
+			state->m = entry->m;
+		if (!rm_is_conversion_failure(state->error->sqlerrcode) ||
+			state->m.new_attnum <= 0 || state->m.enforced)
+			PG_RE_THROW();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		state->conv = NULL;
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(flinfo->fn_mcxt);
+	CurrentResourceOwner = oldowner;
+
+	if (state->conv || state->error)
+	{
 		state->slot = MakeSingleTupleTableSlot(CreateTupleDescCopyConstr(RelationGetDescr(trigdata->tg_relation)),
 											   &TTSOpsHeapTuple);
 		state->value_cxt = AllocSetContextCreate(flinfo->fn_mcxt, "rm sync value",
@@ -305,15 +360,15 @@ rm_sync(PG_FUNCTION_ARGS)
 	state = fcinfo->flinfo->fn_extra;
 	if (state == NULL)
 		state = begin_statement(trigdata, fcinfo->flinfo);
-	if (state->conv == NULL)
+	if (state->slot == NULL)
 		return PointerGetDatum(tuple);
 
 	MemoryContextReset(state->value_cxt);
 	ExecStoreHeapTuple(tuple, state->slot, false);
-	if (state->m.enforced)
-	{
+	if (state->error)
+		record_failure(state, rel, state->error);
+	else if (state->m.enforced)
 		value = rm_conversion_evaluate(state->conv, state->slot, &isnull);
-	}
 	else if (!rm_conversion_try(state->conv, state->slot, state->value_cxt, &value,
 								&isnull, &error))
 	{

@@ -53,6 +53,7 @@
 #include "catalog/pg_type.h"
 #include "commands/defrem.h"
 #include "commands/trigger.h"
+#include "executor/executor.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "nodes/nodes.h"
@@ -64,10 +65,12 @@
 #include "storage/bufmgr.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
+#include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/syscache.h"
+#include "utils/typcache.h"
 
 /* pages that one transaction of the verification looks at, at most */
 #define VERIFY_PAGES 4096
@@ -133,6 +136,7 @@ refuse_triggers(Relation rel)
 
 		if (TRIGGER_FOR_BEFORE(t->tgtype) && TRIGGER_FOR_ROW(t->tgtype) &&
 			(TRIGGER_FOR_INSERT(t->tgtype) || TRIGGER_FOR_UPDATE(t->tgtype)) &&
+			strncmp(t->tgname, "~rm_sync_", 9) != 0 &&
 			strcmp(t->tgname, "~rm_sync_") > 0)
 			refuse(rel, psprintf("The trigger \"%s\" would fire after the sync trigger and could change the row again.",
 								 t->tgname),
@@ -171,6 +175,11 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 	if (att->attgenerated)
 		refuse(rel, psprintf("The column \"%s\" is generated.", NameStr(att->attname)),
 			   "Change the columns that it is generated from.");
+	if (DomainHasConstraints(def->type))
+		refuse(rel, psprintf("The type %s is a domain with constraints, and adding a column of it would rewrite the table.",
+							 format_type_be(def->type)),
+			   "Use the domain's base type, or ALTER TABLE where nobody is waiting.");
+	CheckCmdReplicaIdentity(rel, CMD_UPDATE);
 	if (get_attnum(RelationGetRelid(rel), new_column) != InvalidAttrNumber)
 		ereport(ERROR,
 				(errcode(ERRCODE_DUPLICATE_COLUMN),
@@ -276,7 +285,7 @@ add_column_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	Relation	rel;
-	RmConversionDef def = {.attnum = m->attnum};
+	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id};
 	BlockNumber pages;
 	double		tuples;
 	double		allvisfrac;
@@ -339,25 +348,22 @@ typedef struct Enforce
 	int64		checked;		/* rows, committed */
 	int64		failures;		/* rows that do not convert */
 	int64		mended;			/* rows that were not equal */
+	bool		begun;			/* its first transaction has committed */
 	bool		converting;
 	bool		careful;
-	bool		not_needed;		/* the old column is nullable */
+	bool		nullable;		/* the old column allows NULL */
+	bool		validating;		/* VALIDATE CONSTRAINT is under way */
+	bool		invalid;		/* ... and has found a row */
 	int64		xact_checked;
 	int64		xact_failures;
 	int64		xact_mended;
 } Enforce;
 
-static char *
-check_name(const RmMigration *m)
-{
-	return psprintf("rm_not_null_%lld", (long long) m->id);
-}
-
 /* OID of our CHECK constraint if it is there; valid tells whether it is proven */
 static Oid
 find_check(const RmMigration *m, bool *valid)
 {
-	Oid			oid = get_relation_constraint_oid(m->relid, check_name(m), true);
+	Oid			oid = get_relation_constraint_oid(m->relid, rm_check_name(m), true);
 	HeapTuple	tup;
 
 	*valid = false;
@@ -383,6 +389,18 @@ attribute_not_null(Oid relid, AttrNumber attnum)
 	result = ((Form_pg_attribute) GETSTRUCT(tup))->attnotnull;
 	ReleaseSysCache(tup);
 	return result;
+}
+
+/* the expression gives NULL in a row whose old column may not be NULL */
+static void
+refuse_null(RmRun *run, RmRows *rows)
+{
+	ErrorData	error = {0};
+
+	error.sqlerrcode = ERRCODE_NOT_NULL_VIOLATION;
+	error.message = "the expression gives NULL for this value";
+	rm_row_record_failure(rows, &error);
+	((Enforce *) run->work)->xact_failures++;
 }
 
 /* one row: is the new value equal to the expression's?  If not, mend it */
@@ -413,8 +431,8 @@ verify_row(RmRun *run, RmRows *rows)
 		(isnull || datum_image_eq(value, present, rows->conv->typbyval,
 								  rows->conv->typlen)))
 	{
-		if (isnull)
-			e->xact_failures++; /* a NULL where the old column has none */
+		if (isnull && !e->nullable)
+			refuse_null(run, rows);
 		return;
 	}
 	(void) rm_row_make(rows, value, isnull);
@@ -480,11 +498,33 @@ refuse_wrong_rows(RmRun *run)
 	if (e->failures > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NOT_NULL_VIOLATION),
-				 errmsg("%lld rows of %s have no new value",
-						(long long) e->failures, run->relation),
-				 errdetail("Column \"%s\" of these rows does not convert; %lld rows were checked. Nothing has been enforced.",
+				 errmsg_plural("%lld row of %s has no new value",
+							   "%lld rows of %s have no new value",
+							   (unsigned long) e->failures, (long long) e->failures,
+							   run->relation),
+				 errdetail("Their values of column \"%s\" do not convert; %lld rows were checked. Nothing has been enforced.",
 						   run->m->column, (long long) e->checked),
 				 errhint("SELECT * FROM rm_conversion_errors; mend these rows, they are converted as they are written, then call it again.")));
+}
+
+/* has a writer recorded a value that does not convert, since forget_rows()? */
+static bool
+failures_recorded(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("SELECT 1 FROM risky_migrations.conversion_error"
+					 " WHERE migration_id = $1 LIMIT 1", 1, types, v, NULL);
+	return SPI_processed > 0;
+}
+
+/* from the commit on, all sessions' triggers raise or record what fails */
+static void
+set_enforced(RmMigration *m, bool enforced)
+{
+	m->enforced = enforced;
+	CacheInvalidateRelcacheByRelid(m->relid);
 }
 
 /* the part without strong locks: every row equals the expression's value */
@@ -499,11 +539,8 @@ verify(RmRun *run, Relation rel)
 		m->phase = ENFORCE_BEGIN;	/* rewritten: pages have other numbers */
 	if (m->phase == ENFORCE_BEGIN)
 	{
-		if (!attribute_not_null(m->relid, m->attnum))
-		{
-			e->not_needed = true;
-			return RM_STEP_DONE;
-		}
+		e->nullable = !attribute_not_null(m->relid, m->attnum);
+		m->trigger_xmin = rm_trigger_xmin(m);
 		forget_rows(m);
 		rm_backfill_fix_end(m, rel);
 		e->checked = e->failures = e->mended = 0;
@@ -530,38 +567,62 @@ enforce_apply(RmRun *run)
 	LOCKMODE	mode;
 
 	if (e == NULL)
-	{
-		/* a new run, also after a crash: what was verified then is not enough */
 		e = run->work = MemoryContextAllocZero(run->cxt, sizeof(Enforce));
-		if (m->phase < ENFORCE_VALIDATE)
-			m->phase = ENFORCE_BEGIN;
-	}
+	/* a new run, also after a crash: what was verified then is not enough */
+	if (!e->begun && m->phase < ENFORCE_VALIDATE)
+		m->phase = ENFORCE_BEGIN;
+	/* nor is it if the trigger was switched off for a moment */
+	if (m->phase != ENFORCE_BEGIN && m->trigger_xmin != rm_trigger_xmin(m))
+		m->phase = ENFORCE_BEGIN;
 	e->xact_checked = e->xact_failures = e->xact_mended = 0;
 
-	mode = m->phase <= ENFORCE_VERIFY ? RowExclusiveLock :
+	mode = e->invalid ? AccessExclusiveLock :
+		m->phase <= ENFORCE_VERIFY ? RowExclusiveLock :
 		m->phase == ENFORCE_VALIDATE ? ShareUpdateExclusiveLock : AccessExclusiveLock;
 	rm_lock_relation(&run->locks, m->relid, mode);
 	rm_check_owner(m->relid, m->relation);
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
-	if (m->phase <= ENFORCE_VERIFY)
+	if (mode == RowExclusiveLock)
 		result = verify(run, rel);
 	table_close(rel, NoLock);	/* ALTER TABLE wants it closed, but locked */
 	if (mode == RowExclusiveLock)
 		return result;
 
+	if (m->trigger_xmin != rm_trigger_xmin(m))
+	{
+		m->phase = ENFORCE_BEGIN;	/* just now, before we had the lock */
+		return RM_STEP_AGAIN;
+	}
 	rel_sql = relation_sql(m->relid);
 	if (mode == AccessExclusiveLock)
 		run->old_storage = rm_relation_storage(m->relid);
+	if (e->invalid)
+	{
+		/* a row without a value has come in: take the CHECK back, look again */
+		if (OidIsValid(find_check(m, &valid)))
+			rm_execute(psprintf("ALTER TABLE ONLY %s DROP CONSTRAINT %s", rel_sql,
+								quote_identifier(rm_check_name(m))));
+		set_enforced(m, false);
+		m->phase = ENFORCE_BEGIN;
+		return RM_STEP_AGAIN;
+	}
 	switch (m->phase)
 	{
 		case ENFORCE_ADD_CHECK:
 			refuse_wrong_rows(run);
+			if (failures_recorded(m))
+			{
+				m->phase = ENFORCE_BEGIN;	/* by a writer, since we passed by */
+				break;
+			}
+			set_enforced(m, true);
+			if (e->nullable)
+				return RM_STEP_DONE;
 			if (!OidIsValid(find_check(m, &valid)))
 				rm_execute(psprintf("ALTER TABLE ONLY %s ADD CONSTRAINT %s CHECK (%s IS NOT NULL) NOT VALID",
-									rel_sql, quote_identifier(check_name(m)),
+									rel_sql, quote_identifier(rm_check_name(m)),
 									column_sql(m, m->new_attnum)));
-			m->enforced = true;
 			m->phase = ENFORCE_VALIDATE;
 			break;
 
@@ -569,12 +630,14 @@ enforce_apply(RmRun *run)
 			if (!OidIsValid(find_check(m, &valid)))
 			{
 				m->phase = ENFORCE_BEGIN;	/* somebody has dropped it */
-				m->enforced = false;
+				set_enforced(m, false);
 				break;
 			}
+			e->validating = true;
 			if (!valid)
 				rm_execute(psprintf("ALTER TABLE ONLY %s VALIDATE CONSTRAINT %s",
-									rel_sql, quote_identifier(check_name(m))));
+									rel_sql, quote_identifier(rm_check_name(m))));
+			e->validating = false;
 			m->phase = ENFORCE_SET_NOT_NULL;
 			break;
 
@@ -582,13 +645,13 @@ enforce_apply(RmRun *run)
 			if (!OidIsValid(find_check(m, &valid)) || !valid)
 			{
 				m->phase = ENFORCE_BEGIN;
-				m->enforced = false;
+				set_enforced(m, false);
 				break;
 			}
 			rm_execute(psprintf("ALTER TABLE ONLY %s ALTER COLUMN %s SET NOT NULL",
 								rel_sql, column_sql(m, m->new_attnum)));
 			rm_execute(psprintf("ALTER TABLE ONLY %s DROP CONSTRAINT %s", rel_sql,
-								quote_identifier(check_name(m))));
+								quote_identifier(rm_check_name(m))));
 			result = RM_STEP_DONE;
 			break;
 	}
@@ -603,6 +666,8 @@ enforce_committed(RmRun *run, RmStepResult result)
 
 	if (run->revert)
 		return;
+	e->begun = true;
+	e->invalid = false;
 	e->checked += e->xact_checked;
 	e->failures += e->xact_failures;
 	e->mended += e->xact_mended;
@@ -610,9 +675,10 @@ enforce_committed(RmRun *run, RmStepResult result)
 	if (result != RM_STEP_DONE)
 		return;
 	rm_format_count(checked, sizeof(checked), e->checked);
-	if (e->not_needed)
+	if (e->nullable)
 		ereport(NOTICE,
-				(errmsg("the old column allows NULL, so there is nothing to enforce")));
+				(errmsg("%s rows of %s verified equal, %lld mended; the old column allows NULL, and so does the new one",
+						checked, run->relation, (long long) e->mended)));
 	else
 		ereport(NOTICE,
 				(errmsg("%s rows of %s verified equal, %lld mended; the new column is NOT NULL",
@@ -624,7 +690,16 @@ enforce_retry(RmRun *run, ErrorData *error)
 {
 	Enforce    *e = run->work;
 
-	if (e == NULL || !e->converting || e->careful ||
+	if (e == NULL)
+		return false;
+	if (e->validating && error->sqlerrcode == ERRCODE_CHECK_VIOLATION)
+	{
+		e->validating = false;
+		e->invalid = true;
+		return true;
+	}
+	e->validating = false;
+	if (!e->converting || e->careful ||
 		!rm_is_conversion_failure(error->sqlerrcode))
 		return false;
 	e->converting = false;
@@ -645,11 +720,11 @@ enforce_revert(RmRun *run)
 	rel_sql = relation_sql(m->relid);
 	if (OidIsValid(find_check(m, &valid)))
 		rm_execute(psprintf("ALTER TABLE ONLY %s DROP CONSTRAINT %s", rel_sql,
-							quote_identifier(check_name(m))));
+							quote_identifier(rm_check_name(m))));
 	if (attribute_not_null(m->relid, m->new_attnum))
 		rm_execute(psprintf("ALTER TABLE ONLY %s ALTER COLUMN %s DROP NOT NULL",
 							rel_sql, column_sql(m, m->new_attnum)));
-	m->enforced = false;
+	set_enforced(m, false);
 	return RM_STEP_DONE;
 }
 

@@ -32,6 +32,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
 	'procedure rm_rollback(IN migration bigint DEFAULT NULL::bigint) volatile',
 	'procedure rm_migrate(IN target text) volatile',
 	'procedure rm_compare(IN rows bigint DEFAULT 1000000, IN every interval DEFAULT ''00:00:00.01''::interval, IN timeout interval DEFAULT ''00:00:05''::interval) volatile',
+	'function rm_check_conversion(relation text, column_name text, new_type text, using_expr text DEFAULT NULL::text, max_rows bigint DEFAULT 100, OUT row_key text, OUT value text, OUT sqlstate text, OUT message text, OUT rows_like_it bigint) SETOF record volatile',
 	'function rm_lock_report(OUT approach text, OUT step text, OUT relation text, OUT role text, OUT lock_mode text, OUT blocks_reads boolean, OUT blocks_writes boolean, OUT wait_ms numeric, OUT hold_ms numeric, OUT hold_is_exact boolean, OUT rewritten boolean, OUT started_at timestamp with time zone) SETOF record stable',
 	'function rm_blocked_queries(OUT waiting_pid integer, OUT waiting_query text, OUT relation text, OUT lock_mode text, OUT waited interval, OUT blocking_pid integer, OUT blocking_query text, OUT blocking_state text, OUT depth integer) SETOF record volatile',
 	'function rm_active_queries(OUT pid integer, OUT role name, OUT backend_type text, OUT state text, OUT running_for interval, OUT transaction_for interval, OUT wait_event_type text, OUT wait_event text, OUT blocked_by integer[], OUT query text) SETOF record volatile',

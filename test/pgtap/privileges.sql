@@ -55,7 +55,7 @@ CALL rm_backfill_batched();
 SET client_min_messages = warning;
 SET search_path = alice, public;
 CALL rm_migrate('0001');
-SELECT rm_seed(5);
+SELECT rm_seed(5) AS seeded \gset
 CALL rm_migrate('0003');
 SELECT rm_probe_start('SELECT ''top secret''', '50 ms') AS probe \gset
 RESET search_path;
@@ -133,7 +133,7 @@ SELECT results_eq('SELECT v_new FROM alice.secret WHERE id >= 3 ORDER BY id', AR
 SELECT is((SELECT count(*) FROM rm_conversion_errors), 0::bigint, 'he does not see the failure that he caused');
 RESET ROLE;
 SELECT is((SELECT count(*) FROM rm_conversion_errors WHERE value = 'bad'), 1::bigint, 'but it was recorded');
-SELECT rm_probe_stop(:probe) >= 0;
+SELECT rm_probe_stop(:probe) AS samples \gset
 
 -----------------------------------------------------------------------
 -- Schemas in the way
@@ -217,10 +217,11 @@ SELECT is(:rows_wrong::bigint, 0::bigint, 'and none of it spoiled the result');
 -- the superuser works on tables of bob's with bob's schema first in the path
 TRUNCATE evil.caught;
 SET search_path = evil, pg_catalog, bob, public, pg_temp;
-CALL public.rm_add_column('bob.his', 'v', 'int', 'pg_catalog.int4in(pg_catalog.textout(v))');
-CALL public.rm_backfill_batched(5);
-CALL public.rm_enforce_not_null();
-CALL public.rm_rollback();
+CALL public.rm_add_column('bob.his', 'v', 'int', 'pg_catalog.int4in(pg_catalog.varcharout(v))');
+SELECT max(id) AS id FROM public.rm_migrations \gset
+CALL public.rm_backfill_batched(5, :id);
+CALL public.rm_enforce_not_null(:id);
+CALL public.rm_rollback(:id);
 SELECT count(*) FROM public.rm_migrations \gset
 SELECT count(*) FROM public.rm_lock_report() \gset
 SELECT count(*) FROM public.rm_blocked_queries() \gset

@@ -238,12 +238,6 @@ CALL rm_add_column('plain', 'v', 'int NOT NULL');
 \set VERBOSITY sqlstate
 CALL rm_add_column('plain', 'v', 'varchar(-1)');
 \set VERBOSITY default
-\set VERBOSITY sqlstate
-CALL rm_add_column('plain', 'v', 'setof int');
-\set VERBOSITY default
-\set VERBOSITY sqlstate
-CALL rm_add_column('plain', 'v', 'int%TYPE');
-\set VERBOSITY default
 CALL rm_add_column('plain', 'v', 'serial');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('plain', 'v', 'anyelement');
@@ -644,7 +638,7 @@ END $$;
 UPDATE small_record SET created_at = risky_migrations.lab_moment(id);
 -- in the small table
 UPDATE large_record SET created_at = risky_migrations.lab_moment(id);
-UPDATE small_record SET created_at = '2024-13-01 00:00:00' WHERE id = 77;
+UPDATE small_record SET created_at = '2024-01-01 99:00:00' WHERE id = 77;
 CALL rm_migrate('0002');
 \echo SQLSTATE :SQLSTATE
 UPDATE small_record SET created_at = risky_migrations.lab_moment(id);
@@ -763,20 +757,27 @@ SELECT rm_probe_stop(:probe);
 \set VERBOSITY default
 
 -- 12. The settings
+\set VERBOSITY sqlstate
 SET risky_migrations.lock_timeout = 0;
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 SET risky_migrations.lock_timeout = -1;
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 SET risky_migrations.lock_timeout = '2 min';
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 SET risky_migrations.lock_retries = -1;
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 SET risky_migrations.max_row_lock_time = 0;
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 SET risky_migrations.lock_retry_max_delay = 0;
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 SET risky_migrations.no_such_setting = 1;
-\echo SQLSTATE :SQLSTATE
+\set VERBOSITY default
 
 -- 13. The sync trigger's function elsewhere
 CREATE TABLE elsewhere (v text);
@@ -827,6 +828,40 @@ CALL rm_add_column('domained', 'd', 'unconstrained', 'd::int');
 SELECT step, rewritten FROM rm_lock_report() WHERE relation = 'refusals.domained' AND lock_mode = 'AccessExclusiveLock';
 SELECT * FROM domained;
 DROP TABLE domained CASCADE;
+
+-- 15. Looking beforehand is refused the same things, and changes nothing
+SELECT * FROM rm_check_conversion(NULL, 'v', 'int');
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('nowhere', 'v', 'int');
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'nothing', 'int');
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'nonsense');
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'v::int, 2');
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', '*');
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'volatile_f(v)');
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'v::int', 0);
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'v::int', -1);
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'v::int', NULL);
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'v::int', 9223372036854775807);
+\echo SQLSTATE :SQLSTATE
+SET ROLE regress_rm_other;
+SELECT * FROM rm_check_conversion('other.theirs', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+RESET ROLE;
+-- what is not refused: the rows, and none if all convert
+UPDATE plain SET v = 'bad' WHERE id = 2;
+SELECT public.picture() AS before \gset
+SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'v::int');
+SELECT * FROM rm_check_conversion('plain', 'v', 'text');
+SELECT public.picture() = :'before' AS nothing_changed;
 
 -- whatever was refused after its step had begun is in the log as failed, and
 -- nothing is left running

@@ -324,7 +324,7 @@ foreach my $how (
 	'pg_terminate_backend')
 {
 	sql(q{CALL rm_migrate('0004')});
-	break_off($how, 0.4, 'CALL rm_enforce_not_null()');
+	break_off($how, 0.12, 'CALL rm_enforce_not_null()');
 	my $state = state_of_migration();
 	if ($state =~ /^done/)
 	{

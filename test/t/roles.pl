@@ -1,0 +1,111 @@
+# Who may do what: the owner of a table needs no superuser for any of it, a
+# NOLOGIN owner is reached by SET ROLE, and another role can neither start, go
+# on with, take back nor see a migration of a table that is not its own.
+
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $node = PostgreSQL::Test::Cluster->new('roles');
+$node->init;
+$node->append_conf('postgresql.conf', "client_min_messages = warning\n");
+$node->start;
+
+# All statements in one session of that role; dies if one fails.
+sub as
+{
+	my ($role, $query) = @_;
+	return $node->safe_psql('postgres', $query, extra_params => [ '-U', $role ]);
+}
+
+# The SQLSTATE with which the statements end, '' if none.
+sub sqlstate_as
+{
+	my ($role, $query) = @_;
+	my (undef, undef, $stderr) = $node->psql('postgres', "\\set VERBOSITY verbose\n$query",
+		extra_params => [ '-U', $role ]);
+	return $stderr =~ /ERROR:  ([0-9A-Z]{5}):/ ? $1 : '';
+}
+
+my $superuser = $node->safe_psql('postgres', 'SELECT current_user');
+
+as($superuser, q{
+CREATE EXTENSION risky_migrations;
+CREATE ROLE app LOGIN;
+CREATE ROLE stranger LOGIN;
+CREATE ROLE keeper NOLOGIN;
+CREATE ROLE member LOGIN NOINHERIT;
+GRANT keeper TO member;
+CREATE SCHEMA app AUTHORIZATION app;
+CREATE SCHEMA keeper AUTHORIZATION keeper;
+GRANT USAGE ON SCHEMA app, keeper TO stranger;
+});
+
+# the whole lab, with each of the two kinds of owner
+foreach my $owner ([ 'app', 'SET search_path = app, public;' ],
+	[ 'member', 'SET ROLE keeper; SET search_path = keeper, public;' ])
+{
+	my ($role, $set) = @$owner;
+	my $name = $role eq 'app' ? 'an owner' : 'a NOLOGIN owner';
+
+	as($role, "$set CALL rm_migrate('0001'); SELECT rm_seed(3000);");
+	foreach my $target ('0003', '0004', '0005', '0004', '0003', '0001', '0002', '0005', '0001')
+	{
+		is( as($role, "$set CALL rm_migrate('$target'); SELECT * FROM rm_lab_check();"),
+			'3000|0', "$name goes to $target");
+	}
+	as($role, "$set CALL rm_add_column('large_record', 'created_at', 'timestamp', 'created_at::timestamp');
+		CALL rm_backfill_batched(1000); CALL rm_enforce_not_null();");
+	is(as($role, "$set SELECT state, steps_done FROM rm_migrations WHERE state = 'open'"),
+		'open|3', "$name does it step by step");
+	as($role, "$set CALL rm_rollback()");
+	cmp_ok(as($role, "$set SELECT count(*) FROM rm_lock_report()"), '>', 0, "$name sees the locks");
+	as($role, "$set CALL rm_migrate('0003')");
+}
+is(as('app', q{SELECT string_agg(DISTINCT relation, ' ' ORDER BY relation) FROM rm_migrations}),
+	'app.large_record app.small_record', 'an owner sees only what is his');
+
+# writers need nothing but what they had
+as($superuser, q{
+GRANT SELECT, INSERT, UPDATE ON app.large_record TO stranger;
+GRANT USAGE ON SEQUENCE app.large_record_id_seq TO stranger;
+});
+as('stranger', q{
+INSERT INTO app.large_record (name, created_at) VALUES ('written 2030-01-01 00:00:00', '2030-01-01 00:00:00');
+UPDATE app.large_record SET name = 'written 2030-01-02 00:00:00', created_at = '2030-01-02 00:00:00' WHERE id = 5;
+});
+is( as('app', q{SELECT count(*) FROM app.large_record WHERE created_at_new IS NOT NULL}),
+	2, 'a writer without any right on the state fires the sync trigger');
+
+# nobody else
+my $id = as('app', q{SELECT id FROM rm_migrations WHERE state = 'open'});
+my @refused = (
+	[ 'start one', q{CALL rm_add_column('app.large_record', 'name', 'text')} ],
+	[ 'backfill', "CALL rm_backfill_batched(100, $id)" ],
+	[ 'enforce', "CALL rm_enforce_not_null($id)" ],
+	[ 'take it back', "CALL rm_rollback($id)" ],
+	[ 'migrate the lab', q{SET search_path = app, public; CALL rm_migrate('0004')} ],
+	[ 'seed the lab', q{SET search_path = app, public; SELECT rm_seed(10)} ],
+	[ 'read the state', 'SELECT * FROM risky_migrations.migration' ],
+	[ 'write the state', q{UPDATE risky_migrations.migration SET state = 'done'} ],
+	[ 'read the log', 'SELECT * FROM risky_migrations.step_log' ]);
+foreach my $case (@refused)
+{
+	is(sqlstate_as('stranger', $case->[1]), '42501', "another role cannot $case->[0]");
+	is(sqlstate_as('app', $case->[1]), '42501', "nor can an owner $case->[0] himself")
+	  if $case->[0] =~ /state|log/;
+}
+is(sqlstate_as('stranger', 'CALL rm_backfill_batched(100)'), '42704', 'for another role none is open');
+is(sqlstate_as('member', "CALL rm_rollback($id)"), '42501', 'nor can an owner of another table touch it');
+is(as('stranger', 'SELECT count(*) FROM rm_migrations'), 0, 'another role sees no migration');
+is(as('stranger', 'SELECT count(*) FROM rm_lock_report()'), 0, 'nor its locks');
+is(as('stranger', 'SELECT count(*) FROM rm_progress'), 0, 'nor its progress');
+is(as('stranger', 'SELECT count(*) FROM rm_conversion_errors'), 0, 'nor its values');
+is(as('app', q{SELECT state, steps_done FROM rm_migrations WHERE state = 'open'}),
+	'open|1', 'and nothing has happened to it');
+
+$node->stop;
+done_testing();
