@@ -249,8 +249,10 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 	CASE WHEN l.state = 'running' AND r.pid IS NULL THEN 'interrupted' ELSE l.state END AS last_step_state,
 	l.sqlstate, l.message, l.detail, l.hint,
 	CASE WHEN m.state <> 'open' OR r.pid IS NOT NULL THEN NULL
-		WHEN m.method = 'direct' THEN format('CALL rm_rollback(%s)', m.id)
-		WHEN m.steps_done = 0 THEN format('CALL rm_rollback(%s)', m.id)
+		WHEN m.method = 'direct' OR m.steps_done = 0
+			OR l.direction = 'rollback' AND l.state <> 'done'
+			OR NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = m.relid)
+			THEN format('CALL rm_rollback(%s)', m.id)
 		WHEN m.steps_done = 1 THEN format('CALL rm_backfill_batched(100000, %s)', m.id)
 		WHEN m.steps_done = 2 THEN format('CALL rm_enforce_not_null(%s)', m.id)
 	END AS next_call,

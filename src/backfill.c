@@ -605,8 +605,8 @@ backfill_apply(RmRun *run)
 	run->rows_hot += b->xact_hot;
 	run->async_commit = true;
 	b->batch_complete = b->batch_rows + b->xact_rows + b->xact_failed >= run->batch;
-	if (b->batch_complete ||
-		(result == RM_STEP_DONE && b->batch_rows + b->xact_rows > 0))
+	if ((b->batch_complete || result == RM_STEP_DONE) &&
+		b->batch_rows + b->xact_rows > 0)
 		run->batches++;
 	b->rows_done = m->rows_done;
 	b->rows_estimated = m->rows_estimated;

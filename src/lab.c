@@ -520,19 +520,22 @@ rm_is_lab_form(PG_FUNCTION_ARGS)
 Datum
 rm_lab_moment(PG_FUNCTION_ARGS)
 {
-	int64		seconds = PG_GETARG_INT64(0) - 1 + 10 * 3600;
+	int64		n = PG_GETARG_INT64(0);
+	int64		seconds;
 	int			julian = date2j(2024, 1, 1);
 	int			year;
 	int			month;
 	int			day;
-	int			second = seconds % 86400;
+	int			second;
 	char		buf[32];
 
-	if (PG_GETARG_INT64(0) < 1 || seconds > MAX_ROWS + 86400)
+	if (n < 1 || n > MAX_ROWS)
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 				 errmsg("there is no such moment in the lab"),
 				 errhint("Moments are numbered from 1.")));
+	seconds = n - 1 + 10 * 3600;
+	second = seconds % 86400;
 	j2date(julian + (int) (seconds / 86400), &year, &month, &day);
 	snprintf(buf, sizeof(buf), "%04d-%02d-%02d %02d:%02d:%02d", year, month, day,
 			 second / 3600, second / 60 % 60, second % 60);

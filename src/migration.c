@@ -278,7 +278,9 @@ rm_check_name(const RmMigration *m)
 bool
 rm_step_begun(const RmMigration *m)
 {
-	return m->phase != 0 || m->rows_done > 0 || m->next_block > 0;
+	return m->phase != 0 ||
+		(m->method == &rm_method_three_step && m->steps_done == RM_BACKFILL &&
+		 (m->rows_done > 0 || m->next_block > 0));
 }
 
 /*

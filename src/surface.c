@@ -240,9 +240,9 @@ start_migration(void *arg)
 				 errdetail("Only the type of a table's column can be changed."),
 				 errhint("Name the table.")));
 	def = rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr);
+	refuse_open_migration(spec->relid, def->attnum);
 	if (spec->new_column)
 		rm_three_step_refuse(rel, def, spec->new_column);
-	refuse_open_migration(spec->relid, def->attnum);
 
 	oldcxt = MemoryContextSwitchTo(start->cxt);
 	m = palloc0(sizeof(RmMigration));

@@ -502,7 +502,7 @@ refuse_wrong_rows(RmRun *run)
 							   "%lld rows of %s have no new value",
 							   (unsigned long) e->failures, (long long) e->failures,
 							   run->relation),
-				 errdetail("Their values of column \"%s\" do not convert; %lld rows were checked. Nothing has been enforced.",
+				 errdetail("Column \"%s\" has values that do not convert; %lld rows were checked. Nothing has been enforced.",
 						   run->m->column, (long long) e->checked),
 				 errhint("SELECT * FROM rm_conversion_errors; mend these rows, they are converted as they are written, then call it again.")));
 }

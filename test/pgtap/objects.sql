@@ -50,6 +50,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
 SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations'$$, ARRAY[
 	'function may_see(relid oid, owner oid) boolean stable parallel safe',
 	'function sync() trigger volatile',
+	'function steady_text(value text) text immutable strict parallel safe',
 	'function is_lab_form(value text) boolean immutable strict parallel safe',
 	'function lab_moment(n bigint) text immutable strict parallel safe',
 	'function lab_write(rows bigint) text volatile'

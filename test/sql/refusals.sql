@@ -753,7 +753,7 @@ SELECT rm_probe_stop(:probe);
 RESET ROLE;
 SELECT rm_probe_stop(:probe) >= 0 AS stopped;
 \set VERBOSITY sqlstate
-SELECT rm_probe_stop(:probe);
+SELECT rm_probe_stop(:probe) >= 0 AS stopped_before;
 \set VERBOSITY default
 
 -- 12. The settings

@@ -181,6 +181,9 @@ like($stderr, qr/^QUERY:  SELECT 1 FROM$/m,
 		  . ($version >= 170000 ? 'RiskyMigrationsProbe' : 'Extension'),
 		'between ticks it is idle');
 
+	becomes(q{SELECT idx_scan >= 50 FROM pg_stat_user_tables WHERE relname = 't'},
+		't', 'what it reads shows in the statistics');
+
 	my $count = stop_probe($id);
 	is( $count,
 		sql("SELECT count(*) FROM rm_probe_results WHERE probe_id = $id"),
@@ -347,6 +350,20 @@ $$ SELECT rm_probe_start('DO $do$ BEGIN RESET ROLE; INSERT INTO public.seen VALU
 	is(sql('SELECT count(*) FROM seen'), '0', 'a probe cannot leave the role that it was started as');
 	is( sql("SELECT DISTINCT outcome, sqlstate FROM rm_probe_results WHERE probe_id = $id"),
 		'error|42501', 'and is told so');
+
+	# what a commit fires runs as that role too
+	sql(q{
+CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN INSERT INTO public.seen VALUES (current_user); RETURN NULL; END $$;
+CREATE TABLE u (a integer);
+GRANT ALL ON u TO PUBLIC;
+CREATE CONSTRAINT TRIGGER note AFTER INSERT ON u
+	DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION note();
+TRUNCATE seen});
+	$id = sql(q{SET SESSION AUTHORIZATION app; SET ROLE owner; SELECT rm_probe_start('INSERT INTO u VALUES (1)')});
+	wait_for_samples($id, 3);
+	stop_probe($id);
+	is(sql('SELECT DISTINCT who FROM seen'), 'owner', 'also at the commit it is the role of the query');
 }
 
 # ---------------------------------------------------------------------------
@@ -582,6 +599,8 @@ for my $drop ('DROP DATABASE other', 'DROP DATABASE other WITH (FORCE)')
 	my $stubborn = start_probe(q{DO $$ BEGIN LOOP BEGIN PERFORM pg_sleep(60); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END $$});
 	my $ordinary = start_probe('SELECT 1');
 	wait_for_samples($ordinary, 10);
+	is(sqlstate_of("SELECT rm_probe_stop($stubborn)"),
+		'55000', 'rm_probe_stop gives up on a query that does not end');
 	my $begin = time;
 	$node->restart;
 	cmp_ok(time - $begin, '<', 10, 'a fast shutdown is not held up by a stubborn query');
