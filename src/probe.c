@@ -1163,7 +1163,10 @@ run_tick(int64 tick)
 	MemoryContextReset(self.tick_context);
 }
 
-/* Is it time to end?  Then end_reason is set, or nothing is left to write to. */
+/*
+ * Is it time to end?  Then end_reason is set, or nothing is left to write to.
+ * The time limit counts as reached when no further tick fits into it.
+ */
 static bool
 must_end(void)
 {

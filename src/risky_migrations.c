@@ -17,7 +17,8 @@
  *
  * The way of a call; arrows point one way only:
  *
- *	surface.c, lab.c	procedures and functions: arguments, refusals
+ *	surface.c, lab.c, check.c
+ *						procedures and functions: arguments, refusals
  *	migration.c			the state row, and the ground it stands on
  *	direct.c, three_step.c, backfill.c
  *						the methods: lists of steps
