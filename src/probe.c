@@ -1202,10 +1202,10 @@ run_schedule(void)
 			if (now_us() > housekeeping + CHECK_INTERVAL)
 				(void) housekeep(PROBING_LOCK_TIMEOUT);
 		}
-		else if (housekeeping <= now && due - now > 1000)
+		else if (housekeeping <= now)
 			(void) housekeep(PROBING_LOCK_TIMEOUT);
 		else
-			sleep_until(housekeeping <= now ? due : Min(due, housekeeping));
+			sleep_until(Min(due, housekeeping));
 	}
 }
 
