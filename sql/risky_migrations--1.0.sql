@@ -29,6 +29,9 @@ CREATE TABLE risky_migrations.migration (
 	column_name text NOT NULL,
 	old_type text NOT NULL,
 	old_type_id oid NOT NULL,
+	old_collation text,
+	old_storage text,
+	old_compression text,
 	new_type text NOT NULL,
 	new_type_id oid NOT NULL,
 	new_typmod integer NOT NULL,
@@ -494,9 +497,13 @@ FROM (
 	FROM risky_migrations.lab l
 	JOIN risky_migrations.step_log s ON s.relid = l.large_relid AND s.approach = 'lab'
 		AND s.direction = 'apply' AND s.state = 'done'
-	WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = l.large_relid)
 	OFFSET 0) u
-WHERE risky_migrations.may_see(u.relid, u.owner);
+WHERE risky_migrations.may_see(u.relid, u.owner)
+	-- a lab that has lost a table is none
+	AND (SELECT count(*) FROM pg_catalog.pg_class c
+		JOIN risky_migrations.lab l ON c.oid IN (l.small_relid, l.large_relid)
+		WHERE l.nspid = u.nspid AND c.relnamespace = l.nspid
+			AND c.relname IN ('small_record', 'large_record')) = 2;
 GRANT SELECT ON risky_migrations.lab_step TO PUBLIC;
 COMMENT ON VIEW risky_migrations.lab_step IS 'the steps of the lab that are in force';
 
@@ -514,7 +521,7 @@ BEGIN ATOMIC
 			('0004', 'three_step: backfill in batches', 'three_step', 'backfill', 2),
 			('0005', 'three_step: NOT NULL', 'three_step', 'enforce_not_null', 3)
 	)
-	SELECT CASE WHEN s.n = CASE k.number WHEN '0002' THEN 2 ELSE 1 END THEN '[X]' ELSE '[ ]' END,
+	SELECT CASE WHEN s.n > 0 THEN '[X]' ELSE '[ ]' END,
 		k.number, k.name, s.applied_at, s.duration
 	FROM known k
 	LEFT JOIN LATERAL (
@@ -522,7 +529,9 @@ BEGIN ATOMIC
 			sum(x.duration_ms) * interval '1 ms' AS duration
 		FROM (SELECT DISTINCT ON (l.relid) l.* FROM lab l
 			WHERE l.method = k.method AND l.step = k.step AND l.steps_done >= k.nth
-			ORDER BY l.relid, l.started_at DESC) x) s ON true
+			ORDER BY l.relid, l.started_at DESC) x
+		-- 0002 is both tables or none
+		HAVING count(*) = CASE k.number WHEN '0002' THEN 2 ELSE 1 END) s ON true
 	ORDER BY k.number;
 END;
 COMMENT ON FUNCTION rm_showmigrations() IS

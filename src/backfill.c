@@ -641,7 +641,7 @@ backfill_committed(RmRun *run, RmStepResult result)
 				 errmsg_plural("%lld row holds a value that does not convert",
 							   "%lld rows hold values that do not convert",
 							   (unsigned long) b->failures, (long long) b->failures),
-				 errdetail("They are recorded, and nothing was lost; they stand in the way of the next step."),
+				 errdetail("That is recorded, and nothing was lost; it stands in the way of the next step."),
 				 errhint("SELECT * FROM rm_conversion_errors; mended rows are converted as they are written.")));
 }
 

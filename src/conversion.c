@@ -38,6 +38,7 @@
 
 #include "access/sysattr.h"
 #include "access/table.h"
+#include "access/toast_compression.h"
 #include "access/transam.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
@@ -280,6 +281,35 @@ analyze_expression(Relation rel, const char *text, Oid type, int32 typmod)
 }
 
 /*
+ * What ALTER TABLE resets when it changes the type: collation, storage and
+ * compression, where they are not the type's defaults.
+ */
+static void
+describe_column(Form_pg_attribute att, RmConversionDef *def)
+{
+	if (OidIsValid(att->attcollation) &&
+		att->attcollation != get_typcollation(att->atttypid))
+		def->old_collation = generate_collation_name(att->attcollation);
+	if (att->attstorage != get_typstorage(att->atttypid))
+		switch (att->attstorage)
+		{
+			case TYPSTORAGE_PLAIN:
+				def->old_storage = "PLAIN";
+				break;
+			case TYPSTORAGE_EXTERNAL:
+				def->old_storage = "EXTERNAL";
+				break;
+			case TYPSTORAGE_MAIN:
+				def->old_storage = "MAIN";
+				break;
+			default:
+				def->old_storage = "EXTENDED";
+		}
+	if (CompressionMethodIsValid(att->attcompression))
+		def->old_compression = att->attcompression == TOAST_LZ4_COMPRESSION ? "lz4" : "pglz";
+}
+
+/*
  * Parses and checks a conversion of one column, with the caller's search_path
  * and settings.  using_expr NULL means the plain assignment cast.  The caller
  * holds a lock on rel.  Errors: 42703 no such column, 42704 no such type,
@@ -303,11 +333,13 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 				(errcode(ERRCODE_UNDEFINED_COLUMN),
 				 errmsg("column \"%s\" of relation \"%s\" does not exist",
 						column, RelationGetRelationName(rel)),
+				 errdetail("No column of the table has that name."),
 				 errhint("Column names are taken as they are, without folding to lower case.")));
 	if (def->attnum < 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("cannot change the type of system column \"%s\"", column),
+				 errdetail("System columns are PostgreSQL's own."),
 				 errhint("Name a column of your own.")));
 	att = TupleDescAttr(RelationGetDescr(rel), def->attnum - 1);
 
@@ -322,6 +354,7 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 				(errcode(ERRCODE_INVALID_TABLE_DEFINITION),
 				 errmsg("column \"%s\" cannot have pseudo-type %s", column,
 						format_type_be(def->type)),
+				 errdetail("Pseudo-types have no values that could be stored."),
 				 errhint("Name a type that a column can have.")));
 
 	if (using_expr == NULL)
@@ -353,6 +386,7 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 	def->old_type_name = format_type_extended(att->atttypid, att->atttypmod,
 											  FORMAT_TYPE_TYPEMOD_GIVEN |
 											  FORMAT_TYPE_FORCE_QUALIFY);
+	describe_column(att, def);
 	AtEOXact_GUC(false, save_nestlevel);
 	return def;
 }

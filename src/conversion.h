@@ -25,6 +25,9 @@ typedef struct RmConversionDef
 	int32		typmod;
 	char	   *type_name;		/* formatted, for SQL and for people */
 	char	   *old_type_name;
+	char	   *old_collation;	/* SQL names; NULL where it is the default */
+	char	   *old_storage;
+	char	   *old_compression;
 	char	   *using_expr;		/* deparsed, all names qualified */
 	char	   *tree;			/* nodeToString of the analyzed expression */
 	int			server_version; /* PG_VERSION_NUM / 10000 that wrote tree */

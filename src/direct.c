@@ -120,6 +120,7 @@ alter_type_revert(RmRun *run)
 	RmMigration *m = run->m;
 	const char *rel_sql;
 	const char *column;
+	StringInfoData sql;
 
 	if (m->reverse_expr == NULL)
 		ereport(ERROR,
@@ -129,8 +130,19 @@ alter_type_revert(RmRun *run)
 	rel_sql = begin_alter(run);
 	column = quote_identifier(get_attname(m->relid, m->attnum, false));
 	rm_direct_refuse_inexact(m);
-	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", rel_sql,
-						column, m->old_type, m->reverse_expr));
+	initStringInfo(&sql);
+	appendStringInfo(&sql, "ALTER TABLE %s ALTER COLUMN %s TYPE %s", rel_sql, column,
+					 m->old_type);
+	if (m->old_collation)
+		appendStringInfo(&sql, " COLLATE %s", m->old_collation);
+	appendStringInfo(&sql, " USING %s", m->reverse_expr);
+	rm_execute(sql.data);
+	if (m->old_storage)
+		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s SET STORAGE %s", rel_sql,
+							column, m->old_storage));
+	if (m->old_compression)
+		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s SET COMPRESSION %s", rel_sql,
+							column, m->old_compression));
 	m->inexact_rows = 0;
 	return RM_STEP_DONE;
 }
@@ -187,12 +199,18 @@ alter_type_explain(RmRun *run, ErrorData *error)
 
 	if (run->revert || !rm_is_conversion_failure(error->sqlerrcode))
 		return;
-	if (rm_try(find_row, &find, run->cxt) != NULL || find.detail == NULL)
+	if (ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_TO_CATEGORY(ERRCODE_DATA_EXCEPTION) &&
+		rm_try(find_row, &find, run->cxt) == NULL && find.detail != NULL)
+	{
+		error->detail = find.detail;
+		if (error->hint == NULL)
+			error->hint = "Mend the row, or give a USING expression that converts it.";
 		return;
-	error->detail = find.detail;
+	}
+	if (error->detail == NULL)
+		error->detail = "PostgreSQL refuses this ALTER TABLE. Nothing was changed.";
 	if (error->hint == NULL)
-		error->hint = MemoryContextStrdup(run->cxt,
-										  "Mend the row, or give a USING expression that converts it.");
+		error->hint = "Deal with what the message names, then call it again.";
 }
 
 /* when it began, when it ended: all that time nobody read or wrote the table */
@@ -201,7 +219,7 @@ alter_type_committed(RmRun *run, RmStepResult result)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	double		ms = rm_elapsed_ms(run->started);
-	char	   *began = pstrdup(timestamptz_to_str(TimestampTzPlusMilliseconds(now, -(int64) ms)));
+	char	   *began = pstrdup(timestamptz_to_str(now - (int64) (ms * 1000)));
 
 	ereport(NOTICE,
 			(errmsg("%s of %s: from %s to %s, %.3f s with the table locked",

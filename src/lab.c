@@ -57,6 +57,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/syscache.h"
 #include "utils/timestamp.h"
 #include "worker.h"
@@ -93,6 +94,7 @@ typedef struct Lab
 	Oid			known_small;	/* what it once made, even if one is gone */
 	Oid			known_large;
 	MemoryContext cxt;
+	bool		small_is_exact; /* see apply_direct */
 	RmMigration *direct_small;	/* done, or NULL */
 	RmMigration *direct_large;
 	RmMigration *three_step;	/* open, or NULL */
@@ -109,8 +111,20 @@ static const char *const targets[] = {"zero", "0001", "0002", "0003", "0004", "0
 static Oid
 current_schema_oid(void)
 {
-	List	   *path = fetch_search_path(false);
-	Oid			nspid = path == NIL ? InvalidOid : linitial_oid(path);
+	List	   *path;
+	Oid			nspid;
+
+	/* if pg_temp comes first, its schema may have to be made now */
+	PushActiveSnapshot(GetTransactionSnapshot());
+	path = fetch_search_path(false);
+	PopActiveSnapshot();
+	nspid = path == NIL ? InvalidOid : linitial_oid(path);
+	if (OidIsValid(nspid) && isAnyTempNamespace(nspid))
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("the lab cannot be in a temporary schema"),
+				 errdetail("Nobody else could be waiting for its tables."),
+				 errhint("SET search_path to an ordinary schema.")));
 
 	if (!OidIsValid(nspid))
 		ereport(ERROR,
@@ -219,14 +233,14 @@ refuse_existing_table(Lab *lab, const char *name, Oid own)
 				 errmsg("the lab in schema \"%s\" has lost one of its tables",
 						get_namespace_name(lab->nspid)),
 				 errdetail("Only %s is left of it.", lab_sql(lab->nspid, name)),
-				 errhint("DROP TABLE %s, then call it again.", lab_sql(lab->nspid, name))));
+				 errhint("CALL rm_migrate('zero') drops what is left.")));
 	if (OidIsValid(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_DUPLICATE_TABLE),
 				 errmsg("relation %s already exists and is not the lab's own",
 						lab_sql(lab->nspid, name)),
 				 errdetail("The lab never touches a table that it did not make."),
-				 errhint("SET search_path to another schema for the lab, or rename that table.")));
+				 errhint("SET search_path to another schema for the lab, or rename that table; drop it if an earlier installation of the extension made it.")));
 }
 
 static RmStepResult
@@ -263,31 +277,45 @@ create_tables_apply(RmRun *run)
 	return RM_STEP_DONE;
 }
 
+/* is the table that the lab made still there under its name? */
+static bool
+is_own(Lab *lab, const char *name, Oid known)
+{
+	return OidIsValid(known) && get_relname_relid(name, lab->nspid) == known;
+}
+
+/* drops what is there of the lab, also if one of its tables is lost */
 static RmStepResult
 create_tables_revert(RmRun *run)
 {
 	Lab		   *lab = run->work;
+	bool		large = is_own(lab, LARGE, lab->known_large);
+	bool		small = is_own(lab, SMALL, lab->known_small);
 	Oid			types[2] = {OIDOID, OIDOID};
 	Datum		v[2] = {ObjectIdGetDatum(lab->nspid)};
 
-	run->relid = lab->large_relid;
+	run->relid = lab->known_large;
 	run->relation = MemoryContextStrdup(run->cxt, lab_sql(lab->nspid, LARGE));
-	rm_lock_relation(&run->locks, lab->large_relid, AccessExclusiveLock);
+	if (large)
+		rm_lock_relation(&run->locks, lab->known_large, AccessExclusiveLock);
 	/* while the first is held the second is not waited for */
-	if (!ConditionalLockRelationOid(lab->small_relid, AccessExclusiveLock))
+	if (small && !ConditionalLockRelationOid(lab->known_small, AccessExclusiveLock))
 		ereport(ERROR,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 				 errmsg("could not lock %s at once", lab_sql(lab->nspid, SMALL)),
 				 errhint("Call it again when nobody uses the table.")));
-	rm_execute(psprintf("DROP TABLE %s, %s", lab_sql(lab->nspid, SMALL),
-						lab_sql(lab->nspid, LARGE)));
+	if (large)
+		rm_execute(psprintf("DROP TABLE %s", lab_sql(lab->nspid, LARGE)));
+	if (small)
+		rm_execute(psprintf("DROP TABLE %s", lab_sql(lab->nspid, SMALL)));
 	rm_state_execute("DELETE FROM risky_migrations.lab WHERE nspid = $1", 1, types, v,
 					 NULL);
-	v[0] = ObjectIdGetDatum(lab->large_relid);
-	v[1] = ObjectIdGetDatum(lab->small_relid);
+	v[0] = ObjectIdGetDatum(lab->known_large);
+	v[1] = ObjectIdGetDatum(lab->known_small);
 	rm_state_execute("UPDATE risky_migrations.migration SET state = 'rolled back',"
 					 " steps_done = 0 WHERE relid IN ($1, $2)", 2, types, v, NULL);
 	lab->small_relid = lab->large_relid = InvalidOid;
+	lab->known_small = lab->known_large = InvalidOid;
 	return RM_STEP_DONE;
 }
 
@@ -337,19 +365,59 @@ check_small(void *arg)
 				 errhint("Mend the row, then call it again.")));
 }
 
+/* could small_record be changed back exactly? */
+static void
+check_small_exact(void *arg)
+{
+	Lab		   *lab = arg;
+
+	rm_execute(psprintf("SELECT 1 FROM %s WHERE NOT coalesce((%s), true) LIMIT 1",
+						lab_sql(lab->nspid, SMALL), EXACT_CHECK));
+	lab->small_is_exact = SPI_processed == 0;
+}
+
+/* large_record; if that fails, small_record is changed back */
+static void
+start_direct_large(Lab *lab)
+{
+	MemoryContext cxt = CurrentMemoryContext;
+
+	PG_TRY();
+	{
+		start_direct(lab, lab->large_relid);
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(cxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		rm_transaction(look, lab);
+		if (lab->direct_small && lab->direct_small->inexact_rows == 0)
+			rm_migration_revert(lab->direct_small, 0);
+		ReThrowError(error);
+	}
+	PG_END_TRY();
+}
+
 /*
- * Both tables, or none.  Changing a table back is not always exact, so it is
- * not relied on: the small one is looked through first, then the large one is
- * changed, and then the small one.
+ * Both tables, or none.  The small one is changed back if the large one fails;
+ * where that would not be exact, it comes last.
  */
 static void
 apply_direct(Lab *lab)
 {
 	if (lab->direct_small == NULL)
+	{
 		rm_transaction(check_small, lab);
+		rm_transaction(check_small_exact, lab);
+		if (lab->small_is_exact)
+			start_direct(lab, lab->small_relid);
+	}
 	if (lab->direct_large == NULL)
-		start_direct(lab, lab->large_relid);
-	if (lab->direct_small == NULL)
+		start_direct_large(lab);
+	if (lab->direct_small == NULL && !lab->small_is_exact)
 		start_direct(lab, lab->small_relid);
 }
 
@@ -399,7 +467,7 @@ go_to(Lab *lab, int target)
 	{
 		if (lab->three_step)
 			rm_migration_revert(lab->three_step, 0);
-		if (OidIsValid(lab->large_relid))
+		if (OidIsValid(lab->known_large))
 			rm_run_free_step("lab", &create_tables, true, lab);
 		return;
 	}
@@ -628,6 +696,13 @@ rm_seed(PG_FUNCTION_ARGS)
 	need_lab(&lab);
 	rm_check_owner(lab.small_relid, SMALL);
 	rm_check_owner(lab.large_relid, LARGE);
+	if (!rm_transaction_lock(RM_SEEDING, lab.nspid))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("the lab in schema \"%s\" is being seeded in another session",
+						get_namespace_name(lab.nspid)),
+				 errdetail("Process %d does it.", rm_runner_pid(RM_SEEDING, lab.nspid)),
+				 errhint("Call it again when that transaction has ended.")));
 
 	save_nestlevel = NewGUCNestLevel();
 	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
@@ -965,6 +1040,30 @@ do_last_step(void *arg)
 	((Compare *) arg)->last_step = last_step_id();
 }
 
+/*
+ * Can as many workers be had as will be needed?  Asked before the lab is
+ * emptied, by starting two probes; they end without a trace.
+ */
+static void
+do_try_workers(void *arg)
+{
+	Compare    *c = arg;
+
+	c->read_probe = start_probe(c, "SELECT 1");
+	c->write_probe = start_probe(c, "SELECT 1");
+}
+
+static void
+do_forget_probes(void *arg)
+{
+	Compare    *c = arg;
+	Oid			types[] = {INT8OID, INT8OID};
+	Datum		v[] = {Int64GetDatum(c->read_probe), Int64GetDatum(c->write_probe)};
+
+	rm_state_execute("DELETE FROM risky_migrations.probe WHERE id IN ($1, $2)", 2, types,
+					 v, NULL);
+}
+
 /* one approach from a fresh lab to the recorded result */
 static void
 compare_approach(Compare *c, const char *approach, int target)
@@ -1053,6 +1152,9 @@ rm_compare(PG_FUNCTION_ARGS)
 	lock_lab(c.lab.nspid);
 	PG_TRY();
 	{
+		rm_transaction(do_try_workers, &c);
+		rm_transaction(do_stop_probes, &c);
+		rm_transaction(do_forget_probes, &c);
 		compare_approach(&c, "direct", 2);
 		compare_approach(&c, "three_step", 5);
 	}

@@ -454,6 +454,16 @@ rm_runner_lock(RmRunnerLock kind, int64 id, int *holder_pid)
 	return false;
 }
 
+/* the same until the end of the transaction */
+bool
+rm_transaction_lock(RmRunnerLock kind, int64 id)
+{
+	LOCKTAG		tag;
+
+	set_runner_tag(&tag, kind, id);
+	return LockAcquire(&tag, ExclusiveLock, false, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
 void
 rm_runner_unlock(RmRunnerLock kind, int64 id)
 {

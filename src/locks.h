@@ -59,10 +59,12 @@ typedef enum RmRunnerLock
 {
 	RM_RUNNER_MIGRATION = 3,	/* of one migration, by its id */
 	RM_RUNNER_PROBE = 4,		/* held by a living probe, by its id */
-	RM_RUNNER_LAB = 5			/* of the lab in one schema, by its OID */
+	RM_RUNNER_LAB = 5,			/* of the lab in one schema, by its OID */
+	RM_SEEDING = 6				/* whoever fills the lab, likewise */
 } RmRunnerLock;
 
 extern bool rm_runner_lock(RmRunnerLock kind, int64 id, int *holder_pid);
+extern bool rm_transaction_lock(RmRunnerLock kind, int64 id);
 extern void rm_runner_unlock(RmRunnerLock kind, int64 id);
 extern int	rm_runner_pid(RmRunnerLock kind, int64 id);
 

@@ -69,7 +69,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 
 	rm_state_execute(psprintf("SELECT method, state, steps_done::int8, phase::int8, owner::int8,"
 					 " relid::int8, relation, attnum::int8, column_name, old_type,"
-					 " old_type_id::int8, new_type, new_type_id::int8, new_typmod::int8,"
+					 " old_type_id::int8, old_collation, old_storage, old_compression, new_type, new_type_id::int8, new_typmod::int8,"
 					 " new_attnum::int8, new_column, using_expr,"
 					 " reverse_expr, exact_check, reverse_check, settings, conversion_tree,"
 					 " server_version::int8, enforced::int::int8, trigger_xmin,"
@@ -82,6 +82,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
 				 errmsg("migration %lld does not exist", (long long) id),
+				 errdetail("It has no row of state."),
 				 errhint("SELECT * FROM rm_migrations shows them all.")));
 
 	oldcxt = MemoryContextSwitchTo(cxt);
@@ -98,6 +99,9 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 	m->column = rm_result_text(0, ++col);
 	m->old_type = rm_result_text(0, ++col);
 	m->old_type_id = rm_result_int64(0, ++col);
+	m->old_collation = rm_result_text(0, ++col);
+	m->old_storage = rm_result_text(0, ++col);
+	m->old_compression = rm_result_text(0, ++col);
 	m->new_type = rm_result_text(0, ++col);
 	m->new_type_id = rm_result_int64(0, ++col);
 	m->new_typmod = rm_result_int64(0, ++col);
@@ -135,7 +139,7 @@ rm_migration_insert(RmMigration *m)
 {
 	Oid			types[] = {TEXTOID, INT8OID, INT8OID, TEXTOID, INT8OID, TEXTOID,
 		TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTARRAYOID,
-	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID};
+	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -160,15 +164,19 @@ rm_migration_insert(RmMigration *m)
 	v[i++] = Int64GetDatum(m->old_type_id);
 	v[i++] = Int64GetDatum(m->new_type_id);
 	v[i++] = Int64GetDatum(m->new_typmod);
+	v[i] = text_or_null(m->old_collation, &n[i]), i++;
+	v[i] = text_or_null(m->old_storage, &n[i]), i++;
+	v[i] = text_or_null(m->old_compression, &n[i]), i++;
 
 	rm_state_execute("INSERT INTO risky_migrations.migration (method, owner, relid,"
 					 " relation, attnum, column_name, old_type, new_type,"
 					 " new_column, using_expr, reverse_expr, exact_check,"
 					 " reverse_check, settings, conversion_tree, server_version,"
-					 " old_type_id, new_type_id, new_typmod)"
+					 " old_type_id, new_type_id, new_typmod, old_collation,"
+					 " old_storage, old_compression)"
 					 " VALUES ($1, $2::oid, $3::oid, $4, $5, $6, $7, $8, $9, $10,"
 					 " $11, $12, $13, $14, $15, $16, $17::oid,"
-					 " $18::oid, $19) RETURNING id",
+					 " $18::oid, $19, $20, $21, $22) RETURNING id",
 					 lengthof(types), types, v, n);
 	m->id = rm_result_int64(0, 1);
 	m->state = "open";

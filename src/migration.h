@@ -32,6 +32,9 @@ typedef struct RmMigration
 	char	   *column;
 	char	   *old_type;		/* as told to people */
 	Oid			old_type_id;
+	char	   *old_collation;	/* where not the type's default, for the way back */
+	char	   *old_storage;
+	char	   *old_compression;
 	char	   *new_type;
 	Oid			new_type_id;
 	int32		new_typmod;

@@ -108,6 +108,12 @@ rm_procedure_begin(FunctionCallInfo fcinfo, const char *name)
 				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
 				 errmsg("%s() cannot run during recovery", name),
 				 errhint("Run it on the primary server.")));
+	if (XactReadOnly)
+		ereport(ERROR,
+				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+				 errmsg("%s() cannot run in a read-only session", name),
+				 errdetail("Its transactions write, and default_transaction_read_only is on."),
+				 errhint("SET default_transaction_read_only = off.")));
 	/* fails early where the extension was not created */
 	(void) rm_state_relid("migration", false);
 
@@ -156,22 +162,80 @@ rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
 	return error;
 }
 
+/* rests outside of any transaction that holds something; can be cancelled */
+static void
+rest(void *arg)
+{
+	int			ms = *(int *) arg;
+	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
+
+	for (;;)
+	{
+		long		left;
+
+		CHECK_FOR_INTERRUPTS();
+		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
+		if (left <= 0)
+			break;
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						 left, PG_WAIT_EXTENSION);
+		ResetLatch(MyLatch);
+	}
+}
+
+static bool
+is_lock_failure(ErrorData *error)
+{
+	return error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
+		error->sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED;
+}
+
+/* growing and jittered, so that tries of several sessions do not meet again */
+static int
+retry_delay(int tries)
+{
+	double		ms = FIRST_RETRY_DELAY * (double) (1 << Min(tries, 20));
+
+	ms = Min(ms, (double) rm_lock_retry_max_delay);
+	return Max(1, (int) (ms * (0.5 + 0.5 * pg_prng_double(&pg_global_prng_state))));
+}
+
 /*
- * work(arg) in a transaction of its own, with waits bounded; its errors are
- * raised after rollback.
+ * work(arg) in a transaction of its own, with waits bounded: a lock that is
+ * not to be had is tried again as in a step.  Other errors, and that one in
+ * the end, are raised after rollback.
  */
 void
 rm_transaction(void (*work) (void *arg), void *arg)
 {
+	MemoryContext cxt = CurrentMemoryContext;
 	ErrorData  *error;
 
-	rm_lock_bound_waits();
-	error = rm_try(work, arg, CurrentMemoryContext);
-
-	if (error)
+	for (int tries = 0;; tries++)
 	{
+		int			pause_ms;
+
+		rm_lock_bound_waits();
+		error = rm_try(work, arg, cxt);
+		if (error == NULL)
+			break;
 		roll_back();
-		ReThrowError(error);
+		if (!is_lock_failure(error))
+			ReThrowError(error);
+		if (tries >= rm_lock_retries)
+		{
+			error->detail = psprintf("It was not to be had in %d tries of at most %d ms.",
+									 tries + 1, rm_lock_timeout);
+			error->hint = "See rm_blocked_queries(), end the transaction that holds the lock, then call it again; or raise risky_migrations.lock_retries.";
+			ReThrowError(error);
+		}
+		pause_ms = retry_delay(tries);
+		error = rm_try(rest, &pause_ms, cxt);
+		if (error)
+		{
+			roll_back();
+			ReThrowError(error);
+		}
 	}
 	rm_commit();
 }
@@ -443,44 +507,6 @@ record_failure(void *arg)
 
 	log_sums(attempt->run, "failed", attempt->error);
 	log_locks(attempt->run);
-}
-
-/* rests outside of any transaction that holds something; can be cancelled */
-static void
-rest(void *arg)
-{
-	int			ms = *(int *) arg;
-	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
-
-	for (;;)
-	{
-		long		left;
-
-		CHECK_FOR_INTERRUPTS();
-		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
-		if (left <= 0)
-			break;
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 left, PG_WAIT_EXTENSION);
-		ResetLatch(MyLatch);
-	}
-}
-
-static bool
-is_lock_failure(ErrorData *error)
-{
-	return error->sqlerrcode == ERRCODE_LOCK_NOT_AVAILABLE ||
-		error->sqlerrcode == ERRCODE_T_R_DEADLOCK_DETECTED;
-}
-
-/* growing and jittered, so that tries of several sessions do not meet again */
-static int
-retry_delay(int tries)
-{
-	double		ms = FIRST_RETRY_DELAY * (double) (1 << Min(tries, 20));
-
-	ms = Min(ms, (double) rm_lock_retry_max_delay);
-	return Max(1, (int) (ms * (0.5 + 0.5 * pg_prng_double(&pg_global_prng_state))));
 }
 
 /* the error to raise when a lock was not to be had in all the tries */

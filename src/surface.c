@@ -255,6 +255,9 @@ start_migration(void *arg)
 	m->column = pstrdup(spec->column);
 	m->old_type = pstrdup(def->old_type_name);
 	m->old_type_id = def->old_type;
+	m->old_collation = def->old_collation ? pstrdup(def->old_collation) : NULL;
+	m->old_storage = def->old_storage ? pstrdup(def->old_storage) : NULL;
+	m->old_compression = def->old_compression ? pstrdup(def->old_compression) : NULL;
 	m->new_type = pstrdup(def->type_name);
 	m->new_type_id = def->type;
 	m->new_typmod = def->typmod;
