@@ -90,6 +90,7 @@ typedef struct PageState
 	bool		done;			/* nothing is left to do */
 	bool		visited;
 	uint8		evict_later;	/* rows to give away at the second visit */
+	uint16		need;			/* room that the last row there needed */
 	Bitmapset  *failed;			/* offsets of rows that do not convert */
 } PageState;
 
@@ -298,6 +299,13 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 			through = false;
 			break;
 		}
+		if (page->need > room && evict <= 0 && !b->plain &&
+			(evict == 0 || dead > 0 || (page->visited && page->evict_later == 0 && stored > 0)))
+		{
+			/* rows of a table are alike: none of the others will fit either */
+			left += n - i;
+			break;
+		}
 		rm_row_get(rows, buf, offsets[i]);
 		b->converting = true;
 		if (!rm_row_convert(rows, b->careful, &value, &isnull, &error))
@@ -311,6 +319,7 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 			continue;			/* that is what the column holds */
 
 		need = rm_row_make(rows, value, isnull);
+		page->need = Min(need, PG_UINT16_MAX);
 		if (need > room && !b->plain)
 		{
 			if (evict < 0)

@@ -118,8 +118,8 @@ rm_rows_close(RmRows *rows)
 
 /*
  * Offsets of the rows on a pinned page that the snapshot sees; with
- * missing_only just those whose target is NULL.  *dead is the number of row
- * versions that nobody new sees but that still take up room.
+ * missing_only just those whose target is NULL.  *dead is the number of such
+ * row versions that nobody new sees but that still take up room.
  */
 int
 rm_rows_on_page(RmRows *rows, Buffer buf, bool missing_only,
@@ -146,15 +146,13 @@ rm_rows_on_page(RmRows *rows, Buffer buf, bool missing_only,
 		tup.t_len = ItemIdGetLength(lp);
 		tup.t_tableOid = RelationGetRelid(rows->rel);
 		ItemPointerSet(&tup.t_self, block, off);
-		if (!HeapTupleSatisfiesVisibility(&tup, rows->snapshot, buf))
-		{
-			if (!(tup.t_data->t_infomask & HEAP_XMAX_INVALID))
-				(*dead)++;
-			continue;
-		}
+		/* the cheaper question first */
 		if (missing_only && !heap_attisnull(&tup, rows->target, desc))
 			continue;
-		offsets[n++] = off;
+		if (HeapTupleSatisfiesVisibility(&tup, rows->snapshot, buf))
+			offsets[n++] = off;
+		else if (!(tup.t_data->t_infomask & HEAP_XMAX_INVALID))
+			(*dead)++;
 	}
 	LockBuffer(buf, BUFFER_LOCK_UNLOCK);
 	return n;

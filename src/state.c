@@ -27,8 +27,12 @@
 #include "state.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
+#include "utils/hsearch.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
+
+/* longest command of ours, and then some */
+#define MAX_SQL 1536
 
 Oid
 rm_state_relid(const char *relname, bool missing_ok)
@@ -56,6 +60,41 @@ rm_state_owner(void)
 	return owner;
 }
 
+/* a command of ours, planned; kept for the session, which repeats it often */
+typedef struct StatePlan
+{
+	char		sql[MAX_SQL];	/* hash key */
+	SPIPlanPtr	plan;
+} StatePlan;
+
+/* the plan for that text, made at its first use; as the tables' owner */
+static SPIPlanPtr
+get_plan(const char *sql, int nargs, Oid *argtypes)
+{
+	static HTAB *plans = NULL;
+	StatePlan  *entry;
+	bool		found;
+	SPIPlanPtr	plan;
+
+	Assert(strlen(sql) < MAX_SQL);
+	if (plans == NULL)
+	{
+		HASHCTL		ctl = {.keysize = MAX_SQL,.entrysize = sizeof(StatePlan)};
+
+		plans = hash_create("rm state plans", 64, &ctl, HASH_ELEM | HASH_STRINGS);
+	}
+	entry = hash_search(plans, sql, HASH_FIND, NULL);
+	if (entry)
+		return entry->plan;
+
+	plan = SPI_prepare(sql, nargs, argtypes);
+	if (plan == NULL || SPI_keepplan(plan) != 0)
+		elog(ERROR, "could not prepare: %s", sql);
+	entry = hash_search(plans, sql, HASH_ENTER, &found);
+	entry->plan = plan;
+	return plan;
+}
+
 void
 rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
 				 const char *nulls)
@@ -64,6 +103,7 @@ rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
 	int			save_sec_context;
 	int			save_nestlevel;
 	int			rc;
+	SPIPlanPtr	plan;
 
 	GetUserIdAndSecContext(&save_userid, &save_sec_context);
 	save_nestlevel = NewGUCNestLevel();
@@ -72,7 +112,8 @@ rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
 	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
 							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
 
-	rc = SPI_execute_with_args(sql, nargs, argtypes, values, nulls, false, 0);
+	plan = get_plan(sql, nargs, argtypes);
+	rc = SPI_execute_plan(plan, values, nulls, false, 0);
 
 	AtEOXact_GUC(false, save_nestlevel);
 	SetUserIdAndSecContext(save_userid, save_sec_context);
