@@ -39,13 +39,6 @@
 #include "utils/rel.h"
 #include "utils/timestamp.h"
 
-static const char *
-relation_sql(Oid relid)
-{
-	return quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-									  get_rel_name(relid));
-}
-
 static int64
 count_rows(const char *rel_sql, const char *condition)
 {
@@ -68,7 +61,7 @@ begin_alter(RmRun *run)
 	table_close(rel, NoLock);
 	run->old_storage = rm_relation_storage(m->relid);
 	rm_settings_apply(m->settings, GUC_ACTION_LOCAL);
-	return relation_sql(m->relid);
+	return rm_relation_sql(m->relid);
 }
 
 static RmStepResult
@@ -93,7 +86,7 @@ alter_type_apply(RmRun *run)
 void
 rm_direct_refuse_inexact(const RmMigration *m)
 {
-	const char *rel_sql = relation_sql(m->relid);
+	const char *rel_sql = rm_relation_sql(m->relid);
 	const char *column = quote_identifier(get_attname(m->relid, m->attnum, false));
 	int64		inexact = m->inexact_rows;
 

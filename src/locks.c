@@ -97,6 +97,7 @@ rm_lock_account_begin(RmLockAccount *account)
 	ListCell   *lc;
 
 	INSTR_TIME_SET_CURRENT(account->xact_start);
+	release_armed = true;
 	account->blocking = false;
 	foreach(lc, account->stats)
 		((RmLockStat *) lfirst(lc))->current = false;
@@ -231,7 +232,6 @@ rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
 {
 	LockData   *data;
 
-	release_armed = true;
 	if (account->complete && old_storage == NIL)
 		return;					/* a batch like the one before it */
 	data = GetLockStatusData();
@@ -284,13 +284,16 @@ rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
 	account->complete = true;
 }
 
-/* the transaction has committed: its locks are released, add up the holds */
+/*
+ * The transaction has committed, or was rolled back (then its locks went about
+ * now): add up the holds.
+ */
 void
-rm_lock_account_committed(RmLockAccount *account)
+rm_lock_account_end(RmLockAccount *account)
 {
 	ListCell   *lc;
 
-	if (release_armed)			/* cannot be, but never report a stale stamp */
+	if (release_armed)
 	{
 		release_armed = false;
 		INSTR_TIME_SET_CURRENT(release_time);
@@ -302,28 +305,6 @@ rm_lock_account_committed(RmLockAccount *account)
 		if (!stat->current)
 			continue;
 		stat->current = false;
-		stat->times++;
-		stat->hold_ms = Max(stat->hold_ms, ms_between(stat->acquired, release_time));
-	}
-}
-
-/* the transaction was rolled back: what it held was held all the same */
-void
-rm_lock_account_aborted(RmLockAccount *account)
-{
-	ListCell   *lc;
-
-	release_armed = false;
-	INSTR_TIME_SET_CURRENT(release_time);
-	foreach(lc, account->stats)
-	{
-		RmLockStat *stat = lfirst(lc);
-
-		if (!stat->current)
-			continue;
-		stat->current = false;
-		if (stat->relation == NULL)
-			continue;
 		stat->times++;
 		stat->hold_ms = Max(stat->hold_ms, ms_between(stat->acquired, release_time));
 	}

@@ -46,8 +46,7 @@ extern void rm_locks_init(void);
 extern void rm_lock_account_begin(RmLockAccount *account);
 extern void rm_lock_account_collect(RmLockAccount *account, Oid relid,
 									List *old_storage);
-extern void rm_lock_account_committed(RmLockAccount *account);
-extern void rm_lock_account_aborted(RmLockAccount *account);
+extern void rm_lock_account_end(RmLockAccount *account);
 extern List *rm_relation_storage(Oid relid);
 
 extern void rm_lock_bound_waits(void);

@@ -275,6 +275,14 @@ rm_trigger_name(int64 id)
 	return psprintf("~rm_sync_%lld", (long long) id);
 }
 
+/* the table's present name, quoted, for SQL */
+const char *
+rm_relation_sql(Oid relid)
+{
+	return quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+									  get_rel_name(relid));
+}
+
 /* name of the constraint that proves NOT NULL for a while */
 char *
 rm_check_name(const RmMigration *m)

@@ -140,6 +140,7 @@ extern void rm_migration_save(const RmMigration *m);
 extern int64 rm_open_migration(const char *method);
 extern void rm_check_owner(Oid relid, const char *relation);
 extern char *rm_trigger_name(int64 id);
+extern const char *rm_relation_sql(Oid relid);
 extern int64 rm_trigger_xmin(const RmMigration *m);
 extern char *rm_check_name(const RmMigration *m);
 extern bool rm_step_begun(const RmMigration *m);

@@ -601,7 +601,7 @@ run_transactions(RmRun *run)
 
 		if (error == NULL)
 		{
-			rm_lock_account_committed(&run->locks);
+			rm_lock_account_end(&run->locks);
 			run->duration_ms = rm_elapsed_ms(run->started);
 			tries = 0;
 			if (run->step->committed)
@@ -612,7 +612,7 @@ run_transactions(RmRun *run)
 		}
 		else
 		{
-			rm_lock_account_aborted(&run->locks);
+			rm_lock_account_end(&run->locks);
 			if (is_lock_failure(error) && tries < rm_lock_retries)
 			{
 				tries++;

@@ -87,14 +87,6 @@ enum
 	ENFORCE_SET_NOT_NULL
 };
 
-/* the table's present name, quoted, for SQL */
-static const char *
-relation_sql(Oid relid)
-{
-	return quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-									  get_rel_name(relid));
-}
-
 static const char *
 column_sql(const RmMigration *m, AttrNumber attnum)
 {
@@ -225,7 +217,7 @@ static void
 make_column_and_trigger(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *rel_sql = relation_sql(m->relid);
+	const char *rel_sql = rm_relation_sql(m->relid);
 	const char *trigger = quote_identifier(rm_trigger_name(m->id));
 	Relation	rel;
 
@@ -251,7 +243,7 @@ static void
 drop_column_and_trigger(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *rel_sql = relation_sql(m->relid);
+	const char *rel_sql = rm_relation_sql(m->relid);
 	HeapTuple	att;
 
 	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
@@ -594,7 +586,7 @@ enforce_apply(RmRun *run)
 		m->phase = ENFORCE_BEGIN;	/* just now, before we had the lock */
 		return RM_STEP_AGAIN;
 	}
-	rel_sql = relation_sql(m->relid);
+	rel_sql = rm_relation_sql(m->relid);
 	if (mode == AccessExclusiveLock)
 		run->old_storage = rm_relation_storage(m->relid);
 	if (e->invalid)
@@ -717,7 +709,7 @@ enforce_revert(RmRun *run)
 	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
-	rel_sql = relation_sql(m->relid);
+	rel_sql = rm_relation_sql(m->relid);
 	if (OidIsValid(find_check(m, &valid)))
 		rm_execute(psprintf("ALTER TABLE ONLY %s DROP CONSTRAINT %s", rel_sql,
 							quote_identifier(rm_check_name(m))));
