@@ -90,7 +90,7 @@ lint-version:
 lint-cppcheck:
 	cd $(top) && cppcheck --quiet --error-exitcode=1 --inline-suppr \
 		-j $$(nproc) --enable=warning,performance,portability \
-		--std=c99 --language=c --max-configs=1 -D__GNUC__ -D__x86_64__ \
+		--std=c99 --language=c --max-configs=1 -D__GNUC__ -D__x86_64__ -DPG_VERSION_NUM=$(shell $(PG_CONFIG) --version | sed "s/[^0-9]*\([0-9]*\).*/\10000/") \
 		-I$(includedir_server) '--suppress=*:$(includedir_server)/*' src
 
 # In a copy: object files in the tree would hide the warnings.
