@@ -122,23 +122,6 @@ rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
 		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
 }
 
-void
-rm_state_execute_text(const char *sql, int nargs, const char **texts)
-{
-	Oid		   *types = palloc(sizeof(Oid) * Max(nargs, 1));
-	Datum	   *values = palloc0(sizeof(Datum) * Max(nargs, 1));
-	char	   *nulls = palloc(Max(nargs, 1));
-
-	for (int i = 0; i < nargs; i++)
-	{
-		types[i] = TEXTOID;
-		nulls[i] = texts[i] ? ' ' : 'n';
-		if (texts[i])
-			values[i] = CStringGetTextDatum(texts[i]);
-	}
-	rm_state_execute(sql, nargs, types, values, nulls);
-}
-
 Datum
 rm_result_datum(int row, int col)
 {
@@ -169,10 +152,4 @@ int64
 rm_result_int64(int row, int col)
 {
 	return rm_result_isnull(row, col) ? 0 : DatumGetInt64(rm_result_datum(row, col));
-}
-
-double
-rm_result_float8(int row, int col)
-{
-	return rm_result_isnull(row, col) ? 0 : DatumGetFloat8(rm_result_datum(row, col));
 }

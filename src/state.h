@@ -36,15 +36,10 @@ extern Oid	rm_state_owner(void);
 extern void rm_state_execute(const char *sql, int nargs, Oid *argtypes,
 							 Datum *values, const char *nulls);
 
-/* the same for a command whose values are all text, NULL pointer for NULL */
-extern void rm_state_execute_text(const char *sql, int nargs,
-								  const char **values);
-
 /* fields of the current SPI_tuptable; row and column count from 0 and 1 */
 extern bool rm_result_isnull(int row, int col);
 extern Datum rm_result_datum(int row, int col);
 extern char *rm_result_text(int row, int col);	/* palloc'd or NULL */
 extern int64 rm_result_int64(int row, int col); /* 0 for NULL */
-extern double rm_result_float8(int row, int col);	/* 0 for NULL */
 
 #endif							/* RM_STATE_H */
