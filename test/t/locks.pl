@@ -185,6 +185,10 @@ sub without_standby
 
 	my $reader = start_call('reader', 'BEGIN',
 		'SELECT count(*) FROM large_record', 'SELECT pg_advisory_lock(1)', 'COMMIT');
+	# before that the call would find nobody in its way
+	$node->poll_query_until('postgres',
+		q{SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'reader' AND wait_event = 'advisory'})
+	  or die 'the reader does not read';
 	my $call = start_call('migration', "CALL rm_migrate('$target')");
 	$node->poll_query_until('postgres',
 		qq{SELECT count(*) > 0 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
