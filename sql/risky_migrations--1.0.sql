@@ -3,7 +3,7 @@
 -- complain if script is sourced in psql, rather than via CREATE EXTENSION
 \echo Use "CREATE EXTENSION risky_migrations" to load this file. \quit
 
--- Sections: state, do, watch, probes, lab; as in doc/architecture.md.
+-- Sections: state, do, what hangs on a column, know, watch, probes, lab; as in doc/architecture.md.
 -- What people call lives in the extension's schema and starts with rm_; what
 -- the extension keeps lives in the schema risky_migrations.
 
@@ -52,6 +52,10 @@ CREATE TABLE risky_migrations.migration (
 	rows_done bigint NOT NULL DEFAULT 0,
 	rows_estimated bigint NOT NULL DEFAULT 0,
 	inexact_rows bigint NOT NULL DEFAULT 0,
+	old_column text,
+	swapped boolean NOT NULL DEFAULT false,
+	reverse_tree text,
+	fingerprint text,
 	created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 10);
 COMMENT ON TABLE risky_migrations.migration IS 'one requested change of one column''s type; one row of state';
@@ -73,7 +77,8 @@ CREATE TABLE risky_migrations.conversion_error (
 	row_tid tid,
 	value text,
 	sqlstate text NOT NULL,
-	message text NOT NULL
+	message text NOT NULL,
+	way_back boolean NOT NULL DEFAULT false
 );
 CREATE INDEX ON risky_migrations.conversion_error (migration_id);
 COMMENT ON TABLE risky_migrations.conversion_error IS 'values that did not convert; hints, the rows themselves are looked at again';
@@ -122,6 +127,25 @@ CREATE TABLE risky_migrations.step_lock (
 	PRIMARY KEY (step_id, relid, lock_mode)
 );
 COMMENT ON TABLE risky_migrations.step_lock IS 'the locks of each step on user relations, read from the lock table before each commit';
+
+CREATE TABLE risky_migrations.dependent (
+	migration_id bigint NOT NULL REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	side text NOT NULL CHECK (side IN ('new', 'old')),
+	ord integer NOT NULL,
+	kind text NOT NULL,
+	name text NOT NULL,
+	relid oid NOT NULL,
+	peer oid,
+	build_name text,
+	build_sql text,
+	by_worker boolean NOT NULL DEFAULT false,
+	validate_sql text,
+	take_sql text[] NOT NULL DEFAULT '{}',
+	drop_sql text,
+	PRIMARY KEY (migration_id, side, ord)
+);
+COMMENT ON TABLE risky_migrations.dependent IS
+	'what hangs on a migration''s column, and the commands that make it on the other column';
 
 CREATE TABLE risky_migrations.lab (
 	nspid oid PRIMARY KEY,
@@ -208,9 +232,9 @@ COMMENT ON FUNCTION risky_migrations.steady_text(text) IS
 	'the value itself; an error (22007) if it names a moment by the clock, such as today';
 
 CREATE PROCEDURE rm_add_column(relation text, column_name text, new_type text,
-	using_expr text DEFAULT NULL)
+	using_expr text DEFAULT NULL, reverse_expr text DEFAULT NULL)
 AS 'MODULE_PATHNAME', 'rm_add_column' LANGUAGE C;
-COMMENT ON PROCEDURE rm_add_column(text, text, text, text) IS
+COMMENT ON PROCEDURE rm_add_column(text, text, text, text, text) IS
 	'step 1 of three_step: adds the shadow column <column>_new and the trigger that keeps it in step; ACCESS EXCLUSIVE for milliseconds';
 
 CREATE PROCEDURE rm_backfill_batched(batch bigint DEFAULT 100000, migration bigint DEFAULT NULL)
@@ -223,10 +247,352 @@ AS 'MODULE_PATHNAME', 'rm_enforce_not_null' LANGUAGE C;
 COMMENT ON PROCEDURE rm_enforce_not_null(bigint) IS
 	'step 3 of three_step: verifies every row and makes the shadow column NOT NULL without a scan under the lock';
 
+CREATE PROCEDURE rm_swap(migration bigint DEFAULT NULL)
+AS 'MODULE_PATHNAME', 'rm_swap' LANGUAGE C;
+COMMENT ON PROCEDURE rm_swap(bigint) IS
+	'step 4 of three_step: builds what hangs on the column on the new one, waits for older snapshots, and exchanges the columns in one short transaction';
+
+CREATE PROCEDURE rm_cleanup(migration bigint DEFAULT NULL)
+AS 'MODULE_PATHNAME', 'rm_cleanup' LANGUAGE C;
+COMMENT ON PROCEDURE rm_cleanup(bigint) IS
+	'step 5 of three_step: drops the old column, after which there is no way back';
+
 CREATE PROCEDURE rm_rollback(migration bigint DEFAULT NULL)
 AS 'MODULE_PATHNAME', 'rm_rollback' LANGUAGE C;
 COMMENT ON PROCEDURE rm_rollback(bigint) IS
 	'takes a migration back from wherever it stands, with nothing left lying about';
+
+-----------------------------------------------------------------------
+-- What hangs on a column
+-----------------------------------------------------------------------
+
+-- Definitions come from a twin: an empty copy of the table in which the ALTER
+-- has been done by PostgreSQL itself and whose column bears the name that the
+-- new one has while it waits.  Only the names of table and index in front of
+-- them are ours to replace.
+-- ALTER TABLE makes indexes and statistics anew, with other OIDs but the same
+-- names; so each of the twin's is first named after its original.
+CREATE FUNCTION risky_migrations.name_twins(relid oid, twin oid, prefix text)
+RETURNS TABLE (command text) LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	-- LIKE copies them in the order of their OIDs
+	WITH idx AS (
+		SELECT x.indrelid, x.indexrelid, x.indisunique, x.indnatts, x.indnkeyatts, c.relname, n.nspname,
+			row_number() OVER (PARTITION BY x.indrelid ORDER BY x.indexrelid) AS nth
+		FROM pg_index x
+		JOIN pg_class c ON c.oid = x.indexrelid
+		JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE x.indrelid IN (name_twins.relid, name_twins.twin) AND x.indislive
+	), sta AS (
+		SELECT e.stxrelid, e.oid, e.stxname, n.nspname, cardinality(e.stxkeys::int2[]) AS nkeys,
+			row_number() OVER (PARTITION BY e.stxrelid ORDER BY e.oid) AS nth
+		FROM pg_statistic_ext e JOIN pg_namespace n ON n.oid = e.stxnamespace
+		WHERE e.stxrelid IN (name_twins.relid, name_twins.twin)
+	)
+	SELECT format('ALTER INDEX %I.%I RENAME TO %I', t.nspname, t.relname, name_twins.prefix || o.indexrelid)
+	FROM idx o JOIN idx t ON t.nth = o.nth AND t.indisunique = o.indisunique
+		AND t.indnatts = o.indnatts AND t.indnkeyatts = o.indnkeyatts
+	WHERE o.indrelid = name_twins.relid AND t.indrelid = name_twins.twin
+	UNION ALL
+	SELECT format('ALTER STATISTICS %I.%I RENAME TO %I', t.nspname, t.stxname, name_twins.prefix || o.oid)
+	FROM sta o JOIN sta t ON t.nth = o.nth AND t.nkeys = o.nkeys
+	WHERE o.stxrelid = name_twins.relid AND t.stxrelid = name_twins.twin;
+END;
+COMMENT ON FUNCTION risky_migrations.name_twins(oid, oid, text) IS
+	'commands that name each index and statistics object of a twin after the original''s OID';
+
+CREATE FUNCTION risky_migrations.dependents(relid oid, attnum smallint, shadow smallint,
+	twin oid, twin_attnum smallint, build_column text, final_column text, prefix text,
+	OUT ord bigint, OUT kind text, OUT name text, OUT relation oid, OUT peer oid,
+	OUT build_name text, OUT build_sql text, OUT by_worker boolean,
+	OUT validate_sql text, OUT take_sql text[], OUT drop_sql text)
+RETURNS SETOF record LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH rel AS (
+		SELECT c.oid, n.nspname, format('%I.%I', n.nspname, c.relname) AS sql
+		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+	), me AS (
+		SELECT r.* FROM rel r WHERE r.oid = dependents.relid
+	), idx AS (
+		SELECT x.*, i.relname, i.reltablespace
+		FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
+		WHERE x.indrelid IN (dependents.relid, dependents.twin) AND x.indislive
+	), twin_idx AS (
+		SELECT t.relname,
+			substr(pg_get_indexdef(t.indexrelid), 1 + length(format('CREATE %sINDEX %I ON %s USING ',
+				CASE WHEN t.indisunique THEN 'UNIQUE ' ELSE '' END, t.relname, r.sql))) AS def,
+			coalesce(' WHERE ' || pg_get_expr(t.indpred, t.indrelid), '') AS pred
+		FROM idx t JOIN rel r ON r.oid = t.indrelid
+		WHERE t.indrelid = dependents.twin
+	), used AS (
+		SELECT o.*, k.conname, k.contype, k.condeferrable, k.condeferred, k.oid AS conoid,
+			left(t.def, length(t.def) - length(t.pred))
+				|| coalesce(' TABLESPACE ' || quote_ident(s.spcname), '') || t.pred AS def,
+			dependents.prefix || o.indexrelid AS build_name,
+			n.nspname
+		FROM idx o
+		LEFT JOIN twin_idx t ON t.relname = overlay(dependents.prefix PLACING 'x' FROM 4 FOR 1) || o.indexrelid
+		LEFT JOIN pg_tablespace s ON s.oid = o.reltablespace
+		LEFT JOIN pg_constraint k ON k.conindid = o.indexrelid AND k.conrelid = dependents.relid
+			AND k.contype IN ('p', 'u', 'x')
+		CROSS JOIN me n
+		WHERE o.indrelid = dependents.relid
+			AND (dependents.attnum = ANY (o.indkey) OR EXISTS (SELECT FROM pg_depend d
+				WHERE d.classid = 'pg_class'::regclass AND d.objid = o.indexrelid
+					AND d.refclassid = 'pg_class'::regclass AND d.refobjid = dependents.relid
+					AND d.refobjsubid = dependents.attnum))
+	), everything (rank, sub, kind, name, relation, peer, build_name, build_sql, by_worker,
+			validate_sql, take_sql, drop_sql) AS (
+		-- what the column itself has
+		SELECT 1, 0, 'column', a.attname::text, me.oid, NULL::oid, NULL, NULL, false, NULL,
+			array_remove(ARRAY[
+				CASE WHEN a.attstattarget >= 0 THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET STATISTICS %s',
+					me.sql, dependents.final_column, a.attstattarget) END,
+				CASE WHEN a.attoptions IS NOT NULL THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET (%s)',
+					me.sql, dependents.final_column,
+					(SELECT string_agg(format('%I = %L', split_part(o, '=', 1), substr(o, strpos(o, '=') + 1)), ', ')
+						FROM unnest(a.attoptions) o)) END,
+				CASE WHEN col_description(me.oid, a.attnum) IS NOT NULL
+					THEN format('COMMENT ON COLUMN %s.%I IS %L', me.sql, dependents.final_column,
+						col_description(me.oid, a.attnum)) END,
+				CASE WHEN a.attstorage <> y.typstorage AND w.typlen = -1 AND w.typstorage <> 'p'
+					THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET STORAGE %s', me.sql, dependents.final_column,
+						CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'm' THEN 'MAIN' WHEN 'e' THEN 'EXTERNAL' ELSE 'EXTENDED' END) END,
+				CASE WHEN a.attcompression <> '' AND w.typlen = -1 AND w.typstorage <> 'p'
+					THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET COMPRESSION %s', me.sql, dependents.final_column,
+						CASE a.attcompression WHEN 'p' THEN 'pglz' ELSE 'lz4' END) END
+				]::text[] || (SELECT array_agg(format('GRANT %s (%I) ON %s TO %s%s', g.privilege_type,
+						dependents.final_column, me.sql,
+						CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(g.grantee)) END,
+						CASE WHEN g.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+						ORDER BY g.grantee, g.privilege_type)
+					FROM aclexplode(a.attacl) g), NULL), NULL
+		FROM me JOIN pg_attribute a ON a.attrelid = me.oid AND a.attnum = dependents.attnum
+		JOIN pg_type y ON y.oid = a.atttypid
+		JOIN pg_attribute b ON b.attrelid = dependents.twin AND b.attnum = dependents.twin_attnum
+		JOIN pg_type w ON w.oid = b.atttypid
+		UNION ALL
+		-- its default, and the sequence that it owns
+		SELECT 2, 0, 'default', b.attname::text, me.oid, NULL, NULL, NULL, false, NULL,
+			array_remove(ARRAY[format('ALTER TABLE ONLY %s ALTER COLUMN %I SET DEFAULT %s', me.sql,
+				dependents.final_column, pg_get_expr(f.adbin, f.adrelid))], NULL),
+			format('ALTER TABLE ONLY %s ALTER COLUMN %I DROP DEFAULT', me.sql, b.attname)
+		FROM me
+		JOIN pg_attribute b ON b.attrelid = me.oid AND b.attnum = dependents.attnum AND b.attgenerated = ''
+		JOIN pg_attrdef f ON f.adrelid = dependents.twin AND f.adnum = dependents.twin_attnum
+		UNION ALL
+		SELECT 3, d.objid::bigint, CASE d.deptype WHEN 'i' THEN 'identity' ELSE 'sequence' END,
+			s.sql, me.oid, d.objid, NULL, NULL, false, NULL,
+			CASE d.deptype WHEN 'a' THEN ARRAY[format('ALTER SEQUENCE %s OWNED BY %s.%I', s.sql, me.sql, dependents.final_column)]
+				ELSE '{}' END
+			-- back to the type that it has now, forth to the column's
+			|| CASE WHEN dependents.prefix LIKE 'rm!_o!_%' ESCAPE '!'
+				THEN ARRAY[format('ALTER SEQUENCE %s AS %s', s.sql, format_type(q.seqtypid, NULL))]
+				WHEN q.seqtypid <> w.oid AND w.oid IN ('int2'::regtype, 'int4'::regtype, 'int8'::regtype)
+				THEN ARRAY[format('ALTER SEQUENCE %s AS %s', s.sql, format_type(w.oid, NULL))] ELSE '{}' END,
+			NULL
+		FROM me
+		JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = me.oid
+			AND d.refobjsubid = dependents.attnum AND d.classid = 'pg_class'::regclass AND d.deptype IN ('a', 'i')
+		JOIN pg_sequence q ON q.seqrelid = d.objid
+		JOIN rel s ON s.oid = d.objid
+		JOIN pg_attribute b ON b.attrelid = dependents.twin AND b.attnum = dependents.twin_attnum
+		JOIN pg_type w ON w.oid = b.atttypid
+		UNION ALL
+		-- indexes, and the constraints that are made of them
+		SELECT 4, u.indexrelid::bigint, CASE u.contype WHEN 'p' THEN 'primary key' WHEN 'u' THEN 'unique constraint'
+				WHEN 'x' THEN 'exclusion constraint' ELSE 'index' END,
+			u.relname::text, me.oid, NULL, u.build_name,
+			format('CREATE %sINDEX CONCURRENTLY %I ON %s USING %s',
+				CASE WHEN u.indisunique THEN 'UNIQUE ' ELSE '' END, u.build_name, me.sql, u.def),
+			true, NULL,
+			array_remove(ARRAY[
+				CASE WHEN u.contype IS NULL
+					THEN format('ALTER INDEX %I.%I RENAME TO %I', me.nspname, u.build_name, u.relname)
+					ELSE format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s USING INDEX %I', me.sql, u.conname,
+						CASE u.contype WHEN 'p' THEN 'PRIMARY KEY' ELSE 'UNIQUE' END, u.build_name) END,
+				CASE WHEN u.indisclustered THEN format('ALTER TABLE ONLY %s CLUSTER ON %I', me.sql, u.relname) END,
+				CASE WHEN u.indisreplident THEN format('ALTER TABLE ONLY %s REPLICA IDENTITY USING INDEX %I', me.sql, u.relname) END,
+				CASE WHEN obj_description(u.indexrelid, 'pg_class') IS NOT NULL
+					THEN format('COMMENT ON INDEX %I.%I IS %L', me.nspname, u.relname, obj_description(u.indexrelid, 'pg_class')) END,
+				CASE WHEN obj_description(u.conoid, 'pg_constraint') IS NOT NULL
+					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', u.conname, me.sql, obj_description(u.conoid, 'pg_constraint')) END
+				]::text[] || (SELECT array_agg(format('ALTER INDEX %I.%I ALTER COLUMN %s SET STATISTICS %s',
+						me.nspname, u.relname, a.attnum, a.attstattarget) ORDER BY a.attnum)
+					FROM pg_attribute a WHERE a.attrelid = u.indexrelid AND a.attstattarget >= 0), NULL),
+			CASE WHEN u.contype IS NOT NULL THEN format('ALTER TABLE ONLY %s DROP CONSTRAINT IF EXISTS %I', me.sql, u.conname)
+				WHEN u.indisunique THEN format('DROP INDEX IF EXISTS %I.%I', me.nspname, u.relname)
+				ELSE format('ALTER INDEX IF EXISTS %I.%I RENAME TO %I', me.nspname, u.relname,
+					'rm_' || CASE WHEN dependents.prefix LIKE 'rm!_n!_%' ESCAPE '!' THEN 'o' ELSE 'n' END
+					|| substr(u.build_name, 5)) END
+		FROM used u CROSS JOIN me
+		UNION ALL
+		-- CHECK constraints: validated before they are needed
+		SELECT 5, k.oid::bigint, 'check constraint', k.conname::text, me.oid, NULL, dependents.prefix || k.oid,
+			format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s%s', me.sql, dependents.prefix || k.oid, t.def,
+				CASE WHEN t.def ~ ' NOT (VALID|ENFORCED)$' THEN '' ELSE ' NOT VALID' END),
+			false,
+			CASE WHEN k.convalidated THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || k.oid) END,
+			array_remove(ARRAY[format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', me.sql, dependents.prefix || k.oid, k.conname),
+				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
+					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, me.sql, obj_description(k.oid, 'pg_constraint')) END], NULL),
+			format('ALTER TABLE ONLY %s DROP CONSTRAINT IF EXISTS %I', me.sql, k.conname)
+		FROM me
+		JOIN pg_constraint k ON k.conrelid = me.oid AND k.contype = 'c' AND dependents.attnum = ANY (k.conkey)
+		LEFT JOIN LATERAL (SELECT pg_get_constraintdef(x.oid) AS def FROM pg_constraint x
+			WHERE x.conrelid = dependents.twin AND x.contype = 'c' AND x.conname = k.conname) t ON true
+		WHERE k.conname !~ '^rm_(not_null|[no])_[0-9]+'
+		UNION ALL
+		-- foreign keys, of this table and of others that refer to it
+		SELECT CASE WHEN k.conrelid = me.oid THEN 6 ELSE 7 END, k.oid::bigint, 'foreign key', k.conname::text,
+			k.conrelid, k.confrelid, dependents.prefix || k.oid,
+			format('ALTER TABLE ONLY %s ADD CONSTRAINT %I FOREIGN KEY (%s) REFERENCES %s (%s)%s%s%s%s NOT VALID',
+				c.sql, dependents.prefix || k.oid,
+				(SELECT string_agg(quote_ident(CASE WHEN k.conrelid = me.oid AND u.n = dependents.attnum
+						THEN dependents.build_column ELSE a.attname END), ', ' ORDER BY u.i)
+					FROM unnest(k.conkey) WITH ORDINALITY u (n, i)
+					JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.n),
+				f.sql,
+				(SELECT string_agg(quote_ident(CASE WHEN k.confrelid = me.oid AND u.n = dependents.attnum
+						THEN dependents.build_column ELSE a.attname END), ', ' ORDER BY u.i)
+					FROM unnest(k.confkey) WITH ORDINALITY u (n, i)
+					JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.n),
+				CASE k.confmatchtype WHEN 'f' THEN ' MATCH FULL' ELSE '' END,
+				coalesce(' ON UPDATE ' || CASE k.confupdtype WHEN 'r' THEN 'RESTRICT' WHEN 'c' THEN 'CASCADE'
+					WHEN 'n' THEN 'SET NULL' WHEN 'd' THEN 'SET DEFAULT' END, ''),
+				coalesce(' ON DELETE ' || CASE k.confdeltype WHEN 'r' THEN 'RESTRICT' WHEN 'c' THEN 'CASCADE'
+					WHEN 'n' THEN 'SET NULL' WHEN 'd' THEN 'SET DEFAULT' END
+					|| coalesce((SELECT ' (' || string_agg(quote_ident(CASE WHEN k.conrelid = me.oid AND u.n = dependents.attnum
+							THEN dependents.build_column ELSE a.attname END), ', ' ORDER BY u.i) || ')'
+						FROM unnest(k.confdelsetcols) WITH ORDINALITY u (n, i)
+						JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.n), ''), ''),
+				CASE WHEN k.condeferrable THEN ' DEFERRABLE' || CASE WHEN k.condeferred THEN ' INITIALLY DEFERRED' ELSE '' END ELSE '' END),
+			false,
+			CASE WHEN k.convalidated THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', c.sql, dependents.prefix || k.oid) END,
+			array_remove(ARRAY[format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', c.sql, dependents.prefix || k.oid, k.conname),
+				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
+					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, c.sql, obj_description(k.oid, 'pg_constraint')) END], NULL),
+			format('ALTER TABLE ONLY %s DROP CONSTRAINT IF EXISTS %I', c.sql, k.conname)
+		FROM me
+		JOIN pg_constraint k ON k.contype = 'f' AND k.conparentid = 0
+			AND ((k.conrelid = me.oid AND dependents.attnum = ANY (k.conkey))
+				OR (k.confrelid = me.oid AND dependents.attnum = ANY (k.confkey)))
+			AND k.conname !~ '^rm_[no]_[0-9]+_[0-9]+$'
+		JOIN rel c ON c.oid = k.conrelid
+		JOIN rel f ON f.oid = k.confrelid
+		UNION ALL
+		-- extended statistics
+		SELECT 8, o.oid::bigint, 'statistics', format('%I.%I', o.nspname, o.stxname), me.oid, NULL, dependents.prefix || o.oid,
+			format('CREATE STATISTICS %I.%I%s ON %s FROM %s', o.nspname, dependents.prefix || o.oid,
+				CASE WHEN o.kinds IS NULL OR o.kinds = 'e' THEN '' ELSE ' (' || o.kinds || ')' END,
+				pg_get_statisticsobjdef_columns(t.oid), me.sql),
+			false, NULL,
+			array_remove(ARRAY[format('ALTER STATISTICS %I.%I RENAME TO %I', o.nspname, dependents.prefix || o.oid, o.stxname),
+				CASE WHEN o.stxstattarget >= 0 THEN format('ALTER STATISTICS %I.%I SET STATISTICS %s', o.nspname, o.stxname, o.stxstattarget) END,
+				CASE WHEN obj_description(o.oid, 'pg_statistic_ext') IS NOT NULL
+					THEN format('COMMENT ON STATISTICS %I.%I IS %L', o.nspname, o.stxname, obj_description(o.oid, 'pg_statistic_ext')) END], NULL),
+			format('DROP STATISTICS IF EXISTS %I.%I', o.nspname, o.stxname)
+		FROM me
+		JOIN (SELECT e.*, n.nspname,
+				(SELECT string_agg(CASE x WHEN 'd' THEN 'ndistinct' WHEN 'f' THEN 'dependencies' WHEN 'm' THEN 'mcv' END, ', ')
+					FROM unnest(e.stxkind) x WHERE x <> 'e') AS kinds
+			FROM pg_statistic_ext e JOIN pg_namespace n ON n.oid = e.stxnamespace
+			WHERE e.stxrelid = dependents.relid AND e.stxname !~ '^rm_[no]_[0-9]+_[0-9]+$') o ON true
+		LEFT JOIN pg_statistic_ext t ON t.stxrelid = dependents.twin
+			AND t.stxname = overlay(dependents.prefix PLACING 'x' FROM 4 FOR 1) || o.oid
+		WHERE dependents.attnum = ANY (o.stxkeys) OR EXISTS (SELECT FROM pg_depend d
+			WHERE d.classid = 'pg_statistic_ext'::regclass AND d.objid = o.oid
+				AND d.refclassid = 'pg_class'::regclass AND d.refobjid = me.oid
+				AND d.refobjsubid = dependents.attnum)
+		UNION ALL
+		-- NOT NULL, which is a constraint with a name from 18 on 0: the
+		-- first in force, the last to go); the shadow column has it already
+		SELECT 0, 0, 'not null', coalesce(k.conname, a.attname)::text, me.oid, NULL,
+			CASE WHEN b.attnotnull IS NULL THEN dependents.prefix || '0' END,
+			CASE WHEN b.attnotnull IS NULL
+				THEN format('ALTER TABLE ONLY %s ADD CONSTRAINT %I CHECK (%I IS NOT NULL) NOT VALID', me.sql,
+					dependents.prefix || '0', dependents.build_column) END,
+			false,
+			CASE WHEN b.attnotnull IS NULL
+				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || '0') END,
+			CASE WHEN b.attnotnull IS NULL
+				THEN ARRAY[CASE WHEN k.conname IS NULL
+						THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET NOT NULL', me.sql, dependents.final_column)
+						ELSE format('ALTER TABLE ONLY %s ADD CONSTRAINT %I NOT NULL %I', me.sql, k.conname, dependents.final_column) END,
+					format('ALTER TABLE ONLY %s DROP CONSTRAINT %I', me.sql, dependents.prefix || '0')]
+				WHEN k.conname IS NOT NULL AND kb.conname IS NOT NULL
+				THEN ARRAY[format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', me.sql, kb.conname, k.conname)]
+				ELSE '{}' END,
+			format('ALTER TABLE ONLY %s ALTER COLUMN %I DROP NOT NULL', me.sql, a.attname)
+		FROM me
+		JOIN pg_attribute a ON a.attrelid = me.oid AND a.attnum = dependents.attnum AND a.attnotnull
+		LEFT JOIN pg_attribute b ON b.attrelid = me.oid AND b.attnum = dependents.shadow AND b.attnotnull
+			AND dependents.prefix LIKE 'rm!_n!_%' ESCAPE '!'
+		LEFT JOIN pg_constraint k ON k.conrelid = me.oid AND k.contype = 'n' AND k.conkey = ARRAY[dependents.attnum]
+		LEFT JOIN pg_constraint kb ON kb.conrelid = me.oid AND kb.contype = 'n' AND kb.conkey = ARRAY[dependents.shadow]
+	)
+	SELECT row_number() OVER (ORDER BY e.rank, e.sub), e.kind, e.name, e.relation, e.peer, e.build_name,
+		e.build_sql, e.by_worker, e.validate_sql, e.take_sql, e.drop_sql
+	FROM everything e ORDER BY e.rank, e.sub;
+END;
+COMMENT ON FUNCTION risky_migrations.dependents(oid, smallint, smallint, oid, smallint, text, text, text) IS
+	'everything of a table''s own that hangs on a column, with the commands that build it on another column, put it in force there, and put the present one out of force';
+
+CREATE FUNCTION risky_migrations.column_obstacles(relid oid, attnum smallint)
+RETURNS TABLE (kind text, name text, reason text, hint text) LANGUAGE sql STABLE
+BEGIN ATOMIC SELECT ''::text, ''::text, ''::text, ''::text WHERE false; END;
+CREATE FUNCTION risky_migrations.column_objects(relid oid, attnum smallint)
+RETURNS TABLE (ord int, kind text, name text, drop_sql text, make_sql text[]) LANGUAGE sql STABLE
+BEGIN ATOMIC SELECT 0, ''::text, ''::text, ''::text, '{}'::text[] WHERE false; END;
+CREATE FUNCTION risky_migrations.column_relations(relid oid, attnum smallint)
+RETURNS TABLE (relation oid) LANGUAGE sql STABLE
+BEGIN ATOMIC SELECT 0::oid WHERE false; END;
+
+CREATE FUNCTION risky_migrations.leftovers(relid oid, prefix text, wanted text[])
+RETURNS TABLE (drop_sql text) LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	-- constraints before the indexes that they may need
+	SELECT f.sql FROM (
+		SELECT 1, k.oid, format('ALTER TABLE ONLY %I.%I DROP CONSTRAINT %I', n.nspname, c.relname, k.conname)
+		FROM pg_constraint k
+		JOIN pg_class c ON c.oid = k.conrelid
+		JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE leftovers.relid IN (k.conrelid, k.confrelid) AND k.contype IN ('c', 'f')
+			AND starts_with(k.conname, leftovers.prefix) AND k.conname <> ALL (leftovers.wanted)
+		UNION ALL
+		SELECT 2, x.oid, format('DROP STATISTICS %I.%I', n.nspname, x.stxname)
+		FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace
+		WHERE x.stxrelid = leftovers.relid
+			AND starts_with(x.stxname, leftovers.prefix) AND x.stxname <> ALL (leftovers.wanted)
+		UNION ALL
+		SELECT 3, c.oid, format('DROP INDEX %I.%I', n.nspname, c.relname)
+		FROM pg_index i
+		JOIN pg_class c ON c.oid = i.indexrelid
+		JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE i.indrelid = leftovers.relid
+			AND starts_with(c.relname, leftovers.prefix) AND c.relname <> ALL (leftovers.wanted)) f (rank, oid, sql)
+	ORDER BY f.rank, f.oid;
+END;
+COMMENT ON FUNCTION risky_migrations.leftovers(oid, text, text[]) IS
+	'commands that drop what was built for a migration and is not wanted';
+
+CREATE FUNCTION risky_migrations.catalog_fingerprint(relid oid) RETURNS text
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT md5(coalesce(string_agg(f.line, ',' ORDER BY f.line), '')) FROM (
+		SELECT format('i%s/%s', x.indexrelid, x.xmin) FROM pg_index x WHERE x.indrelid = relid
+		UNION ALL SELECT format('k%s/%s', k.oid, k.xmin) FROM pg_constraint k WHERE relid IN (k.conrelid, k.confrelid)
+		UNION ALL SELECT format('d%s/%s', d.oid, d.xmin) FROM pg_attrdef d WHERE d.adrelid = relid
+		UNION ALL SELECT format('s%s/%s', s.oid, s.xmin) FROM pg_statistic_ext s WHERE s.stxrelid = relid
+		UNION ALL SELECT format('a%s/%s', a.attnum, a.xmin) FROM pg_attribute a WHERE a.attrelid = relid
+		UNION ALL SELECT format('t%s/%s', t.oid, t.xmin) FROM pg_trigger t WHERE t.tgrelid = relid) f (line);
+END;
+COMMENT ON FUNCTION risky_migrations.catalog_fingerprint(oid) IS
+	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers';
 
 -----------------------------------------------------------------------
 -- Know
@@ -258,7 +624,15 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 			THEN format('CALL rm_rollback(%s)', m.id)
 		WHEN m.steps_done = 1 THEN format('CALL rm_backfill_batched(100000, %s)', m.id)
 		WHEN m.steps_done = 2 THEN format('CALL rm_enforce_not_null(%s)', m.id)
+		WHEN m.steps_done < 5 THEN format('CALL rm_swap(%s)', m.id)
+		ELSE format('CALL rm_cleanup(%s)', m.id)
 	END AS next_call,
+	CASE WHEN NOT m.swapped OR m.state <> 'open' THEN NULL
+		WHEN m.reverse_tree IS NULL THEN 'closed: no cast back, and no reverse_expr was given'
+		WHEN EXISTS (SELECT FROM risky_migrations.conversion_error e
+			WHERE e.migration_id = m.id AND e.way_back)
+			THEN 'closed: values that do not fit the old type, see rm_conversion_errors'
+		ELSE 'open' END AS way_back,
 	m.created_at
 FROM risky_migrations.migration m
 LEFT JOIN LATERAL (
@@ -291,7 +665,7 @@ COMMENT ON VIEW rm_progress IS
 CREATE VIEW rm_conversion_errors WITH (security_barrier) AS
 SELECT DISTINCT ON (e.migration_id, e.row_key)
 	e.migration_id AS migration, m.relation, m.column_name, e.row_key, e.value,
-	e.sqlstate, e.message, e.at
+	e.sqlstate, e.message, e.way_back, e.at
 FROM risky_migrations.conversion_error e
 JOIN risky_migrations.migration m ON m.id = e.migration_id
 WHERE risky_migrations.may_see(m.relid, m.owner)

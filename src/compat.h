@@ -16,11 +16,15 @@
 #include "access/htup_details.h"
 #include "access/tableam.h"
 #include "catalog/pg_authid.h"
+#include "catalog/pg_namespace.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
 #include "parser/parse_type.h"
 #include "postmaster/bgworker.h"
 #include "storage/lock.h"
+#include "storage/proc.h"
+#include "storage/procarray.h"
+#include "storage/sinvaladt.h"
 #include "tcop/pquery.h"
 #include "utils/acl.h"
 #include "utils/regproc.h"
@@ -55,6 +59,28 @@ rm_insert_index_tuples(ResultRelInfo *rri, TupleTableSlot *slot,
 #else
 	list_free(ExecInsertIndexTuples(rri, slot, estate, true, false, NULL, NIL,
 									update_indexes == TU_Summarizing));
+#endif
+}
+
+/* may the role make something in the schema? */
+static inline bool
+rm_may_create_in(Oid nspid, Oid roleid)
+{
+#if PG_VERSION_NUM < 160000
+	return pg_namespace_aclcheck(nspid, roleid, ACL_CREATE) == ACLCHECK_OK;
+#else
+	return object_aclcheck(NamespaceRelationId, nspid, roleid, ACL_CREATE) == ACLCHECK_OK;
+#endif
+}
+
+/* the process behind a virtual transaction id; NULL if it is gone */
+static inline PGPROC *
+rm_backend_proc(VirtualTransactionId vxid)
+{
+#if PG_VERSION_NUM < 170000
+	return BackendIdGetProc(vxid.backendId);
+#else
+	return ProcNumberGetProc(vxid.procNumber);
 #endif
 }
 

@@ -391,6 +391,38 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 	return def;
 }
 
+/*
+ * The expression that makes the old value out of a row after the swap, as a
+ * tree.  text is written for the time after the swap, when the column's name
+ * means the new one; rel is how the table looks then.  NULL means the cast
+ * back; without such a cast NULL is returned.  Errors as above.
+ */
+char *
+rm_conversion_parse_reverse(Relation rel, const char *column, const char *text,
+							Oid old_type, int32 old_typmod)
+{
+	RefuseContext context;
+	Node	   *expr;
+
+	if (text == NULL)
+	{
+		Oid			new_type = get_atttype(RelationGetRelid(rel),
+										   get_attnum(RelationGetRelid(rel), column));
+
+		if (!can_coerce_type(1, &new_type, &old_type, COERCION_EXPLICIT))
+			return NULL;
+		/* the length is assigned, not cast: what is too long must not be cut */
+		text = psprintf("%s::%s", quote_identifier(column),
+						format_type_extended(old_type, -1, FORMAT_TYPE_TYPEMOD_GIVEN |
+											 FORMAT_TYPE_FORCE_QUALIFY));
+	}
+	context.expr = text;
+	expr = analyze_expression(rel, text, old_type, old_typmod);
+	(void) refuse_unsteady_walker(expr, &context);
+	refuse_generated(rel, expr, text);
+	return nodeToString(expr);
+}
+
 static bool
 is_clock_type(Oid type)
 {

@@ -74,6 +74,9 @@ typedef struct RmConversion
 extern RmConversionDef *rm_conversion_parse(Relation rel, const char *column,
 											const char *type_name,
 											const char *using_expr);
+extern char *rm_conversion_parse_reverse(Relation rel, const char *column,
+										 const char *text, Oid old_type,
+										 int32 old_typmod);
 extern RmConversion *rm_conversion_load(const char *tree, int server_version,
 										const char *using_expr, Relation rel,
 										Oid type, int32 typmod,

@@ -328,6 +328,27 @@ rm_lock_bound_waits(void)
 							 GUC_ACTION_LOCAL, true, 0, false);
 }
 
+/* the lock on relid has been got: notes it, and the relation's name (42P01) */
+static void
+note_lock(RmLockAccount *account, RmLockStat *stat, Oid relid)
+{
+	INSTR_TIME_SET_CURRENT(stat->acquired);
+	stat->current = true;
+	if (stat->mode >= ShareLock)
+		account->blocking = true;
+
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("the table of this migration does not exist any more"),
+				 errdetail("It had the OID %u.", relid)));
+	if (stat->relation == NULL)
+		stat->relation =
+			MemoryContextStrdup(account->cxt,
+								quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
+														   get_rel_name(relid)));
+}
+
 /*
  * Takes a lock on a relation until the end of the transaction, with the wait
  * bounded as rm_lock_bound_waits() says.  42P01 if the relation is gone.
@@ -340,7 +361,7 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 {
 	RmLockStat *stat = stat_for(account, relid, mode);
 	instr_time	before;
-	double		wait_ms;
+	instr_time	after;
 
 	stat->explicit = true;
 	INSTR_TIME_SET_CURRENT(before);
@@ -350,34 +371,48 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 	}
 	PG_CATCH();
 	{
-		instr_time	after;
-
 		INSTR_TIME_SET_CURRENT(after);
 		stat->wait_ms = Max(stat->wait_ms, ms_between(before, after));
 		PG_RE_THROW();
 	}
 	PG_END_TRY();
-	INSTR_TIME_SET_CURRENT(stat->acquired);
-	wait_ms = ms_between(before, stat->acquired);
-	stat->wait_ms = Max(stat->wait_ms, wait_ms);
-	stat->current = true;
+	INSTR_TIME_SET_CURRENT(after);
+	stat->wait_ms = Max(stat->wait_ms, ms_between(before, after));
+	note_lock(account, stat, relid);
+}
 
-	if (mode >= ShareLock)
-		account->blocking = true;
+/*
+ * Takes a lock on each of the relations: one of them is waited for, bounded as
+ * above, the others are taken only if they are free at once (55P03, and the
+ * transaction's end lets all go).  Which one is waited for changes from try to
+ * try: with the right one, often the first that others' transactions touch, the
+ * rest falls free while they queue behind it.
+ */
+void
+rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries)
+{
+	int			n = list_length(relids);
+	int			first = tries % n;
 
-	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+	rm_lock_relation(account, list_nth_oid(relids, first), mode);
+	for (int i = 1; i < n; i++)
 	{
-		if (stat->relation == NULL)
-			stat->relation =
-				MemoryContextStrdup(account->cxt,
-									quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-															   get_rel_name(relid)));
+		Oid			relid = list_nth_oid(relids, (first + i) % n);
+		RmLockStat *stat = stat_for(account, relid, mode);
+
+		stat->explicit = true;
+		if (!ConditionalLockRelationOid(relid, mode))
+		{
+			char	   *name = get_rel_name(relid);
+
+			ereport(ERROR,
+					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+					 errmsg("relation \"%s\" is in use", name ? name : "?"),
+					 errdetail("It is needed together with others, and is not waited for while those are held.")));
+		}
+		stat->wait_ms = Max(stat->wait_ms, 0);
+		note_lock(account, stat, relid);
 	}
-	else
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("the table of this migration does not exist any more"),
-				 errdetail("It had the OID %u.", relid)));
 }
 
 /*

@@ -51,6 +51,8 @@ extern List *rm_relation_storage(Oid relid);
 
 extern void rm_lock_bound_waits(void);
 extern void rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode);
+extern void rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode,
+							  int tries);
 extern char *rm_lock_blockers(Oid relid, LOCKMODE mode);
 
 /* who runs what: session-level locks that no SQL function can take */

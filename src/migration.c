@@ -74,7 +74,8 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 					 " reverse_expr, exact_check, reverse_check, settings, conversion_tree,"
 					 " server_version::int8, enforced::int::int8, trigger_xmin,"
 					 " relfilenode::int8,"
-					 " next_block, end_block, rows_done, rows_estimated, inexact_rows"
+					 " next_block, end_block, rows_done, rows_estimated, inexact_rows,"
+					 " old_column, swapped::int::int8, reverse_tree, fingerprint"
 					 " FROM risky_migrations.migration WHERE id = $1 %s",
 							  lock ? "FOR NO KEY UPDATE" : ""),
 					 1, types, values, NULL);
@@ -122,6 +123,10 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 	m->rows_done = rm_result_int64(0, ++col);
 	m->rows_estimated = rm_result_int64(0, ++col);
 	m->inexact_rows = rm_result_int64(0, ++col);
+	m->old_column = rm_result_text(0, ++col);
+	m->swapped = rm_result_int64(0, ++col) != 0;
+	m->reverse_tree = rm_result_text(0, ++col);
+	m->fingerprint = rm_result_text(0, ++col);
 	MemoryContextSwitchTo(oldcxt);
 	return m;
 }
@@ -139,7 +144,7 @@ rm_migration_insert(RmMigration *m)
 {
 	Oid			types[] = {TEXTOID, INT8OID, INT8OID, TEXTOID, INT8OID, TEXTOID,
 		TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTARRAYOID,
-	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID};
+	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -167,16 +172,17 @@ rm_migration_insert(RmMigration *m)
 	v[i] = text_or_null(m->old_collation, &n[i]), i++;
 	v[i] = text_or_null(m->old_storage, &n[i]), i++;
 	v[i] = text_or_null(m->old_compression, &n[i]), i++;
+	v[i] = text_or_null(m->old_column, &n[i]), i++;
 
 	rm_state_execute("INSERT INTO risky_migrations.migration (method, owner, relid,"
 					 " relation, attnum, column_name, old_type, new_type,"
 					 " new_column, using_expr, reverse_expr, exact_check,"
 					 " reverse_check, settings, conversion_tree, server_version,"
 					 " old_type_id, new_type_id, new_typmod, old_collation,"
-					 " old_storage, old_compression)"
+					 " old_storage, old_compression, old_column)"
 					 " VALUES ($1, $2::oid, $3::oid, $4, $5, $6, $7, $8, $9, $10,"
 					 " $11, $12, $13, $14, $15, $16, $17::oid,"
-					 " $18::oid, $19, $20, $21, $22) RETURNING id",
+					 " $18::oid, $19, $20, $21, $22, $23) RETURNING id",
 					 lengthof(types), types, v, n);
 	m->id = rm_result_int64(0, 1);
 	m->state = "open";
@@ -188,9 +194,13 @@ void
 rm_migration_save(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID, TEXTOID, INT8OID, INT8OID, INT8OID, BOOLOID,
-	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID};
+	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, BOOLOID,
+	TEXTOID, TEXTOID};
 	Datum		v[lengthof(types)];
+	char		n[lengthof(types)];
 	int			i = 0;
+
+	memset(n, ' ', sizeof(n));
 
 	v[i++] = Int64GetDatum(m->id);
 	v[i++] = CStringGetTextDatum(m->state);
@@ -205,13 +215,17 @@ rm_migration_save(const RmMigration *m)
 	v[i++] = Int64GetDatum(m->rows_estimated);
 	v[i++] = Int64GetDatum(m->inexact_rows);
 	v[i++] = Int64GetDatum(m->trigger_xmin);
+	v[i++] = BoolGetDatum(m->swapped);
+	v[i] = text_or_null(m->reverse_tree, &n[i]), i++;
+	v[i] = text_or_null(m->fingerprint, &n[i]), i++;
 	rm_state_execute("UPDATE risky_migrations.migration SET state = $2,"
 					 " steps_done = $3, phase = $4, new_attnum = $5, enforced = $6,"
 					 " relfilenode = $7::oid, next_block = $8, end_block = $9,"
 					 " rows_done = $10, rows_estimated = $11, inexact_rows = $12,"
-					 " trigger_xmin = $13"
+					 " trigger_xmin = $13, swapped = $14, reverse_tree = $15,"
+					 " fingerprint = $16"
 					 " WHERE id = $1",
-					 lengthof(types), types, v, NULL);
+					 lengthof(types), types, v, n);
 }
 
 /*
@@ -290,6 +304,24 @@ rm_check_name(const RmMigration *m)
 	return psprintf("rm_not_null_%lld", (long long) m->id);
 }
 
+/*
+ * Names of what is built on the shadow column (new_side), or for the way back
+ * on the old one, begin like this; the OID of the original follows.
+ */
+char *
+rm_built_prefix(const RmMigration *m, bool new_side)
+{
+	return psprintf("rm_%c_%lld_", new_side ? 'n' : 'o', (long long) m->id);
+}
+
+bool
+rm_is_built_name(const RmMigration *m, bool new_side, const char *name)
+{
+	char	   *prefix = rm_built_prefix(m, new_side);
+
+	return strncmp(name, prefix, strlen(prefix)) == 0;
+}
+
 /* has the step after the last one that is done left anything behind? */
 bool
 rm_step_begun(const RmMigration *m)
@@ -346,6 +378,7 @@ find_constraint(const RmMigration *m, TupleDesc desc)
 
 	for (int i = 0; constr && i < constr->num_check; i++)
 		if (strcmp(constr->check[i].ccname, rm_check_name(m)) != 0 &&
+			!rm_is_built_name(m, true, constr->check[i].ccname) &&
 			uses_column(constr->check[i].ccbin, m->new_attnum))
 			return psprintf("The constraint \"%s\" has been added to the column \"%s\".",
 							constr->check[i].ccname, m->new_column);
@@ -378,7 +411,7 @@ find_changed_column(const RmMigration *m, TupleDesc desc)
 		return psprintf("The column \"%s\" has been dropped.", m->new_column);
 	if (att->atttypid != m->new_type_id || att->atttypmod != m->new_typmod)
 		return psprintf("The column \"%s\" has another type now.", NameStr(att->attname));
-	return find_constraint(m, desc);
+	return m->swapped ? NULL : find_constraint(m, desc);
 }
 
 /* what is wrong with the sync trigger, or NULL */
@@ -426,22 +459,31 @@ rm_check_ground(const RmMigration *m, Relation rel)
 						 (long long) m->id)));
 }
 
-/* the migration's conversion, ready for use until the end of the transaction */
+/*
+ * The migration's conversion, ready for use until the end of the transaction:
+ * from old to new, or after the swap from new to old.
+ */
 RmConversion *
 rm_migration_conversion(const RmMigration *m, Relation rel, MemoryContext cxt)
 {
-	RmConversion *conv;
+	RmConversion *conv = NULL;
 
-	conv = rm_conversion_load(m->tree, m->server_version, m->using_expr, rel,
-							  m->new_type_id, m->new_typmod, m->new_attnum,
-							  m->settings, cxt);
+	if (!m->swapped)
+		conv = rm_conversion_load(m->tree, m->server_version, m->using_expr, rel,
+								  m->new_type_id, m->new_typmod, m->new_attnum,
+								  m->settings, cxt);
+	else if (m->reverse_tree)
+		conv = rm_conversion_load(m->reverse_tree, m->server_version,
+								  m->reverse_expr, rel, m->old_type_id,
+								  TupleDescAttr(RelationGetDescr(rel), m->attnum - 1)->atttypmod,
+								  m->attnum, m->settings, cxt);
 	if (conv == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("the expression of migration %lld does not fit table %s any more",
 						(long long) m->id, m->relation),
 				 errdetail("A column that %s reads has been dropped or has another type now.",
-						   m->using_expr),
+						   m->swapped && m->reverse_expr ? m->reverse_expr : m->using_expr),
 				 errhint("Give the migration up with CALL rm_rollback(%lld).",
 						 (long long) m->id)));
 	rm_conversion_prepare(conv, cxt);
@@ -457,9 +499,9 @@ void
 rm_record_failure(RmMigration *m, const char *row_key, ItemPointer tid,
 				  const char *value, ErrorData *error)
 {
-	Oid			types[] = {INT8OID, TEXTOID, TIDOID, TEXTOID, TEXTOID, TEXTOID};
-	Datum		v[6];
-	char		n[6];
+	Oid			types[] = {INT8OID, TEXTOID, TIDOID, TEXTOID, TEXTOID, TEXTOID, BOOLOID};
+	Datum		v[7];
+	char		n[7];
 
 	memset(n, ' ', sizeof(n));
 	v[0] = Int64GetDatum(m->id);
@@ -469,8 +511,9 @@ rm_record_failure(RmMigration *m, const char *row_key, ItemPointer tid,
 	v[3] = text_or_null(value, &n[3]);
 	v[4] = CStringGetTextDatum(unpack_sql_state(error->sqlerrcode));
 	v[5] = CStringGetTextDatum(error->message);
+	v[6] = BoolGetDatum(m->swapped);
 	rm_state_execute("INSERT INTO risky_migrations.conversion_error"
-					 " (migration_id, row_key, row_tid, value, sqlstate, message)"
-					 " VALUES ($1, $2, $3, $4, $5, $6)",
-					 6, types, v, n);
+					 " (migration_id, row_key, row_tid, value, sqlstate, message, way_back)"
+					 " VALUES ($1, $2, $3, $4, $5, $6, $7)",
+					 7, types, v, n);
 }

@@ -55,6 +55,10 @@ typedef struct RmMigration
 	int64		rows_done;
 	int64		rows_estimated;
 	int64		inexact_rows;	/* rows the way back cannot restore */
+	char	   *old_column;		/* what the column is called after the swap */
+	bool		swapped;		/* the shadow column has taken its place */
+	char	   *reverse_tree;	/* keeps the old column in step; NULL: it is not */
+	char	   *fingerprint;	/* of the catalogs when all was built */
 } RmMigration;
 
 /* what a call of a step's function has achieved */
@@ -95,7 +99,10 @@ typedef enum RmThreeStep
 {
 	RM_ADD_COLUMN,
 	RM_BACKFILL,
-	RM_ENFORCE_NOT_NULL
+	RM_ENFORCE_NOT_NULL,
+	RM_BUILD,
+	RM_SWAP,
+	RM_CLEANUP
 } RmThreeStep;
 
 /* a step while it runs; everything it points to lives in cxt */
@@ -117,6 +124,10 @@ struct RmRun
 	bool		async_commit;	/* work that is lost together with its state */
 	int			pause_ms;		/* to rest after the commit */
 	List	   *old_storage;	/* of the table before it may be rewritten */
+	const char *top_level;		/* a statement for a worker after the commit */
+	const char *top_level_what;
+	int			back_to;		/* reverting: steps that are done now, if fewer */
+	int			tries;			/* for a lock, in vain, since the last commit */
 
 	/* sums for the step log */
 	int64		log_id;
@@ -143,6 +154,9 @@ extern char *rm_trigger_name(int64 id);
 extern const char *rm_relation_sql(Oid relid);
 extern int64 rm_trigger_xmin(const RmMigration *m);
 extern char *rm_check_name(const RmMigration *m);
+extern char *rm_built_prefix(const RmMigration *m, bool new_side);
+extern bool rm_is_built_name(const RmMigration *m, bool new_side,
+							 const char *name);
 extern bool rm_step_begun(const RmMigration *m);
 extern void rm_check_ground(const RmMigration *m, Relation rel);
 extern RmConversion *rm_migration_conversion(const RmMigration *m, Relation rel,
@@ -159,6 +173,7 @@ extern void rm_run_step(RmMigration *m, int step_index, bool revert, int batch);
 extern void rm_run_free_step(const char *approach, const RmStep *step,
 							 bool revert, void *work);
 extern ErrorData *rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt);
+extern ErrorData *rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt);
 extern void rm_transaction(void (*work) (void *arg), void *arg);
 extern void rm_execute(const char *sql);
 extern bool rm_notice_due(RmRun *run);

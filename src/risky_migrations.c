@@ -20,11 +20,12 @@
  *	surface.c, lab.c, check.c
  *						procedures and functions: arguments, refusals
  *	migration.c			the state row, and the ground it stands on
- *	direct.c, three_step.c, backfill.c
+ *	direct.c, three_step.c, backfill.c, swap.c
  *						the methods: lists of steps
  *	runner.c			the step runner: transactions, waits, the step log
- *	rows.c, conversion.c, locks.c, state.c
- *						rows of a page, the expression, locks, our own tables
+ *	rows.c, conversion.c, dependents.c, locks.c, state.c
+ *						rows of a page, the expression, what hangs on a column,
+ *						locks, our own tables
  *
  * Beside it stand sync_trigger.c, which runs in the writers' sessions, and
  * worker.c and probe.c, which run in background workers.  Reports are SQL over
@@ -52,6 +53,7 @@ int			rm_lock_timeout = 250;
 int			rm_lock_retries = 50;
 int			rm_lock_retry_max_delay = 10000;
 int			rm_max_row_lock_time = 25;
+int			rm_snapshot_timeout = 3600000;
 
 void
 _PG_init(void)
@@ -86,6 +88,16 @@ _PG_init(void)
 							"How long the backfill may hold a row locked.",
 							"It commits at least this often, and at least once a batch.",
 							&rm_max_row_lock_time, 25, 1, 60000, PGC_USERSET,
+							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	/*
+	 * Before the columns change places, snapshots that are older than the last
+	 * batch are waited out, without holding anything.
+	 */
+	DefineCustomIntVariable("risky_migrations.snapshot_timeout",
+							"How long the swap waits for older snapshots.",
+							"After it the step fails; nothing is lost, call it again.",
+							&rm_snapshot_timeout, 3600000, 100, INT_MAX, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
 
 	MarkGUCPrefixReserved("risky_migrations");

@@ -15,6 +15,7 @@ extern int	rm_lock_timeout;	/* milliseconds */
 extern int	rm_lock_retries;
 extern int	rm_lock_retry_max_delay;	/* milliseconds */
 extern int	rm_max_row_lock_time;	/* milliseconds */
+extern int	rm_snapshot_timeout;	/* milliseconds */
 
 /* batches: rows, the largest that makes sense and the default */
 #define RM_DEFAULT_BATCH 100000

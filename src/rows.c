@@ -67,7 +67,7 @@ rm_rows_open(RmMigration *m, Relation rel, RmRowsMode mode)
 						   rows->save_sec_context | SECURITY_RESTRICTED_OPERATION);
 	rows->m = m;
 	rows->rel = rel;
-	rows->target = m->new_attnum;
+	rows->target = m->swapped ? m->attnum : m->new_attnum;
 	if (mode == RM_ROWS_MANY)
 		(void) set_config_option("lock_timeout", ROW_LOCK_TIMEOUT, PGC_USERSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
@@ -343,11 +343,12 @@ rm_row_key(Relation rel, TupleTableSlot *slot)
 	return psprintf("(%s)=(%s)", names.data, values.data);
 }
 
-/* the column that changes, as text; NULL if it is */
+/* the column that is converted, as text; NULL if it is */
 char *
 rm_row_value(RmRows *rows)
 {
-	return column_text(rows->rel, rows->slot, rows->m->attnum);
+	return column_text(rows->rel, rows->slot,
+					   rows->m->swapped ? rows->m->new_attnum : rows->m->attnum);
 }
 
 /* records that the row in the slot does not convert */

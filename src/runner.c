@@ -60,6 +60,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
+#include "worker.h"
 
 /* first pause after a lock was not to be had, in milliseconds; then it doubles */
 #define FIRST_RETRY_DELAY 50
@@ -129,12 +130,9 @@ rm_procedure_end(void)
 	SPI_finish();
 }
 
-/*
- * Calls work(arg) in a subtransaction with an SPI connection of its own.
- * Returns NULL, or, after it has been rolled back, the error (in cxt).
- */
-ErrorData *
-rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
+/* see rm_try(); keep: whether what it has done is to stay */
+static ErrorData *
+try_work(void (*work) (void *arg), void *arg, bool keep, MemoryContext cxt)
 {
 	MemoryContext oldcxt = CurrentMemoryContext;
 	ResourceOwner oldowner = CurrentResourceOwner;
@@ -147,7 +145,10 @@ rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
 		SPI_connect();
 		work(arg);
 		SPI_finish();
-		ReleaseCurrentSubTransaction();
+		if (keep)
+			ReleaseCurrentSubTransaction();
+		else
+			RollbackAndReleaseCurrentSubTransaction();
 	}
 	PG_CATCH();
 	{
@@ -160,6 +161,26 @@ rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
 	MemoryContextSwitchTo(oldcxt);
 	CurrentResourceOwner = oldowner;
 	return error;
+}
+
+/*
+ * Calls work(arg) in a subtransaction with an SPI connection of its own.
+ * Returns NULL, or, after it has been rolled back, the error (in cxt).
+ */
+ErrorData *
+rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
+{
+	return try_work(work, arg, true, cxt);
+}
+
+/*
+ * Calls work(arg) likewise, and undoes it in any case: to see what would come
+ * of it.
+ */
+ErrorData *
+rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt)
+{
+	return try_work(work, arg, false, cxt);
 }
 
 /* rests outside of any transaction that holds something; can be cancelled */
@@ -252,6 +273,10 @@ rm_execute(const char *sql)
 
 	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
 							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	/* what it says to us is not for the user */
+	if (client_min_messages < WARNING)
+		(void) set_config_option("client_min_messages", "warning", PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
 	rc = SPI_execute(sql, false, 0);
 	AtEOXact_GUC(false, save_nestlevel);
 	if (rc < 0)
@@ -422,9 +447,11 @@ advance_state(RmRun *run)
 
 	m->phase = 0;
 	m->steps_done = run->revert ? run->step_index : run->step_index + 1;
+	if (run->revert && run->back_to > 0)
+		m->steps_done = Min(m->steps_done, run->back_to);
 	if (m->steps_done == 0)
 		m->state = "rolled back";
-	else if (m->method == &rm_method_direct && m->steps_done == m->method->nsteps)
+	else if (m->steps_done == m->method->nsteps)
 		m->state = "done";
 	else
 		m->state = "open";
@@ -480,6 +507,7 @@ attempt_step(void *arg)
 	run->async_commit = false;
 	run->pause_ms = 0;
 	run->old_storage = NIL;
+	run->top_level = NULL;
 	if (run->migration_id)
 	{
 		run->m = rm_migration_load(run->migration_id, true, CurrentMemoryContext);
@@ -576,6 +604,18 @@ fail(RmRun *run, ErrorData *error)
 	ReThrowError(error);
 }
 
+/* what the step has asked for, in a worker: it must be at top level */
+static void
+run_top_level(void *arg)
+{
+	RmRun	   *run = arg;
+
+	/* such a statement may wait for others: it blocks nobody meanwhile */
+	(void) set_config_option("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	rm_worker_run(run->top_level, run->top_level_what);
+}
+
 static void
 run_transactions(RmRun *run)
 {
@@ -592,6 +632,7 @@ run_transactions(RmRun *run)
 
 		MemoryContextSwitchTo(xact_cxt);
 		MemoryContextReset(xact_cxt);
+		run->tries = tries;
 		error = rm_try(attempt_step, &attempt, run->cxt);
 		run->m = NULL;
 		if (error == NULL)
@@ -603,16 +644,29 @@ run_transactions(RmRun *run)
 		{
 			rm_lock_account_end(&run->locks);
 			run->duration_ms = rm_elapsed_ms(run->started);
-			tries = 0;
+			if (run->top_level == NULL)
+				tries = 0;
 			if (run->step->committed)
 				run->step->committed(run, attempt.result);
 			if (attempt.result == RM_STEP_DONE)
 				break;
 			pause_ms = run->pause_ms;
+			if (run->top_level)
+			{
+				error = rm_try(run_top_level, run, run->cxt);
+				if (error)
+					roll_back();
+				else
+				{
+					rm_commit();
+					tries = 0;
+				}
+			}
 		}
 		else
-		{
 			rm_lock_account_end(&run->locks);
+		if (error)
+		{
 			if (is_lock_failure(error) && tries < rm_lock_retries)
 			{
 				tries++;

@@ -16,6 +16,9 @@ extern const RmStep rm_step_alter_type;
 extern const RmStep rm_step_add_column;
 extern const RmStep rm_step_backfill;
 extern const RmStep rm_step_enforce_not_null;
+extern const RmStep rm_step_build;
+extern const RmStep rm_step_swap;
+extern const RmStep rm_step_cleanup;
 
 /* direct.c */
 extern void rm_direct_refuse_inexact(const RmMigration *m);
@@ -28,6 +31,7 @@ extern RmStepResult rm_backfill_revert(RmRun *run);
 extern void rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 								 const char *new_column);
 extern char *rm_shadow_column_name(const char *column);
+extern char *rm_old_column_name(const char *column);
 
 /* surface.c */
 extern void rm_format_count(char *buf, Size size, int64 n);

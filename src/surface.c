@@ -3,9 +3,11 @@
  * surface.c
  *	  The procedures that carry out a migration step by step.
  *
- *	rm_add_column(relation, column_name, new_type, using_expr)
+ *	rm_add_column(relation, column_name, new_type, using_expr, reverse_expr)
  *	rm_backfill_batched(batch, migration)
  *	rm_enforce_not_null(migration)
+ *	rm_swap(migration)
+ *	rm_cleanup(migration)
  *	rm_rollback(migration)
  *
  * Each checks what it was given before anything is changed, finds out which
@@ -22,6 +24,7 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
+#include "dependents.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "migration.h"
@@ -40,6 +43,8 @@
 PG_FUNCTION_INFO_V1(rm_add_column);
 PG_FUNCTION_INFO_V1(rm_backfill_batched);
 PG_FUNCTION_INFO_V1(rm_enforce_not_null);
+PG_FUNCTION_INFO_V1(rm_swap);
+PG_FUNCTION_INFO_V1(rm_cleanup);
 PG_FUNCTION_INFO_V1(rm_rollback);
 
 /* 1234567 -> "1,234,567" */
@@ -242,7 +247,10 @@ start_migration(void *arg)
 	def = rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr);
 	refuse_open_migration(spec->relid, def->attnum);
 	if (spec->new_column)
+	{
 		rm_three_step_refuse(rel, def, spec->new_column);
+		rm_dependents_refuse(spec->relid, def->attnum);
+	}
 
 	oldcxt = MemoryContextSwitchTo(start->cxt);
 	m = palloc0(sizeof(RmMigration));
@@ -261,7 +269,11 @@ start_migration(void *arg)
 	m->new_type = pstrdup(def->type_name);
 	m->new_type_id = def->type;
 	m->new_typmod = def->typmod;
-	m->new_column = spec->new_column ? pstrdup(spec->new_column) : NULL;
+	if (spec->new_column)
+	{
+		m->new_column = pstrdup(spec->new_column);
+		m->old_column = rm_old_column_name(spec->column);
+	}
 	m->using_expr = pstrdup(def->using_expr);
 	m->reverse_expr = spec->reverse_expr ? pstrdup(spec->reverse_expr) : NULL;
 	m->exact_check = spec->exact_check ? pstrdup(spec->exact_check) : NULL;
@@ -272,6 +284,9 @@ start_migration(void *arg)
 	MemoryContextSwitchTo(oldcxt);
 	rm_migration_insert(m);
 	m->settings = NIL;			/* lives in this transaction only */
+	/* PostgreSQL itself says whether it could do it, on an empty copy */
+	if (spec->new_column)
+		(void) rm_dependents_derive(m, true, CurrentMemoryContext);
 	relation_close(rel, NoLock);
 	start->m = m;
 }
@@ -317,7 +332,8 @@ rm_migration_start(const RmMigrationSpec *spec)
 }
 
 /*
- * rm_add_column(relation text, column_name text, new_type text, using_expr text)
+ * rm_add_column(relation text, column_name text, new_type text, using_expr text,
+ *				 reverse_expr text)
  */
 Datum
 rm_add_column(PG_FUNCTION_ARGS)
@@ -331,6 +347,7 @@ rm_add_column(PG_FUNCTION_ARGS)
 	spec.column = rm_text_argument(fcinfo, 1, "column_name");
 	spec.new_type = rm_text_argument(fcinfo, 2, "new_type");
 	spec.using_expr = PG_ARGISNULL(3) ? NULL : rm_text_argument(fcinfo, 3, "using_expr");
+	spec.reverse_expr = PG_ARGISNULL(4) ? NULL : rm_text_argument(fcinfo, 4, "reverse_expr");
 	spec.relid = rm_find_relation(relation);
 	spec.new_column = rm_shadow_column_name(spec.column);
 
@@ -376,6 +393,26 @@ rm_backfill_batched(PG_FUNCTION_ARGS)
 }
 
 /*
+ * A migration whose sync trigger was switched off after the verification: what
+ * was verified is not worth anything any more.
+ */
+static void
+reopen_verification(void *arg)
+{
+	RmMigration *given = arg;
+	RmMigration *m = given;
+
+	if (m->steps_done > RM_ENFORCE_NOT_NULL && !m->swapped &&
+		m->trigger_xmin != rm_trigger_xmin(m))
+	{
+		m = rm_migration_load(given->id, true, CurrentMemoryContext);
+		given->steps_done = m->steps_done = RM_ENFORCE_NOT_NULL;
+		m->phase = 0;
+		rm_migration_save(m);
+	}
+}
+
+/*
  * rm_enforce_not_null(migration bigint)
  */
 Datum
@@ -389,12 +426,63 @@ rm_enforce_not_null(PG_FUNCTION_ARGS)
 		m->steps_done < RM_ENFORCE_NOT_NULL)
 		refuse_wrong_state(m, "enforcing NOT NULL",
 						   "Run the backfill first: CALL rm_backfill_batched(100000).");
+	rm_transaction(reopen_verification, m);
 	if (m->steps_done > RM_ENFORCE_NOT_NULL)
 		ereport(NOTICE,
 				(errmsg("migration %lld: NOT NULL is enforced already, nothing to do",
 						(long long) m->id)));
 	else
 		rm_run_step(m, RM_ENFORCE_NOT_NULL, false, RM_DEFAULT_BATCH);
+	rm_procedure_end();
+	PG_RETURN_VOID();
+}
+
+/*
+ * rm_swap(migration bigint): builds what hangs on the column, if that has not
+ * been done, and exchanges the columns
+ */
+Datum
+rm_swap(PG_FUNCTION_ARGS)
+{
+	RmMigration *m;
+
+	rm_procedure_begin(fcinfo, "rm_swap");
+	m = migration_argument(fcinfo, 0);
+	if (m->method != &rm_method_three_step || strcmp(m->state, "open") != 0 ||
+		m->steps_done < RM_BUILD)
+		refuse_wrong_state(m, "the swap",
+						   "Make the new column complete first: SELECT next_call FROM rm_migrations.");
+	if (m->steps_done > RM_SWAP)
+		ereport(NOTICE,
+				(errmsg("migration %lld: the columns have changed places already, nothing to do",
+						(long long) m->id)));
+	else
+		for (int step = m->steps_done; step <= RM_SWAP; step++)
+			rm_run_step(m, step, false, RM_DEFAULT_BATCH);
+	rm_procedure_end();
+	PG_RETURN_VOID();
+}
+
+/*
+ * rm_cleanup(migration bigint): drops the old column; there is no way back
+ */
+Datum
+rm_cleanup(PG_FUNCTION_ARGS)
+{
+	RmMigration *m;
+
+	rm_procedure_begin(fcinfo, "rm_cleanup");
+	m = migration_argument(fcinfo, 0);
+	if (m->method == &rm_method_three_step && strcmp(m->state, "done") == 0)
+		ereport(NOTICE,
+				(errmsg("migration %lld is done already, nothing to do",
+						(long long) m->id)));
+	else if (m->method != &rm_method_three_step || strcmp(m->state, "open") != 0 ||
+			 m->steps_done < RM_CLEANUP)
+		refuse_wrong_state(m, "the cleanup",
+						   "The old column can be dropped after CALL rm_swap().");
+	else
+		rm_run_step(m, RM_CLEANUP, false, RM_DEFAULT_BATCH);
 	rm_procedure_end();
 	PG_RETURN_VOID();
 }

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * sync_trigger.c
- *	  The sync trigger: every write gives the shadow column its value.
+ *	  The sync trigger: every write gives the shadow column its value, and
+ *	  after the swap the old column.
  *
  * BEFORE INSERT OR UPDATE, for each row and all columns (a trigger before it
  * may have changed the source column), ENABLE ALWAYS (rows applied by
@@ -124,6 +125,36 @@ attribute(HeapTuple tup, TupleDesc desc, const char *name)
 	return heap_getattr(tup, SPI_fnumber(desc, name), desc, &isnull);
 }
 
+/* the column that the trigger writes */
+static AttrNumber
+target_column(const RmMigration *m)
+{
+	return m->swapped ? m->attnum : m->new_attnum;
+}
+
+/* the conversion that the row describes, unless its columns are gone */
+static void
+load_conversion(SyncEntry *entry, Relation rel, HeapTuple tup, TupleDesc desc)
+{
+	RmMigration *m = &entry->m;
+	AttrNumber	target = target_column(m);
+	char	   *tree = text_attribute(tup, desc, m->swapped ? "reverse_tree" : "conversion_tree");
+	Form_pg_attribute att;
+
+	if (tree == NULL || target <= 0 || target > RelationGetDescr(rel)->natts ||
+		m->new_attnum > RelationGetDescr(rel)->natts)
+		return;
+	att = TupleDescAttr(RelationGetDescr(rel), target - 1);
+	if (att->attisdropped)
+		return;
+	entry->conv =
+		rm_conversion_load(tree, DatumGetInt32(attribute(tup, desc, "server_version")),
+						   text_attribute(tup, desc, m->swapped ? "reverse_expr" : "using_expr"),
+						   rel, att->atttypid, att->atttypmod, target,
+						   rm_settings_list(attribute(tup, desc, "settings")),
+						   entry->cxt);
+}
+
 /* fills the entry from the migration's row; conv stays NULL if it has none */
 static void
 read_migration(SyncEntry *entry, Relation rel)
@@ -156,20 +187,9 @@ read_migration(SyncEntry *entry, Relation rel)
 		m->attnum = DatumGetInt16(attribute(tup, desc, "attnum"));
 		m->new_attnum = DatumGetInt16(attribute(tup, desc, "new_attnum"));
 		m->enforced = DatumGetBool(attribute(tup, desc, "enforced"));
-		if (m->relid == entry->relid && m->new_attnum > 0 &&
-			m->new_attnum <= RelationGetDescr(rel)->natts &&
-			!TupleDescAttr(RelationGetDescr(rel), m->new_attnum - 1)->attisdropped)
-		{
-			Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), m->new_attnum - 1);
-
-			entry->conv =
-				rm_conversion_load(text_attribute(tup, desc, "conversion_tree"),
-								   DatumGetInt32(attribute(tup, desc, "server_version")),
-								   text_attribute(tup, desc, "using_expr"), rel,
-								   att->atttypid, att->atttypmod, m->new_attnum,
-								   rm_settings_list(attribute(tup, desc, "settings")),
-								   entry->cxt);
-		}
+		m->swapped = DatumGetBool(attribute(tup, desc, "swapped"));
+		if (m->relid == entry->relid)
+			load_conversion(entry, rel, tup, desc);
 		MemoryContextSwitchTo(oldcxt);
 	}
 	systable_endscan(scan);
@@ -237,6 +257,13 @@ prepare_conversion(SyncState *state, SyncEntry *entry, MemoryContext cxt)
 	state->conv = conv;
 }
 
+/* are values that do not convert to be refused? */
+static bool
+must_convert(const RmMigration *m)
+{
+	return m->enforced && !m->swapped;
+}
+
 /*
  * What is needed for the rows of one statement.  An error of it (the owner may
  * not call a function any more) must not fail the write either: it is kept,
@@ -279,7 +306,7 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 		if (entry)
 			state->m = entry->m;
 		if (!rm_is_conversion_failure(state->error->sqlerrcode) ||
-			state->m.new_attnum <= 0 || state->m.enforced)
+			state->m.new_attnum <= 0 || must_convert(&state->m))
 			PG_RE_THROW();
 		FlushErrorState();
 		RollbackAndReleaseCurrentSubTransaction();
@@ -301,12 +328,38 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 	return state;
 }
 
+/*
+ * After the swap the old column is only kept for the way back: it is left as
+ * it is where the new one does not change, so that what was there before comes
+ * back to the letter.
+ */
+static bool
+nothing_to_do(SyncState *state, TriggerData *trigdata)
+{
+	TupleDesc	desc = RelationGetDescr(trigdata->tg_relation);
+	AttrNumber	attnum = state->m.new_attnum;
+	Form_pg_attribute att;
+	Datum		before;
+	Datum		after;
+	bool		before_isnull;
+	bool		after_isnull;
+
+	if (!state->m.swapped || !TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event))
+		return false;
+	att = TupleDescAttr(desc, attnum - 1);
+	before = heap_getattr(trigdata->tg_trigtuple, attnum, desc, &before_isnull);
+	after = heap_getattr(trigdata->tg_newtuple, attnum, desc, &after_isnull);
+	return before_isnull == after_isnull &&
+		(before_isnull || datum_image_eq(before, after, att->attbyval, att->attlen));
+}
+
 /* writes the failure down in the writer's transaction */
 static void
 record_failure(SyncState *state, Relation rel, ErrorData *error)
 {
 	bool		isnull;
-	Datum		d = slot_getattr(state->slot, state->m.attnum, &isnull);
+	AttrNumber	source = state->m.swapped ? state->m.new_attnum : state->m.attnum;
+	Datum		d = slot_getattr(state->slot, source, &isnull);
 	char	   *value = NULL;
 
 	if (!isnull)
@@ -314,7 +367,7 @@ record_failure(SyncState *state, Relation rel, ErrorData *error)
 		Oid			out;
 		bool		varlena;
 
-		getTypeOutputInfo(TupleDescAttr(RelationGetDescr(rel), state->m.attnum - 1)->atttypid,
+		getTypeOutputInfo(TupleDescAttr(RelationGetDescr(rel), source - 1)->atttypid,
 						  &out, &varlena);
 		value = OidOutputFunctionCall(out, d);
 	}
@@ -327,7 +380,7 @@ record_failure(SyncState *state, Relation rel, ErrorData *error)
  * rm_sync() returns trigger
  *
  * Gives NEW's shadow column the value that the migration's expression has for
- * NEW.  Errors: 39P01 if it is not called as such a trigger; those of the
+ * NEW; after the swap the old column that of the expression for the way back.  Errors: 39P01 if it is not called as such a trigger; those of the
  * conversion once the new column's constraints are in force.
  */
 Datum
@@ -360,14 +413,14 @@ rm_sync(PG_FUNCTION_ARGS)
 	state = fcinfo->flinfo->fn_extra;
 	if (state == NULL)
 		state = begin_statement(trigdata, fcinfo->flinfo);
-	if (state->slot == NULL)
+	if (state->slot == NULL || nothing_to_do(state, trigdata))
 		return PointerGetDatum(tuple);
 
 	MemoryContextReset(state->value_cxt);
 	ExecStoreHeapTuple(tuple, state->slot, false);
 	if (state->error)
 		record_failure(state, rel, state->error);
-	else if (state->m.enforced)
+	else if (must_convert(&state->m))
 		value = rm_conversion_evaluate(state->conv, state->slot, &isnull);
 	else if (!rm_conversion_try(state->conv, state->slot, state->value_cxt, &value,
 								&isnull, &error))
@@ -377,8 +430,8 @@ rm_sync(PG_FUNCTION_ARGS)
 		isnull = true;
 	}
 
-	present = slot_getattr(state->slot, state->m.new_attnum, &present_isnull);
-	column = state->m.new_attnum;
+	column = target_column(&state->m);
+	present = slot_getattr(state->slot, column, &present_isnull);
 	if (isnull != present_isnull ||
 		(!isnull && !datum_image_eq(value, present, state->conv->typbyval,
 									state->conv->typlen)))

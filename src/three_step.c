@@ -53,6 +53,7 @@
 #include "catalog/pg_type.h"
 #include "commands/defrem.h"
 #include "commands/trigger.h"
+#include "compat.h"
 #include "executor/executor.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
@@ -98,6 +99,13 @@ char *
 rm_shadow_column_name(const char *column)
 {
 	return makeObjectName(column, NULL, "new");
+}
+
+/* created_at -> created_at_old, likewise */
+char *
+rm_old_column_name(const char *column)
+{
+	return makeObjectName(column, NULL, "old");
 }
 
 /*-------------------------------------------------------------------------
@@ -179,6 +187,21 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 						RelationGetRelationName(rel)),
 				 errdetail("It is the name that the shadow column would get."),
 				 errhint("Rename that column first.")));
+	if (get_attnum(RelationGetRelid(rel), rm_old_column_name(NameStr(att->attname))) != InvalidAttrNumber)
+		ereport(ERROR,
+				(errcode(ERRCODE_DUPLICATE_COLUMN),
+				 errmsg("column \"%s\" of relation \"%s\" already exists",
+						rm_old_column_name(NameStr(att->attname)),
+						RelationGetRelationName(rel)),
+				 errdetail("It is the name that the column would get by the swap."),
+				 errhint("Rename that column first.")));
+	if (!rm_may_create_in(RelationGetNamespace(rel), GetUserId()))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for schema %s",
+						get_namespace_name(RelationGetNamespace(rel))),
+				 errdetail("Indexes on the new column are made in the schema of the table."),
+				 errhint("GRANT CREATE on the schema to the role that runs the migration.")));
 	refuse_triggers(rel);
 }
 
@@ -272,12 +295,50 @@ forget_rows(RmMigration *m)
 					 1, types, v, NULL);
 }
 
+/* what parse_reverse() is given, and its result */
+typedef struct Reverse
+{
+	const RmMigration *m;
+	MemoryContext cxt;
+	char	   *tree;
+} Reverse;
+
+/*
+ * Parses the expression for the way back.  It speaks of the new column by the
+ * old one's name, so the columns are renamed for it; that is undone.
+ */
+static void
+parse_reverse(void *arg)
+{
+	Reverse    *r = arg;
+	const RmMigration *m = r->m;
+	const char *rel_sql = rm_relation_sql(m->relid);
+	Form_pg_attribute att;
+	Relation	rel;
+	char	   *tree;
+
+	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rel_sql,
+						quote_identifier(m->column), quote_identifier(m->old_column)));
+	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rel_sql,
+						quote_identifier(m->new_column), quote_identifier(m->column)));
+	CommandCounterIncrement();
+	rel = table_open(m->relid, NoLock);
+	att = TupleDescAttr(RelationGetDescr(rel), m->attnum - 1);
+	tree = rm_conversion_parse_reverse(rel, m->column, m->reverse_expr,
+									   att->atttypid, att->atttypmod);
+	table_close(rel, NoLock);
+	if (tree)
+		r->tree = MemoryContextStrdup(r->cxt, tree);
+}
+
 static RmStepResult
 add_column_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	Relation	rel;
 	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id};
+	Reverse		reverse = {.m = m,.cxt = CurrentMemoryContext};
+	ErrorData  *error;
 	BlockNumber pages;
 	double		tuples;
 	double		allvisfrac;
@@ -293,6 +354,10 @@ add_column_apply(RmRun *run)
 	table_close(rel, NoLock);
 
 	make_column_and_trigger(run);
+	error = rm_rehearse(parse_reverse, &reverse, CurrentMemoryContext);
+	if (error)
+		ReThrowError(error);
+	m->reverse_tree = reverse.tree;
 	return RM_STEP_DONE;
 }
 
@@ -732,6 +797,9 @@ static const RmStep *const steps[] = {
 	[RM_ADD_COLUMN] = &rm_step_add_column,
 	[RM_BACKFILL] = &rm_step_backfill,
 	[RM_ENFORCE_NOT_NULL] = &rm_step_enforce_not_null,
+	[RM_BUILD] = &rm_step_build,
+	[RM_SWAP] = &rm_step_swap,
+	[RM_CLEANUP] = &rm_step_cleanup,
 };
 
 const RmMethod rm_method_three_step = {

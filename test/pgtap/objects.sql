@@ -26,9 +26,11 @@ SELECT m.schema, p.proname::text AS name,
 FROM member m JOIN pg_proc p ON p.oid = m.objid AND m.catalog = 'pg_proc';
 
 SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
-	'procedure rm_add_column(IN relation text, IN column_name text, IN new_type text, IN using_expr text DEFAULT NULL::text) volatile',
+	'procedure rm_add_column(IN relation text, IN column_name text, IN new_type text, IN using_expr text DEFAULT NULL::text, IN reverse_expr text DEFAULT NULL::text) volatile',
 	'procedure rm_backfill_batched(IN batch bigint DEFAULT 100000, IN migration bigint DEFAULT NULL::bigint) volatile',
 	'procedure rm_enforce_not_null(IN migration bigint DEFAULT NULL::bigint) volatile',
+	'procedure rm_swap(IN migration bigint DEFAULT NULL::bigint) volatile',
+	'procedure rm_cleanup(IN migration bigint DEFAULT NULL::bigint) volatile',
 	'procedure rm_rollback(IN migration bigint DEFAULT NULL::bigint) volatile',
 	'procedure rm_migrate(IN target text) volatile',
 	'procedure rm_compare(IN rows bigint DEFAULT 1000000, IN every interval DEFAULT ''00:00:00.01''::interval, IN timeout interval DEFAULT ''00:00:05''::interval) volatile',
@@ -53,11 +55,19 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'function steady_text(value text) text immutable strict parallel safe',
 	'function is_lab_form(value text) boolean immutable strict parallel safe',
 	'function lab_moment(n bigint) text immutable strict parallel safe',
-	'function lab_write(rows bigint) text volatile'
+	'function lab_write(rows bigint) text volatile',
+	'function dependents(relid oid, attnum smallint, shadow smallint, twin oid, twin_attnum smallint, build_column text, final_column text, prefix text, OUT ord bigint, OUT kind text, OUT name text, OUT relation oid, OUT peer oid, OUT build_name text, OUT build_sql text, OUT by_worker boolean, OUT validate_sql text, OUT take_sql text[], OUT drop_sql text) SETOF record stable',
+	'function name_twins(relid oid, twin oid, prefix text) TABLE(command text) stable',
+	'function leftovers(relid oid, prefix text, wanted text[]) TABLE(drop_sql text) stable',
+	'function catalog_fingerprint(relid oid) text volatile',
+	'function column_objects(relid oid, attnum smallint) TABLE(ord integer, kind text, name text, drop_sql text, make_sql text[]) stable',
+	'function column_obstacles(relid oid, attnum smallint) TABLE(kind text, name text, reason text, hint text) stable',
+	'function column_relations(relid oid, attnum smallint) TABLE(relation oid) stable'
 ], 'what the extension calls');
 
 SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE type IN ('table', 'view', 'index')$$, ARRAY[
 	'table risky_migrations.migration', 'table risky_migrations.skipped_row', 'table risky_migrations.conversion_error',
+	'table risky_migrations.dependent',
 	'table risky_migrations.step_log', 'table risky_migrations.step_lock', 'table risky_migrations.lab',
 	'table risky_migrations.probe', 'table risky_migrations.probe_sample', 'table risky_migrations.comparison',
 	'view risky_migrations.lock_report', 'view risky_migrations.lab_step', 'view risky_migrations.comparison_step',
@@ -111,7 +121,8 @@ SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, setting, unit, context,
 	'risky_migrations.lock_retries 50 user 0..2147483647',
 	'risky_migrations.lock_retry_max_delay 10000ms user 1..3600000',
 	'risky_migrations.lock_timeout 250ms user 10..60000',
-	'risky_migrations.max_row_lock_time 25ms user 1..60000'], 'the settings, their defaults and ranges');
+	'risky_migrations.max_row_lock_time 25ms user 1..60000',
+	'risky_migrations.snapshot_timeout 3600000ms user 100..2147483647'], 'the settings, their defaults and ranges');
 SELECT is_empty($$SELECT name FROM pg_settings WHERE name ~ '^risky_migrations\.' AND coalesce(short_desc, '') = ''$$,
 	'each of them is described');
 

@@ -1,0 +1,501 @@
+/*-------------------------------------------------------------------------
+ *
+ * dependents.c
+ *	  What hangs on the column that changes, and how it gets to another one.
+ *
+ * ALTER TABLE ... TYPE takes a column's indexes, constraints, default and
+ * statistics along.  three_step puts another column in its place, so all of
+ * that has to be made on the other column, as ALTER TABLE would have made it.
+ *
+ * How it would have made it is not for us to say: PostgreSQL is asked.  In a
+ * subtransaction that is always rolled back there is a twin, an empty copy of
+ * the table (LIKE ... INCLUDING ALL), on which the very ALTER is run.  Then
+ * its catalogs hold the definitions, with operator classes, casts in
+ * predicates and everything, for the new type; and where PostgreSQL refuses,
+ * it does so before anything of the user's has been changed.  For the way back
+ * the twin's column keeps its type.  The column of the twin is given the name
+ * that the other column has while things are built on it.
+ *
+ * Reading the catalogs is SQL: risky_migrations.dependents() in the install
+ * script.  It gives, for each thing, the commands that build it under a name
+ * of ours (rm_n_<migration>_<OID of the original> on the new column, rm_o_...
+ * on the old one), validate it, put it in force under its own name, and put
+ * the present one out of force.
+ *
+ * Easy to get wrong: what has been built is told by the catalogs alone, by
+ * name, never by what we remember, for a crash or somebody else's DDL may come
+ * between any two commits.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "catalog/dependency.h"
+#include "catalog/indexing.h"
+#include "catalog/namespace.h"
+#include "catalog/objectaddress.h"
+#include "catalog/pg_attribute.h"
+#include "catalog/pg_class.h"
+#include "catalog/pg_constraint.h"
+#include "catalog/pg_index.h"
+#include "catalog/pg_statistic_ext.h"
+#include "catalog/pg_type.h"
+#include "compat.h"
+#include "dependents.h"
+#include "executor/spi.h"
+#include "nodes/makefuncs.h"
+#include "state.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+
+/* columns of risky_migrations.dependents(), and of the table of their rows */
+enum
+{
+	D_ORD = 1, D_KIND, D_NAME, D_RELATION, D_PEER, D_BUILD_NAME, D_BUILD_SQL,
+	D_BY_WORKER, D_VALIDATE_SQL, D_TAKE_SQL, D_DROP_SQL
+};
+
+/* runs one of our own functions over the catalogs, as the current role */
+static void
+query(const char *sql, int nargs, Oid *types, Datum *values)
+{
+	int			rc = SPI_execute_with_args(sql, nargs, types, values, NULL, false, 0);
+
+	if (rc != SPI_OK_SELECT)
+		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
+}
+
+/* the result as a list of RmDependent in cxt */
+static List *
+read_result(MemoryContext cxt)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(cxt);
+	List	   *list = NIL;
+
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		RmDependent *d = palloc0(sizeof(RmDependent));
+
+		d->ord = rm_result_int64(i, D_ORD);
+		d->kind = rm_result_text(i, D_KIND);
+		d->name = rm_result_text(i, D_NAME);
+		d->relid = DatumGetObjectId(rm_result_datum(i, D_RELATION));
+		if (!rm_result_isnull(i, D_PEER))
+			d->peer = DatumGetObjectId(rm_result_datum(i, D_PEER));
+		d->build_name = rm_result_text(i, D_BUILD_NAME);
+		d->build_sql = rm_result_text(i, D_BUILD_SQL);
+		d->by_worker = DatumGetBool(rm_result_datum(i, D_BY_WORKER));
+		d->validate_sql = rm_result_text(i, D_VALIDATE_SQL);
+		if (!rm_result_isnull(i, D_TAKE_SQL))
+			d->take_sql = rm_settings_list(rm_result_datum(i, D_TAKE_SQL));
+		d->drop_sql = rm_result_text(i, D_DROP_SQL);
+		if (d->build_name && d->build_sql == NULL)
+			elog(ERROR, "could not derive the definition of %s \"%s\"", d->kind, d->name);
+		list = lappend(list, d);
+	}
+	MemoryContextSwitchTo(oldcxt);
+	return list;
+}
+
+/*-------------------------------------------------------------------------
+ * The twin
+ *-------------------------------------------------------------------------
+ */
+
+/* what is asked of the twin */
+typedef struct Twin
+{
+	const RmMigration *m;
+	bool		new_side;
+	MemoryContext cxt;
+	List	   *list;
+} Twin;
+
+/* gives its indexes and statistics the names by which dependents() knows them */
+static void
+name_twins(const RmMigration *m, Oid twin)
+{
+	Oid			types[] = {OIDOID, OIDOID, TEXTOID};
+	Datum		v[3];
+	List	   *commands = NIL;
+	ListCell   *lc;
+
+	v[0] = ObjectIdGetDatum(m->relid);
+	v[1] = ObjectIdGetDatum(twin);
+	v[2] = CStringGetTextDatum(psprintf("rm_x_%lld_", (long long) m->id));
+	query("SELECT command FROM risky_migrations.name_twins($1, $2, $3)", 3, types, v);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		commands = lappend(commands, rm_result_text(i, 1));
+	foreach(lc, commands)
+		rm_execute(lfirst(lc));
+}
+
+/* makes the twin, with its column called build_column; returns its OID */
+static Oid
+make_twin(const RmMigration *m, bool new_side, const char *build_column)
+{
+	Oid			nspid = get_rel_namespace(m->relid);
+	char	   *name = psprintf("rm_twin_%lld", (long long) m->id);
+	const char *twin = quote_qualified_identifier(get_namespace_name(nspid), name);
+	const char *column = quote_identifier(get_attname(m->relid, m->attnum, false));
+
+	rm_execute(psprintf("CREATE TABLE %s (LIKE %s INCLUDING ALL)", twin,
+						rm_relation_sql(m->relid)));
+	name_twins(m, get_relname_relid(name, nspid));
+	if (m->new_attnum > 0)
+		rm_execute(psprintf("ALTER TABLE %s DROP COLUMN %s", twin,
+							quote_identifier(get_attname(m->relid, m->new_attnum, false))));
+	if (new_side)
+		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING (%s)", twin,
+							column, m->new_type, m->using_expr));
+	rm_execute(psprintf("ALTER TABLE %s RENAME COLUMN %s TO %s", twin, column,
+						quote_identifier(build_column)));
+	return get_relname_relid(name, nspid);
+}
+
+static void
+ask_twin(void *arg)
+{
+	Twin	   *t = arg;
+	const RmMigration *m = t->m;
+	const char *build_column = t->new_side ? m->new_column : m->old_column;
+	Oid			types[] = {OIDOID, INT2OID, INT2OID, OIDOID, INT2OID, TEXTOID, TEXTOID, TEXTOID};
+	Datum		v[8];
+	Oid			twin = make_twin(m, t->new_side, build_column);
+
+	v[0] = ObjectIdGetDatum(m->relid);
+	v[1] = Int16GetDatum(m->attnum);
+	v[2] = Int16GetDatum(m->new_attnum);
+	v[3] = ObjectIdGetDatum(twin);
+	v[4] = Int16GetDatum(get_attnum(twin, build_column));
+	v[5] = CStringGetTextDatum(build_column);
+	v[6] = CStringGetTextDatum(m->column);
+	v[7] = CStringGetTextDatum(rm_built_prefix(m, t->new_side));
+	query("SELECT * FROM risky_migrations.dependents($1, $2, $3, $4, $5, $6, $7, $8)",
+		  8, types, v);
+	t->list = read_result(t->cxt);
+}
+
+/*
+ * What hangs on the migration's column, with the commands for the new column
+ * (new_side) or, for the way back, for the old one.  The caller holds a lock
+ * on the table that keeps its definition as it is.  Errors are PostgreSQL's own
+ * where it cannot do the ALTER.  Nothing remains of the twin.
+ */
+List *
+rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
+{
+	Twin		twin = {.m = m,.new_side = new_side,.cxt = cxt};
+	ErrorData  *error = rm_rehearse(ask_twin, &twin, CurrentMemoryContext);
+
+	if (error)
+	{
+		if (error->detail == NULL)
+			error->detail = psprintf("The change was tried on an empty copy of %s; ALTER TABLE would refuse it too.",
+									 m->relation);
+		if (error->hint == NULL)
+			error->hint = "Drop or change what is in the way first, such as a default or a constraint that makes no sense for the new type.";
+		ReThrowError(error);
+	}
+	return twin.list;
+}
+
+/*-------------------------------------------------------------------------
+ * Their rows
+ *-------------------------------------------------------------------------
+ */
+
+static Datum
+text_or_null(const char *s, char *null)
+{
+	*null = s ? ' ' : 'n';
+	return s ? CStringGetTextDatum(s) : (Datum) 0;
+}
+
+/* replaces the rows of that side */
+void
+rm_dependents_save(const RmMigration *m, bool new_side, List *list)
+{
+	Oid			types[] = {INT8OID, TEXTOID, INT4OID, TEXTOID, TEXTOID, OIDOID, OIDOID,
+	TEXTOID, TEXTOID, BOOLOID, TEXTOID, TEXTARRAYOID, TEXTOID};
+	Datum		v[lengthof(types)];
+	char		n[lengthof(types)];
+	ListCell   *lc;
+
+	v[0] = Int64GetDatum(m->id);
+	v[1] = CStringGetTextDatum(new_side ? "new" : "old");
+	rm_state_execute("DELETE FROM risky_migrations.dependent WHERE migration_id = $1 AND side = $2",
+					 2, types, v, NULL);
+	foreach(lc, list)
+	{
+		RmDependent *d = lfirst(lc);
+
+		memset(n, ' ', sizeof(n));
+		v[2] = Int32GetDatum(d->ord);
+		v[3] = CStringGetTextDatum(d->kind);
+		v[4] = CStringGetTextDatum(d->name);
+		v[5] = ObjectIdGetDatum(d->relid);
+		v[6] = ObjectIdGetDatum(d->peer);
+		n[6] = OidIsValid(d->peer) ? ' ' : 'n';
+		v[7] = text_or_null(d->build_name, &n[7]);
+		v[8] = text_or_null(d->build_sql, &n[8]);
+		v[9] = BoolGetDatum(d->by_worker);
+		v[10] = text_or_null(d->validate_sql, &n[10]);
+		v[11] = rm_settings_array(d->take_sql);
+		v[12] = text_or_null(d->drop_sql, &n[12]);
+		rm_state_execute("INSERT INTO risky_migrations.dependent (migration_id, side, ord, kind,"
+						 " name, relid, peer, build_name, build_sql, by_worker,"
+						 " validate_sql, take_sql, drop_sql)"
+						 " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+						 lengthof(types), types, v, n);
+	}
+}
+
+List *
+rm_dependents_load(const RmMigration *m, bool new_side, MemoryContext cxt)
+{
+	Oid			types[] = {INT8OID, TEXTOID};
+	Datum		v[] = {Int64GetDatum(m->id), CStringGetTextDatum(new_side ? "new" : "old")};
+
+	rm_state_execute("SELECT ord::bigint, kind, name, relid, peer, build_name, build_sql,"
+					 " by_worker, validate_sql, take_sql, drop_sql"
+					 " FROM risky_migrations.dependent"
+					 " WHERE migration_id = $1 AND side = $2 ORDER BY ord",
+					 2, types, v, NULL);
+	return read_result(cxt);
+}
+
+static bool
+same_text(const char *a, const char *b)
+{
+	return a == NULL || b == NULL ? a == b : strcmp(a, b) == 0;
+}
+
+/* are these the same things with the same definitions? */
+bool
+rm_dependents_equal(List *a, List *b)
+{
+	ListCell   *la;
+	ListCell   *lb;
+
+	if (list_length(a) != list_length(b))
+		return false;
+	forboth(la, a, lb, b)
+	{
+		RmDependent *x = lfirst(la);
+		RmDependent *y = lfirst(lb);
+		ListCell   *lx;
+		ListCell   *ly;
+
+		if (!same_text(x->name, y->name) || !same_text(x->kind, y->kind) ||
+			!same_text(x->build_sql, y->build_sql) ||
+			!same_text(x->validate_sql, y->validate_sql) ||
+			list_length(x->take_sql) != list_length(y->take_sql))
+			return false;
+		forboth(lx, x->take_sql, ly, y->take_sql)
+			if (strcmp(lfirst(lx), lfirst(ly)) != 0)
+				return false;
+	}
+	return true;
+}
+
+/*-------------------------------------------------------------------------
+ * What is there
+ *-------------------------------------------------------------------------
+ */
+
+/*
+ * Is it there under the name in which it waits?  *invalid: an index that a
+ * failed build has left; *unvalidated: a constraint still to be validated.
+ */
+bool
+rm_dependent_is_built(const RmMigration *m, const RmDependent *d, bool *invalid,
+					  bool *unvalidated)
+{
+	Oid			nspid = get_rel_namespace(d->relid);
+	HeapTuple	tup;
+	Oid			oid;
+
+	*invalid = *unvalidated = false;
+	if (d->by_worker)
+	{
+		oid = get_relname_relid(d->build_name, nspid);
+		tup = SearchSysCache1(INDEXRELID, ObjectIdGetDatum(oid));
+		if (!HeapTupleIsValid(tup))
+			return false;
+		*invalid = !((Form_pg_index) GETSTRUCT(tup))->indisvalid;
+		ReleaseSysCache(tup);
+		return !*invalid;
+	}
+	if (strcmp(d->kind, "statistics") == 0)
+	{
+		Oid			types[] = {OIDOID, TEXTOID};
+		Datum		v[] = {ObjectIdGetDatum(d->relid), CStringGetTextDatum(d->build_name)};
+
+		query("SELECT FROM pg_catalog.pg_statistic_ext"
+			  " WHERE stxrelid = $1 AND stxname = $2", 2, types, v);
+		return SPI_processed > 0;
+	}
+	oid = get_relation_constraint_oid(d->relid, d->build_name, true);
+	tup = SearchSysCache1(CONSTROID, ObjectIdGetDatum(oid));
+	if (!HeapTupleIsValid(tup))
+		return false;
+	*unvalidated = d->validate_sql && !((Form_pg_constraint) GETSTRUCT(tup))->convalidated;
+	ReleaseSysCache(tup);
+	return !*unvalidated;
+}
+
+/*
+ * Commands that drop what bears one of our names on that side and is not
+ * wanted: all of it (wanted NIL), or what earlier plans have left.
+ */
+List *
+rm_dependents_leftovers(const RmMigration *m, bool new_side, List *wanted)
+{
+	Oid			types[] = {OIDOID, TEXTOID, TEXTARRAYOID};
+	Datum		v[3];
+	List	   *names = NIL;
+	List	   *commands = NIL;
+	ListCell   *lc;
+
+	foreach(lc, wanted)
+		if (((RmDependent *) lfirst(lc))->build_name)
+			names = lappend(names, ((RmDependent *) lfirst(lc))->build_name);
+	v[0] = ObjectIdGetDatum(m->relid);
+	v[1] = CStringGetTextDatum(rm_built_prefix(m, new_side));
+	v[2] = rm_settings_array(names);
+	query("SELECT * FROM risky_migrations.leftovers($1, $2, $3)", 3, types, v);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		commands = lappend(commands, rm_result_text(i, 1));
+	return commands;
+}
+
+/*
+ * OIDs of the relations whose definition changes when these things come into
+ * force: the table first, then those at the other end of its foreign keys.
+ */
+List *
+rm_dependents_relations(const RmMigration *m, List *list)
+{
+	List	   *peers = NIL;
+	ListCell   *lc;
+
+	foreach(lc, list)
+	{
+		RmDependent *d = lfirst(lc);
+
+		if (d->relid != m->relid)
+			peers = list_append_unique_oid(peers, d->relid);
+		if (OidIsValid(d->peer) && d->peer != m->relid)
+			peers = list_append_unique_oid(peers, d->peer);
+	}
+	list_sort(peers, list_oid_cmp);
+	return lcons_oid(m->relid, peers);
+}
+
+/* see risky_migrations.catalog_fingerprint() */
+char *
+rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(relid)};
+	char	   *result;
+	MemoryContext oldcxt;
+
+	query("SELECT risky_migrations.catalog_fingerprint($1)", 1, types, v);
+	oldcxt = MemoryContextSwitchTo(cxt);
+	result = rm_result_text(0, 1);
+	MemoryContextSwitchTo(oldcxt);
+	return result;
+}
+
+/*
+ * Refuses what cannot be carried over, all of it in one error (0A000), before
+ * anything is changed.
+ */
+void
+rm_dependents_refuse(Oid relid, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum)};
+	StringInfoData detail;
+	StringInfoData hint;
+
+	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)",
+		  2, types, v);
+	if (SPI_processed == 0)
+		return;
+	initStringInfo(&detail);
+	initStringInfo(&hint);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		char	   *text = rm_result_text(i, 4);
+
+		appendStringInfo(&detail, "%s%s %s: %s.", i ? "\n" : "", rm_result_text(i, 1),
+						 rm_result_text(i, 2), rm_result_text(i, 3));
+		if (strstr(hint.data, text) == NULL)
+			appendStringInfo(&hint, "%s%s", hint.len ? "\n" : "", text);
+	}
+	ereport(ERROR,
+			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+			 errmsg("three_step cannot carry over what hangs on column \"%s\" of %s",
+					get_attname(relid, attnum, false), rm_relation_sql(relid)),
+			 errdetail_internal("%s", detail.data),
+			 errhint("%s", hint.data)));
+}
+
+/*-------------------------------------------------------------------------
+ * Identity
+ *-------------------------------------------------------------------------
+ */
+
+/* writes attidentity of one column; returns what it was */
+static char
+set_identity(Oid relid, AttrNumber attnum, char identity)
+{
+	Relation	rel = table_open(AttributeRelationId, RowExclusiveLock);
+	HeapTuple	tup = SearchSysCacheCopyAttNum(relid, attnum);
+	Form_pg_attribute att;
+	char		before;
+
+	if (!HeapTupleIsValid(tup))
+		elog(ERROR, "cache lookup failed for attribute %d of relation %u", attnum, relid);
+	att = (Form_pg_attribute) GETSTRUCT(tup);
+	before = att->attidentity;
+	att->attidentity = identity;
+	CatalogTupleUpdate(rel, &tup->t_self, tup);
+	heap_freetuple(tup);
+	table_close(rel, RowExclusiveLock);
+	return before;
+}
+
+/*
+ * Makes another column the identity column.  ALTER TABLE can only drop an
+ * identity, with its sequence, and add another one: the sequence would lose its
+ * OID, its grants, and the values that sessions have cached.  So the mark and
+ * the dependency are moved.  The caller holds ACCESS EXCLUSIVE.
+ */
+void
+rm_move_identity(Oid relid, AttrNumber from, AttrNumber to, Oid sequence)
+{
+	ObjectAddress seq;
+	ObjectAddress column;
+
+	(void) set_identity(relid, to, set_identity(relid, from, '\0'));
+	deleteDependencyRecordsForClass(RelationRelationId, sequence,
+									RelationRelationId, DEPENDENCY_INTERNAL);
+	ObjectAddressSet(seq, RelationRelationId, sequence);
+	ObjectAddressSubSet(column, RelationRelationId, relid, to);
+	recordDependencyOn(&seq, &column, DEPENDENCY_INTERNAL);
+	CommandCounterIncrement();
+}

@@ -1,0 +1,854 @@
+/*-------------------------------------------------------------------------
+ *
+ * swap.c
+ *	  The steps "build", "swap" and "cleanup" of three_step: another column
+ *	  takes the old one's place, and the way back.
+ *
+ *	build		everything that hangs on the old column is made on the new one
+ *				beside it, under names of its own: indexes CONCURRENTLY by a
+ *				worker, constraints NOT VALID and then VALIDATEd, statistics;
+ *				then ANALYZE, so that plans are good from the first moment.
+ *	swap		first all snapshots that are older than the last backfilled row
+ *				are waited out, holding nothing.  Then one transaction, with
+ *				ACCESS EXCLUSIVE on the table and on whatever hangs on it: what
+ *				depends on the old column goes, the columns are renamed, what
+ *				was built takes the old names, and views, rules, policies and
+ *				triggers are made again from their definitions.
+ *	cleanup		the old column goes.
+ *
+ * Between swap and cleanup the sync trigger runs the other way, so the swap can
+ * be taken back: the same things in the same order, from the new column to the
+ * old one.  What hung on the old column was written down when it was built for
+ * the new one, and is built again for the old one before the columns change
+ * places; plain indexes never went away.  What refuses writes (NOT NULL, unique
+ * indexes, CHECK, foreign keys) is put aside meanwhile: a value that does not
+ * fit the old type is recorded, and closes the way back.
+ *
+ * Who may be under way during the swap: nobody who has touched the table, for
+ * they hold a lock on it.  Who begins before and ends after it without having
+ * touched it reads, with an old snapshot (REPEATABLE READ), rows that were
+ * filled before the snapshot was taken: that is what the wait is for.  A crash
+ * leaves the state before or after each of these transactions; what was built
+ * by then is found again by its name in the catalogs.
+ *
+ * Easy to get wrong: between the moment at which all was built and the lock,
+ * somebody may add an index or change a constraint.  A fingerprint of the
+ * catalogs is taken when all is there, and compared under the lock; if it is
+ * another one the locks are let go and the building begins again.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/transam.h"
+#include "access/xact.h"
+#include "catalog/pg_type.h"
+#include "compat.h"
+#include "dependents.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "risky_migrations.h"
+#include "rows.h"
+#include "state.h"
+#include "steps.h"
+#include "storage/bufmgr.h"
+#include "storage/lmgr.h"
+#include "storage/proc.h"
+#include "storage/procarray.h"
+#include "utils/builtins.h"
+#include "utils/inval.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/timestamp.h"
+
+/* phases, in the state row; build ends where swap goes on */
+enum
+{
+	PHASE_PLAN,					/* find out what is needed, write it down */
+	PHASE_MAKE,					/* make it, one thing after the other */
+	PHASE_ANALYZE,
+	PHASE_CHECK,				/* is it still what is needed? */
+	PHASE_WAIT,					/* for older snapshots */
+	PHASE_EXCHANGE
+};
+
+/* how often a waiting swap looks whether the snapshots are gone, milliseconds */
+#define SNAPSHOT_LOOK 100
+/* pages that one look for closed ways back goes through */
+#define CHECK_PAGES 4096
+
+/* memory of these steps across their transactions */
+typedef struct Swap
+{
+	bool		planned;		/* by this run: else plan anew */
+	VirtualTransactionId *waiting;	/* whose snapshots may be too old */
+	int			nwaiting;
+	TimestampTz wait_began;
+	int64		built;			/* things, for the notice */
+	BlockNumber next_block;		/* of the look at the way back */
+	bool		looked;
+	int64		unfit;			/* rows that do not fit the old type */
+} Swap;
+
+static Swap *
+get_work(RmRun *run)
+{
+	if (run->work == NULL)
+		run->work = MemoryContextAllocZero(run->cxt, sizeof(Swap));
+	return run->work;
+}
+
+static const char *
+column_sql(const RmMigration *m, AttrNumber attnum)
+{
+	return quote_identifier(get_attname(m->relid, attnum, false));
+}
+
+/*-------------------------------------------------------------------------
+ * build
+ *-------------------------------------------------------------------------
+ */
+
+/* has a statement run by a worker after this transaction's commit */
+static void
+ask_worker(RmRun *run, const char *sql, const char *what)
+{
+	run->top_level = MemoryContextStrdup(run->cxt, sql);
+	run->top_level_what = MemoryContextStrdup(run->cxt, what);
+}
+
+/* what is needed, for both directions; the table's definition stands still */
+static void
+plan(RmRun *run)
+{
+	RmMigration *m = run->m;
+	List	   *wanted;
+	List	   *leftovers;
+	ListCell   *lc;
+
+	wanted = rm_dependents_derive(m, true, CurrentMemoryContext);
+	rm_dependents_save(m, true, wanted);
+	rm_dependents_save(m, false, rm_dependents_derive(m, false, CurrentMemoryContext));
+	leftovers = rm_dependents_leftovers(m, true, wanted);
+	if (leftovers != NIL)
+	{
+		/* of things that were needed for an earlier plan */
+		rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+		foreach(lc, leftovers)
+			rm_execute(lfirst(lc));
+	}
+	get_work(run)->planned = true;
+	m->phase = PHASE_MAKE;
+}
+
+/* makes one thing, or has it made; its state is looked up again afterwards */
+static void
+make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
+{
+	RmMigration *m = run->m;
+
+	get_work(run)->built++;
+	if (d->by_worker)
+	{
+		const char *name = quote_qualified_identifier(get_namespace_name(get_rel_namespace(m->relid)),
+													  d->build_name);
+
+		if (invalid)
+			ask_worker(run, psprintf("DROP INDEX CONCURRENTLY %s", name), "DROP INDEX CONCURRENTLY");
+		else
+			ask_worker(run, d->build_sql, "CREATE INDEX CONCURRENTLY");
+	}
+	else if (unvalidated)
+	{
+		/* a scan under a lock that lets everybody read and write */
+		rm_lock_relation(&run->locks, d->relid, ShareUpdateExclusiveLock);
+		rm_execute(d->validate_sql);
+	}
+	else if (strcmp(d->kind, "statistics") == 0)
+	{
+		rm_lock_relation(&run->locks, d->relid, ShareUpdateExclusiveLock);
+		rm_execute(d->build_sql);
+	}
+	else
+	{
+		List	   *relids = list_make1_oid(d->relid);
+
+		if (OidIsValid(d->peer) && d->peer != d->relid)
+			relids = lappend_oid(relids, d->peer);
+		rm_lock_relations(&run->locks, relids,
+						  OidIsValid(d->peer) ? ShareRowExclusiveLock : AccessExclusiveLock,
+						  run->tries);
+		rm_execute(d->build_sql);
+	}
+}
+
+/* the next thing that is missing, in the current memory context; NULL: none */
+static RmDependent *
+find_missing(RmRun *run, bool new_side, bool *invalid, bool *unvalidated)
+{
+	List	   *list = rm_dependents_load(run->m, new_side, CurrentMemoryContext);
+	ListCell   *lc;
+
+	foreach(lc, list)
+	{
+		RmDependent *d = lfirst(lc);
+
+		CHECK_FOR_INTERRUPTS();
+		if (d->build_name != NULL &&
+			!rm_dependent_is_built(run->m, d, invalid, unvalidated))
+			return d;
+	}
+	return NULL;
+}
+
+/* makes it; false if all is there */
+static bool
+make_next(RmRun *run, bool new_side)
+{
+	bool		invalid;
+	bool		unvalidated;
+	RmDependent *d = find_missing(run, new_side, &invalid, &unvalidated);
+
+	if (d)
+		make(run, d, invalid, unvalidated);
+	return d != NULL;
+}
+
+/* locks the table so that its definition stands still, and looks at it */
+static void
+hold_definition(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Relation	rel;
+
+	rm_lock_relation(&run->locks, m->relid, ShareUpdateExclusiveLock);
+	rm_check_owner(m->relid, m->relation);
+	rel = table_open(m->relid, NoLock);
+	rm_check_ground(m, rel);
+	table_close(rel, NoLock);
+}
+
+/* one transaction's worth of building on the new column; true when all is there */
+static bool
+build(RmRun *run)
+{
+	RmMigration *m = run->m;
+	bool		invalid;
+	bool		unvalidated;
+
+	if (!get_work(run)->planned)
+		m->phase = PHASE_PLAN;	/* a new run: what was planned may be old */
+	switch (m->phase)
+	{
+		case PHASE_PLAN:
+			hold_definition(run);
+			plan(run);
+			return false;
+
+		case PHASE_MAKE:
+			rm_check_owner(m->relid, m->relation);
+			if (!make_next(run, true))
+				m->phase = PHASE_ANALYZE;
+			return false;
+
+		case PHASE_ANALYZE:
+			ask_worker(run, psprintf("ANALYZE %s", rm_relation_sql(m->relid)), "ANALYZE");
+			m->phase = PHASE_CHECK;
+			return false;
+
+		default:
+			hold_definition(run);
+			if (!rm_dependents_equal(rm_dependents_load(m, true, CurrentMemoryContext),
+									 rm_dependents_derive(m, true, CurrentMemoryContext)) ||
+				find_missing(run, true, &invalid, &unvalidated))
+			{
+				m->phase = PHASE_PLAN;
+				return false;
+			}
+			m->fingerprint = rm_catalog_fingerprint(m->relid, CurrentMemoryContext);
+			return true;
+	}
+}
+
+static RmStepResult
+build_apply(RmRun *run)
+{
+	return build(run) ? RM_STEP_DONE : RM_STEP_AGAIN;
+}
+
+static void
+build_committed(RmRun *run, RmStepResult result)
+{
+	if (!run->revert && result == RM_STEP_DONE)
+		ereport(NOTICE,
+				(errmsg("migration %lld: what hangs on the column is built on the new one, nothing is in the way of the swap",
+						(long long) run->migration_id)));
+}
+
+/* everything that was built goes */
+static void
+drop_built(RmRun *run, bool new_side)
+{
+	RmMigration *m = run->m;
+	List	   *list = rm_dependents_load(m, new_side, CurrentMemoryContext);
+	ListCell   *lc;
+
+	rm_lock_relations(&run->locks, rm_dependents_relations(m, list), AccessExclusiveLock,
+					  run->tries);
+	rm_check_owner(m->relid, m->relation);
+	foreach(lc, rm_dependents_leftovers(m, new_side, NIL))
+		rm_execute(lfirst(lc));
+	rm_dependents_save(m, new_side, NIL);
+}
+
+static RmStepResult
+build_revert(RmRun *run)
+{
+	drop_built(run, true);
+	rm_dependents_save(run->m, false, NIL);
+	run->m->fingerprint = NULL;
+	return RM_STEP_DONE;
+}
+
+const RmStep rm_step_build = {
+	.name = "build",
+	.apply = build_apply,
+	.revert = build_revert,
+	.committed = build_committed,
+};
+
+/*-------------------------------------------------------------------------
+ * Waiting for snapshots
+ *-------------------------------------------------------------------------
+ */
+
+/* whose snapshots may be older than what is committed by now */
+static VirtualTransactionId *
+older_snapshots(int *n)
+{
+	return GetCurrentVirtualXIDs(ReadNextTransactionId(), true, false,
+								 PROC_IS_AUTOVACUUM | PROC_IN_VACUUM, n);
+}
+
+/*
+ * True when nobody in this database has a snapshot any more that was taken
+ * before this run began to wait.  On a later visit of the same session another
+ * snapshot, which cannot be told from the first, counts too: only its
+ * transaction's end does.
+ */
+static bool
+snapshots_are_gone(RmRun *run, PGPROC **oldest)
+{
+	Swap	   *s = get_work(run);
+	VirtualTransactionId *now;
+	int			n;
+	int			left = 0;
+
+	InvalidateCatalogSnapshot();
+	now = older_snapshots(&n);
+	if (s->waiting == NULL)
+	{
+		s->waiting = MemoryContextAlloc(run->cxt, sizeof(VirtualTransactionId) * Max(n, 1));
+		memcpy(s->waiting, now, sizeof(VirtualTransactionId) * n);
+		s->nwaiting = n;
+		s->wait_began = GetCurrentTimestamp();
+	}
+	*oldest = NULL;
+	for (int i = 0; i < s->nwaiting; i++)
+		for (int j = 0; j < n; j++)
+			if (VirtualTransactionIdEquals(s->waiting[i], now[j]))
+			{
+				if (*oldest == NULL)
+					*oldest = rm_backend_proc(s->waiting[i]);
+				s->waiting[left++] = s->waiting[i];
+				break;
+			}
+	s->nwaiting = left;
+	return left == 0;
+}
+
+/* waits for older snapshots; true when they are gone, an error after too long */
+static bool
+wait_for_snapshots(RmRun *run)
+{
+	Swap	   *s = get_work(run);
+	PGPROC	   *oldest;
+
+	if (snapshots_are_gone(run, &oldest))
+		return true;
+	if (TimestampDifferenceExceeds(s->wait_began, GetCurrentTimestamp(), rm_snapshot_timeout))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("an older snapshot keeps the columns from being exchanged"),
+				 errdetail("Process %d has held it for more than %d s; with it, it would find no values in the new column.",
+						   oldest ? oldest->pid : 0, rm_snapshot_timeout / 1000),
+				 errhint("End that transaction, or raise risky_migrations.snapshot_timeout; then CALL rm_swap(%lld) again.",
+						 (long long) run->migration_id)));
+	if (rm_notice_due(run))
+		ereport(NOTICE,
+				(errmsg("migration %lld: waiting for %d transactions with snapshots older than the last batch, the first is process %d",
+						(long long) run->migration_id, s->nwaiting, oldest ? oldest->pid : 0)));
+	run->pause_ms = SNAPSHOT_LOOK;
+	return false;
+}
+
+/*-------------------------------------------------------------------------
+ * The exchange
+ *-------------------------------------------------------------------------
+ */
+
+/* views, rules, policies, triggers: dropped before, and made again after it */
+typedef struct Definition
+{
+	char	   *drop_sql;
+	List	   *make_sql;
+} Definition;
+
+static List *
+definitions_on(const RmMigration *m, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	List	   *list = NIL;
+
+	if (SPI_execute_with_args("SELECT drop_sql, make_sql FROM risky_migrations.column_objects($1, $2) ORDER BY ord",
+							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read the definitions");
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		Definition *d = palloc(sizeof(Definition));
+
+		d->drop_sql = rm_result_text(i, 1);
+		d->make_sql = rm_settings_list(rm_result_datum(i, 2));
+		list = lappend(list, d);
+	}
+	return list;
+}
+
+/* relations besides the table that the exchange changes, by OID */
+static List *
+relations_of_definitions(const RmMigration *m, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	List	   *list = NIL;
+
+	if (SPI_execute_with_args("SELECT relation FROM risky_migrations.column_relations($1, $2) ORDER BY 1",
+							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read the relations");
+	for (uint64 i = 0; i < SPI_processed; i++)
+		list = lappend_oid(list, DatumGetObjectId(rm_result_datum(i, 1)));
+	return list;
+}
+
+static void
+rename_column(const RmMigration *m, const char *from, const char *to)
+{
+	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rm_relation_sql(m->relid),
+						quote_identifier(from), quote_identifier(to)));
+}
+
+/* what is in force goes, last things first */
+static void
+put_out_of_force(RmRun *run, List *list, bool forward)
+{
+	RmMigration *m = run->m;
+
+	for (int i = list_length(list) - 1; i >= 0; i--)
+	{
+		RmDependent *d = list_nth(list, i);
+
+		if (strcmp(d->kind, "identity") == 0)
+			rm_move_identity(m->relid, forward ? m->attnum : m->new_attnum,
+							 forward ? m->new_attnum : m->attnum, d->peer);
+		else if (d->drop_sql)
+			rm_execute(d->drop_sql);
+	}
+}
+
+static void
+put_in_force(List *list)
+{
+	ListCell   *lc;
+	ListCell   *cmd;
+
+	foreach(lc, list)
+		foreach(cmd, ((RmDependent *) lfirst(lc))->take_sql)
+			rm_execute(lfirst(cmd));
+}
+
+/* the columns change places, with all that hangs on them; the locks are held */
+static void
+exchange(RmRun *run, List *list, bool forward)
+{
+	RmMigration *m = run->m;
+	List	   *definitions = definitions_on(m, forward ? m->attnum : m->new_attnum);
+	ListCell   *lc;
+	ListCell   *cmd;
+
+	foreach(lc, definitions)
+		rm_execute(((Definition *) lfirst(lc))->drop_sql);
+	put_out_of_force(run, list, forward);
+	rename_column(m, m->column, forward ? m->old_column : m->new_column);
+	rename_column(m, forward ? m->new_column : m->old_column, m->column);
+	put_in_force(list);
+	for (int i = list_length(definitions) - 1; i >= 0; i--)
+		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
+			rm_execute(lfirst(cmd));
+
+	m->swapped = forward;
+	/* the sync trigger of every session must read its direction again */
+	CacheInvalidateRelcacheByRelid(m->relid);
+}
+
+/* all relations that the exchange changes, the table first */
+static List *
+relations_to_lock(RmRun *run, List *list, bool forward)
+{
+	RmMigration *m = run->m;
+
+	return list_concat_unique_oid(rm_dependents_relations(m, list),
+								  relations_of_definitions(m, forward ? m->attnum : m->new_attnum));
+}
+
+static RmStepResult
+swap_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	List	   *list;
+	Relation	rel;
+
+	if (!get_work(run)->planned || m->phase < PHASE_WAIT)
+	{
+		if (build(run))
+			m->phase = PHASE_WAIT;
+		return RM_STEP_AGAIN;
+	}
+	if (m->phase == PHASE_WAIT)
+	{
+		if (wait_for_snapshots(run))
+			m->phase = PHASE_EXCHANGE;
+		return RM_STEP_AGAIN;
+	}
+
+	list = rm_dependents_load(m, true, CurrentMemoryContext);
+	rm_lock_relations(&run->locks, relations_to_lock(run, list, true), AccessExclusiveLock,
+					  run->tries);
+	rm_check_owner(m->relid, m->relation);
+	rel = table_open(m->relid, NoLock);
+	rm_check_ground(m, rel);
+	table_close(rel, NoLock);
+	if (m->trigger_xmin != rm_trigger_xmin(m))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the sync trigger of migration %lld has been switched off for a while",
+						(long long) m->id),
+				 errdetail("Rows may have been written without being converted."),
+				 errhint("CALL rm_enforce_not_null(%lld) verifies and mends every row again, then CALL rm_swap(%lld).",
+						 (long long) m->id, (long long) m->id)));
+	if (m->fingerprint == NULL ||
+		strcmp(m->fingerprint, rm_catalog_fingerprint(m->relid, CurrentMemoryContext)) != 0)
+	{
+		m->phase = PHASE_PLAN;	/* somebody's DDL came in between */
+		return RM_STEP_AGAIN;
+	}
+	run->old_storage = rm_relation_storage(m->relid);
+	exchange(run, list, true);
+	return RM_STEP_DONE;
+}
+
+static void
+swap_committed(RmRun *run, RmStepResult result)
+{
+	if (result != RM_STEP_DONE)
+		return;
+	if (run->revert)
+		ereport(NOTICE,
+				(errmsg("migration %lld: the columns have changed places again",
+						(long long) run->migration_id)));
+	else
+		ereport(NOTICE,
+				(errmsg("migration %lld: the columns have changed places; the old one is kept for the way back",
+						(long long) run->migration_id),
+				 errhint("CALL rm_cleanup(%lld) drops it when it is not needed any more; CALL rm_rollback(%lld) goes back.",
+						 (long long) run->migration_id, (long long) run->migration_id)));
+}
+
+/*-------------------------------------------------------------------------
+ * The way back
+ *-------------------------------------------------------------------------
+ */
+
+/* is there a record of a value that did not fit the old type? */
+static bool
+misfits_recorded(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("SELECT 1 FROM risky_migrations.conversion_error"
+					 " WHERE migration_id = $1 AND way_back LIMIT 1", 1, types, v, NULL);
+	return SPI_processed > 0;
+}
+
+static void
+forget_misfits(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("DELETE FROM risky_migrations.conversion_error"
+					 " WHERE migration_id = $1 AND way_back", 1, types, v, NULL);
+}
+
+/* records the row in hand if its new value does not fit the old type */
+static bool
+note_misfit(RmRows *rows)
+{
+	RmMigration *m = rows->m;
+	Datum		value;
+	bool		isnull;
+	ErrorData  *error;
+
+	(void) slot_getattr(rows->slot, m->attnum, &isnull);
+	if (!isnull)
+		return false;
+	(void) slot_getattr(rows->slot, m->new_attnum, &isnull);
+	if (isnull || rm_row_convert(rows, true, &value, &isnull, &error))
+		return false;
+	rm_row_record_failure(rows, error);
+	return true;
+}
+
+/*
+ * Records are hints, since rows may have been mended or deleted: looks at a
+ * range of the rows themselves.  Those that are there at the beginning are
+ * deleted (their rows are visible to us then), and made again for each row that
+ * does not fit; what writers add meanwhile stays.  True at the end of the table.
+ */
+static bool
+look_for_misfits(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Swap	   *s = get_work(run);
+	Relation	rel;
+	RmRows	   *rows;
+	BlockNumber end;
+	BlockNumber stop;
+	bool		done;
+
+	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
+	if (s->next_block == 0)
+		forget_misfits(m);
+	rel = table_open(m->relid, NoLock);
+	rows = rm_rows_open(m, rel, RM_ROWS_READ);
+	end = RelationGetNumberOfBlocks(rel);
+	stop = Min((int64) end, (int64) s->next_block + CHECK_PAGES);
+	for (; s->next_block < stop; s->next_block++)
+	{
+		OffsetNumber offsets[MaxHeapTuplesPerPage];
+		Buffer		buf;
+		int			n;
+		int			dead;
+
+		CHECK_FOR_INTERRUPTS();
+		buf = ReadBuffer(rel, s->next_block);
+		n = rm_rows_on_page(rows, buf, false, offsets, &dead);
+		for (int i = 0; i < n; i++)
+		{
+			rm_row_get(rows, buf, offsets[i]);
+			if (note_misfit(rows))
+				s->unfit++;
+		}
+		ReleaseBuffer(buf);
+	}
+	done = s->next_block >= end;
+	rm_rows_close(rows);
+	table_close(rel, NoLock);
+	return done;
+}
+
+/* 55000 with the reason if there is no way back */
+static void
+refuse_closed_way(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Swap	   *s = get_work(run);
+	const char *reason = NULL;
+
+	if (m->reverse_tree == NULL)
+		reason = psprintf("There is no cast from %s to %s, and no reverse_expr was given.",
+						  m->new_type, m->old_type);
+	else if (m->trigger_xmin != rm_trigger_xmin(m))
+		reason = "The sync trigger has been switched off for a while: the old column may have missed values.";
+	else if (s->unfit > 0)
+		reason = psprintf("%lld rows of %s hold a value that does not fit the type %s.",
+						  (long long) s->unfit, m->relation, m->old_type);
+	if (reason)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the way back of migration %lld is closed", (long long) m->id),
+				 errdetail("%s", reason),
+				 errhint("Mend the rows that SELECT * FROM rm_conversion_errors shows, then call it again; or stay with the new column: CALL rm_cleanup(%lld).",
+						 (long long) m->id)));
+}
+
+/* what hangs on the new column now but did not hang on the old one */
+static void
+refuse_new_dependents(RmRun *run, List *list)
+{
+	RmMigration *m = run->m;
+	Oid			types[] = {OIDOID, INT2OID, TEXTARRAYOID, TEXTOID};
+	Datum		v[4];
+	List	   *names = NIL;
+	ListCell   *lc;
+
+	foreach(lc, list)
+		names = lappend(names, ((RmDependent *) lfirst(lc))->name);
+	v[0] = ObjectIdGetDatum(m->relid);
+	v[1] = Int16GetDatum(m->new_attnum);
+	v[2] = rm_settings_array(names);
+	v[3] = CStringGetTextDatum(rm_built_prefix(m, true));
+	if (SPI_execute_with_args("SELECT string_agg(pg_catalog.format('%s %s', kind, name), ', ')"
+							  " FROM risky_migrations.dependents($1, $2, 0::smallint, $1, $2, '', '', $4)"
+							  " WHERE build_name IS NOT NULL AND kind <> 'not null' AND name <> ALL ($3)",
+							  4, types, v, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read the dependents");
+	if (!rm_result_isnull(0, 1))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("something has been added to the new column since the swap"),
+				 errdetail("On it are: %s.", rm_result_text(0, 1)),
+				 errhint("Drop it first; on the way back it has no counterpart.")));
+}
+
+/* before anything is changed: is there a way back? */
+static bool
+way_back_is_open(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Swap	   *s = get_work(run);
+
+	rm_check_owner(m->relid, m->relation);
+	if (m->reverse_tree && (s->next_block > 0 || misfits_recorded(m)) &&
+		!s->looked)
+	{
+		s->looked = look_for_misfits(run);
+		return false;			/* refused, if at all, when the records are committed */
+	}
+	refuse_closed_way(run);
+	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
+	s->planned = true;
+	m->phase = PHASE_MAKE;
+	return true;
+}
+
+static RmStepResult
+swap_revert(RmRun *run)
+{
+	RmMigration *m = run->m;
+	List	   *list;
+	Relation	rel;
+
+	run->back_to = RM_BUILD;	/* what was built on the new column is not there any more */
+	if (!m->swapped)
+		return RM_STEP_DONE;	/* it had only begun */
+	if (!get_work(run)->planned)
+	{
+		(void) way_back_is_open(run);
+		return RM_STEP_AGAIN;
+	}
+	if (m->phase != PHASE_EXCHANGE)
+	{
+		rm_check_owner(m->relid, m->relation);
+		if (!make_next(run, false))
+			m->phase = PHASE_EXCHANGE;
+		return RM_STEP_AGAIN;
+	}
+
+	list = rm_dependents_load(m, false, CurrentMemoryContext);
+	rm_lock_relations(&run->locks, relations_to_lock(run, list, false), AccessExclusiveLock,
+					  run->tries);
+	rm_check_owner(m->relid, m->relation);
+	rel = table_open(m->relid, NoLock);
+	rm_check_ground(m, rel);
+	table_close(rel, NoLock);
+	if (m->trigger_xmin != rm_trigger_xmin(m) || misfits_recorded(m))
+	{
+		/* since we looked: look again, without the lock */
+		memset(get_work(run), 0, sizeof(Swap));
+		return RM_STEP_AGAIN;
+	}
+	run->old_storage = rm_relation_storage(m->relid);
+	exchange(run, list, false);
+	forget_misfits(m);
+	return RM_STEP_DONE;
+}
+
+const RmStep rm_step_swap = {
+	.name = "swap",
+	.apply = swap_apply,
+	.revert = swap_revert,
+	.committed = swap_committed,
+};
+
+/*-------------------------------------------------------------------------
+ * cleanup
+ *-------------------------------------------------------------------------
+ */
+
+static RmStepResult
+cleanup_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	const char *rel_sql;
+
+	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	rm_check_owner(m->relid, m->relation);
+	run->old_storage = rm_relation_storage(m->relid);
+	rel_sql = rm_relation_sql(m->relid);
+	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
+						quote_identifier(rm_trigger_name(m->id)), rel_sql));
+	if (get_attname(m->relid, m->attnum, true))
+		rm_execute(psprintf("ALTER TABLE ONLY %s DROP COLUMN %s", rel_sql,
+							column_sql(m, m->attnum)));
+	rm_dependents_save(m, true, NIL);
+	rm_dependents_save(m, false, NIL);
+	forget_misfits(m);
+	return RM_STEP_DONE;
+}
+
+static void
+cleanup_committed(RmRun *run, RmStepResult result)
+{
+	if (result == RM_STEP_DONE)
+		ereport(NOTICE,
+				(errmsg("migration %lld is done, the old column is gone",
+						(long long) run->migration_id)));
+}
+
+/* what is dropped does not come back */
+static RmStepResult
+cleanup_revert(RmRun *run)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("migration %lld cannot be taken back any more",
+					(long long) run->migration_id),
+			 errdetail("Its old column was dropped by rm_cleanup()."),
+			 errhint("Start another migration, to the former type.")));
+}
+
+const RmStep rm_step_cleanup = {
+	.name = "cleanup",
+	.apply = cleanup_apply,
+	.revert = cleanup_revert,
+	.committed = cleanup_committed,
+};

@@ -1,0 +1,219 @@
+# What hangs on a column comes along: indexes, constraints, default, identity,
+# sequence, statistics, comments, grants.
+#
+# Each scenario is a few tables in a schema.  Three databases hold them: in one
+# the column is changed by ALTER TABLE itself, in one by the three steps, swap
+# and cleanup, in one by the three steps and swap and then taken back.  What
+# pg_dump -s says of the second must be what it says of the first, but for the
+# column's place in the table (and what ALTER TABLE itself forgets, "lost" here);
+# of the third, what it said before, to the letter.
+
+use strict;
+use warnings;
+
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $node = PostgreSQL::Test::Cluster->new('dependents');
+$node->init;
+$node->append_conf(
+	'postgresql.conf', q{
+client_min_messages = warning
+fsync = off
+max_worker_processes = 20
+});
+$node->start;
+
+my @scenarios = (
+	{
+		name => 'int to bigint: identity, primary key, foreign keys both ways',
+		table => 'orders', column => 'id', type => 'bigint', rows => 500,
+		setup => q{
+CREATE TABLE customer (id int PRIMARY KEY);
+INSERT INTO customer SELECT generate_series(1, 10);
+CREATE TABLE orders (id int GENERATED ALWAYS AS IDENTITY (START 7 INCREMENT 3) CONSTRAINT "Orders PK" PRIMARY KEY,
+	x text, customer int REFERENCES customer, note text DEFAULT 'none' CHECK (note <> ''));
+INSERT INTO orders (x, customer) SELECT 'x' || g, 1 + g % 10 FROM generate_series(1, 500) g;
+CREATE TABLE line (order_id int, n int, PRIMARY KEY (order_id, n),
+	CONSTRAINT "line's order" FOREIGN KEY (order_id) REFERENCES orders ON UPDATE CASCADE ON DELETE CASCADE DEFERRABLE INITIALLY DEFERRED);
+INSERT INTO line SELECT id, 1 FROM orders;
+CREATE TABLE late (order_id int);
+ALTER TABLE late ADD CONSTRAINT unproven FOREIGN KEY (order_id) REFERENCES orders NOT VALID;
+COMMENT ON CONSTRAINT "line's order" ON line IS 'whose line it is';
+COMMENT ON CONSTRAINT "Orders PK" ON orders IS 'the key';
+COMMENT ON COLUMN orders.id IS 'counts';
+GRANT SELECT (id), UPDATE (id, x) ON orders TO reader;
+GRANT SELECT (id) ON orders TO PUBLIC;
+},
+	},
+	{
+		name => 'the referring column of a foreign key, with ON DELETE SET NULL',
+		table => 'line', column => 'order_id', type => 'bigint', rows => 100,
+		setup => q{
+CREATE TABLE orders (id int PRIMARY KEY);
+INSERT INTO orders SELECT generate_series(1, 100);
+CREATE TABLE line (id bigserial PRIMARY KEY, order_id int, n int, FOREIGN KEY (order_id) REFERENCES orders ON DELETE SET NULL,
+	CONSTRAINT positive CHECK (order_id > 0) NO INHERIT, UNIQUE (order_id, n));
+INSERT INTO line (order_id, n) SELECT g, g FROM generate_series(1, 100) g;
+},
+	},
+	{
+		name => 'serial', table => 'counted', column => 'id', type => 'bigint', rows => 10, lost => ['ALTER SEQUENCE counted_id_seq AS bigint'],
+		setup => q{
+CREATE TABLE counted (id serial PRIMARY KEY, v int);
+INSERT INTO counted (v) SELECT generate_series(1, 10);
+GRANT USAGE ON SEQUENCE counted_id_seq TO reader;
+COMMENT ON SEQUENCE counted_id_seq IS 'mine';
+},
+	},
+	{
+		name => 'varchar to timestamp: indexes of every kind, statistics',
+		lost => [ 'ALTER INDEX coalesced ALTER COLUMN 1 SET STATISTICS 77', 'ALTER STATISTICS stats SET STATISTICS 50' ],
+		table => '"Mixed Case"', column => 'Created At', type => 'timestamp', using => '"Created At"::timestamp', rows => 300,
+		setup => q{
+CREATE TABLE "Mixed Case" (id int PRIMARY KEY, gone int, "Created At" varchar(50) NOT NULL, "o'ther" text, n int);
+ALTER TABLE "Mixed Case" DROP COLUMN gone;
+INSERT INTO "Mixed Case" SELECT g, '2024-01-01 10:00:00'::timestamp + g * interval '1 s', 'o' || g, g % 7 FROM generate_series(1, 300) g;
+CREATE INDEX plain ON "Mixed Case" ("Created At");
+CREATE INDEX "Desc ix" ON "Mixed Case" ("Created At" DESC NULLS LAST, n) INCLUDE ("o'ther") WITH (fillfactor = 55);
+CREATE UNIQUE INDEX nulls ON "Mixed Case" ("Created At", id) NULLS NOT DISTINCT;
+CREATE INDEX partial ON "Mixed Case" (n) WHERE "Created At" IS NOT NULL;
+CREATE INDEX hashed ON "Mixed Case" USING hash ("Created At");
+CREATE INDEX brinned ON "Mixed Case" USING brin ("Created At") WITH (pages_per_range = 16);
+CREATE INDEX coalesced ON "Mixed Case" ((coalesce(n, 0)), "Created At" ASC);
+CREATE INDEX untouched ON "Mixed Case" (n);
+ALTER INDEX coalesced ALTER COLUMN 1 SET STATISTICS 77;
+COMMENT ON INDEX partial IS 'only some';
+ALTER TABLE "Mixed Case" CLUSTER ON "Desc ix";
+ALTER TABLE "Mixed Case" REPLICA IDENTITY USING INDEX "nulls";
+CREATE STATISTICS stats (dependencies, ndistinct) ON "Created At", n FROM "Mixed Case";
+CREATE STATISTICS "Expr Stats" ON "Created At", (n + 1) FROM "Mixed Case";
+COMMENT ON STATISTICS stats IS 'both';
+ALTER STATISTICS stats SET STATISTICS 50;
+ALTER TABLE "Mixed Case" ALTER "Created At" SET STATISTICS 321, ALTER "Created At" SET (n_distinct = -0.5);
+COMMENT ON COLUMN "Mixed Case"."Created At" IS $$it's when$$;
+},
+	},
+	{
+		name => 'int to bigint: expressions, unique, CHECK of several columns, a self reference, names of 63 bytes',
+		table => 'tree', column => 'c' x 63, type => 'bigint', rows => 50,
+		setup => q{
+CREATE TABLE tree (id int PRIMARY KEY, THE_COLUMN int UNIQUE, parent int, lo int, hi int DEFAULT 100000,
+	CONSTRAINT "ordered rows" CHECK (lo < THE_COLUMN AND THE_COLUMN < hi),
+	FOREIGN KEY (parent) REFERENCES tree (THE_COLUMN));
+INSERT INTO tree SELECT g, g, nullif(g / 2, 0), -1 FROM generate_series(1, 50) g;
+ALTER TABLE tree ADD CONSTRAINT fresh CHECK (THE_COLUMN > 0) NOT VALID;
+CREATE INDEX expr ON tree (abs(THE_COLUMN), (THE_COLUMN * 2) DESC) WHERE THE_COLUMN % 2 = 0;
+ALTER TABLE tree ALTER COLUMN THE_COLUMN SET DEFAULT 17;
+},
+	},
+	{
+		name => 'storage, compression, collation, an unlogged table, a default that is cast',
+		table => 'texts', column => 'v', type => 'varchar(200)', rows => 20, lossy => 1,
+		setup => q{
+CREATE UNLOGGED TABLE texts (v text DEFAULT 'a' || 'b', id int);
+INSERT INTO texts SELECT repeat('x', g), g FROM generate_series(1, 20) g;
+CREATE INDEX texts_v ON texts (v text_pattern_ops, id);
+CREATE INDEX texts_c ON texts (v COLLATE "C");
+CREATE INDEX texts_l ON texts (lower(v) varchar_pattern_ops);
+},
+	},);
+
+$node->safe_psql('postgres', 'CREATE ROLE reader; CREATE ROLE keeper LOGIN; GRANT keeper TO CURRENT_USER');
+
+# What pg_dump says of the scenario's schema, as comparable lines.
+sub dump_of
+{
+	my ($db) = @_;
+	my ($out, $err);
+	IPC::Run::run(
+		[ 'pg_dump', '-s', '-n', 'it', '-d', $node->connstr($db) ],
+		'>', \$out, '2>', \$err) or die $err;
+	$out =~ s/^\\(?:un)?restrict .*\n//mg;
+	return $out;
+}
+
+# The same without what only tells the order of columns: lines are sorted and
+# lose the comma that separates them.
+sub without_order
+{
+	my ($dump) = @_;
+	my @lines = grep { /\S/ && !/^--/ } split /\n/, $dump;
+	s/,$// for @lines;
+	# statistics list their columns in the table's order
+	s/^(CREATE STATISTICS .* ON )(.*)( FROM .*)$/$1 . join(', ', sort split m{, }, $2) . $3/e for @lines;
+	return join "\n", sort @lines;
+}
+
+sub make
+{
+	my ($db, $s, $column) = @_;
+	(my $setup = $s->{setup}) =~ s/\bTHE_COLUMN\b/$column/g;
+	$node->safe_psql('postgres', "CREATE DATABASE $db");
+	$node->safe_psql($db, qq{
+CREATE EXTENSION risky_migrations;
+CREATE SCHEMA it AUTHORIZATION keeper;
+GRANT USAGE ON SCHEMA it TO reader;
+SET ROLE keeper; SET search_path = it;
+$setup});
+}
+
+# Runs the statements as the owner, who is no superuser; each by itself.
+sub as_owner
+{
+	my ($db, @statements) = @_;
+	my ($out, $err);
+	my $ok = IPC::Run::run(
+		[
+			'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr($db) . ' user=keeper',
+			map { ('-c', $_) } 'SET search_path = it, public', @statements
+		],
+		'>', \$out, '2>', \$err);
+	return $ok ? '' : $err || 'failed';
+}
+
+my $n = 0;
+foreach my $s (@scenarios)
+{
+	my $column = $s->{column};
+	my $ident = $column =~ /^[a-z_]+$/ ? $column : qq{"$column"};
+	my $using = $s->{using} ? "\$\$$s->{using}\$\$" : 'NULL';
+	my $q = sub { "\$\$$_[0]\$\$" };
+	my $add = sprintf 'CALL rm_add_column(%s, %s, %s, %s)', $q->($s->{table}), $q->($column),
+	  $q->($s->{type}), $using;
+	my @steps = ($add, 'CALL rm_backfill_batched()', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
+	$n++;
+
+	make("alter_$n", $s, $ident);
+	my $before = dump_of("alter_$n");
+	my $data = $node->safe_psql("alter_$n", "SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM it.$s->{table} t");
+	is(as_owner("alter_$n", "ALTER TABLE $s->{table} ALTER COLUMN $ident TYPE $s->{type}"
+		. ($s->{using} ? " USING $s->{using}" : ''),
+		@{ $s->{lost} // [] }), '', "$s->{name}: ALTER TABLE");
+	my $altered = dump_of("alter_$n");
+
+	make("forth_$n", $s, $ident);
+	is(as_owner("forth_$n", @steps), '', "$s->{name}: the three steps and the swap, as the owner");
+	is($node->safe_psql("forth_$n", "SELECT count(*) FROM it.$s->{table}"), $s->{rows}, "$s->{name}: all rows");
+	is(as_owner("forth_$n", 'CALL rm_cleanup()'), '', "$s->{name}: cleanup");
+	is(without_order(dump_of("forth_$n")), without_order($altered), "$s->{name}: as after ALTER TABLE");
+	is( $node->safe_psql("forth_$n", q{SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^rm_[no]_'}),
+		'', "$s->{name}: nothing is left lying about");
+
+	make("back_$n", $s, $ident);
+	is(dump_of("back_$n"), $before, "$s->{name}: the same to begin with") if $n == 1;
+	is(as_owner("back_$n", @steps, 'CALL rm_rollback()'), '', "$s->{name}: there and back");
+	is(dump_of("back_$n"), $before, "$s->{name}: as before, to the letter");
+	is($node->safe_psql("back_$n", "SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM it.$s->{table} t"),
+		$data, "$s->{name}: and so are the rows");
+	is( $node->safe_psql("back_$n", q{SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^rm_[no]_'}),
+		'', "$s->{name}: nothing is left lying about on the way back");
+}
+
+# The sequence of an identity column is the same one, with what it had.
+is($node->safe_psql('forth_1', q{SET search_path = it; INSERT INTO orders (x) VALUES ('next') RETURNING id}),
+	7 + 3 * 500, 'the sequence goes on where it was');
+
+$node->stop;
+done_testing();
