@@ -490,6 +490,7 @@ BEGIN ATOMIC
 				pg_get_statisticsobjdef_columns(t.oid), me.sql),
 			false, NULL,
 			array_remove(ARRAY[format('ALTER STATISTICS %I.%I RENAME TO %I', o.nspname, dependents.prefix || o.oid, o.stxname),
+				format('ALTER STATISTICS %I.%I OWNER TO %I', o.nspname, o.stxname, pg_get_userbyid(o.stxowner)),
 				CASE WHEN o.stxstattarget >= 0 THEN format('ALTER STATISTICS %I.%I SET STATISTICS %s', o.nspname, o.stxname, o.stxstattarget) END,
 				CASE WHEN obj_description(o.oid, 'pg_statistic_ext') IS NOT NULL
 					THEN format('COMMENT ON STATISTICS %I.%I IS %L', o.nspname, o.stxname, obj_description(o.oid, 'pg_statistic_ext')) END], NULL),

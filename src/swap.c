@@ -66,6 +66,7 @@
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
+#include "utils/syscache.h"
 #include "utils/timestamp.h"
 
 /* phases, in the state row; build ends where swap goes on */
@@ -80,7 +81,7 @@ enum
 };
 
 /* how often a waiting swap looks whether the snapshots are gone, milliseconds */
-#define SNAPSHOT_LOOK 100
+#define SNAPSHOT_LOOK 200
 /* pages that one look for closed ways back goes through */
 #define CHECK_PAGES 4096
 
@@ -103,12 +104,6 @@ get_work(RmRun *run)
 	if (run->work == NULL)
 		run->work = MemoryContextAllocZero(run->cxt, sizeof(Swap));
 	return run->work;
-}
-
-static const char *
-column_sql(const RmMigration *m, AttrNumber attnum)
-{
-	return quote_identifier(get_attname(m->relid, attnum, false));
 }
 
 /*-------------------------------------------------------------------------
@@ -809,6 +804,7 @@ cleanup_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	const char *rel_sql;
+	HeapTuple	att;
 
 	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
@@ -816,9 +812,13 @@ cleanup_apply(RmRun *run)
 	rel_sql = rm_relation_sql(m->relid);
 	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
 						quote_identifier(rm_trigger_name(m->id)), rel_sql));
-	if (get_attname(m->relid, m->attnum, true))
+	att = SearchSysCacheAttNum(m->relid, m->attnum);	/* NULL if dropped */
+	if (HeapTupleIsValid(att))
+	{
 		rm_execute(psprintf("ALTER TABLE ONLY %s DROP COLUMN %s", rel_sql,
-							column_sql(m, m->attnum)));
+							quote_identifier(NameStr(((Form_pg_attribute) GETSTRUCT(att))->attname))));
+		ReleaseSysCache(att);
+	}
 	rm_dependents_save(m, true, NIL);
 	rm_dependents_save(m, false, NIL);
 	forget_misfits(m);
