@@ -249,8 +249,13 @@ COMMENT ON PROCEDURE rm_rollback(bigint) IS
 --   again, it would silently read the old column.  column_obstacles() tells
 --   those that can be told from text; whoever has made the objects again looks
 --   at column_left_behind().
--- * Definitions are read with these settings, so that they mean the same
---   whatever the session has set; all but quoting, which is the session's own.
+-- * Definitions are read with settings of their own (names in full, moments in
+--   ISO form), so that they mean the same whatever the session has set.  How
+--   backslashes are quoted goes by the session: it has to make them itself.
+-- * They are read by names.  Between reading them and dropping the objects
+--   nobody may change these: lock column_relations() first.
+-- * What a new type does to a definition (an operator that does not exist, a
+--   default that does not fit) shows only when it is made.
 
 CREATE FUNCTION risky_migrations.column_dependents(relid oid, attnum smallint)
 RETURNS TABLE (classid oid, objid oid, relation oid, depth integer)
@@ -420,7 +425,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
 BEGIN ATOMIC
 	WITH rel AS (
-		SELECT c.*, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+		SELECT c.oid, c.reltype, c.relowner, c.reloptions, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE c.oid = make_view.view
 	), att AS (
@@ -528,7 +533,7 @@ RETURNS TABLE (ord integer, kind text, name text, drop_sql text, make_sql text[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH used AS MATERIALIZED (
-		SELECT * FROM risky_migrations.column_dependents(column_objects.relid, column_objects.attnum)
+		SELECT u.classid, u.objid, u.depth FROM risky_migrations.column_dependents(column_objects.relid, column_objects.attnum) u
 	), view AS (
 		SELECT u.objid FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid
 		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0 AND c.relkind = 'v'
@@ -572,7 +577,8 @@ RETURNS TABLE (kind text, name text, reason text, hint text)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH target AS (
-		SELECT c.*, y.typarray, column_obstacles.attnum AS attnum,
+		SELECT c.oid, c.relnamespace, c.reltype, y.typarray, c.reloftype, c.relkind, c.relispartition,
+			c.relpersistence, c.relreplident, column_obstacles.attnum AS attnum,
 			-- FROM s.t x(a, b)
 			pg_catalog.regexp_replace(pg_catalog.format('%I.%I', n.nspname, c.relname), '[^[:alnum:]_]', '\\\&', 'g')
 				|| ' ("([^"]|"")+"|[[:alnum:]_$]+)\(' AS alias_list
@@ -581,9 +587,10 @@ BEGIN ATOMIC
 		LEFT JOIN pg_catalog.pg_type y ON y.oid = c.reltype
 		WHERE c.oid = column_obstacles.relid
 	), used AS MATERIALIZED (
-		SELECT * FROM risky_migrations.column_dependents(column_obstacles.relid, column_obstacles.attnum)
+		SELECT u.classid, u.objid, u.relation, u.depth
+		FROM risky_migrations.column_dependents(column_obstacles.relid, column_obstacles.attnum) u
 	), view AS (
-		SELECT c.*, y.typarray, u.depth
+		SELECT c.oid, c.relnamespace, c.relowner, c.relacl, c.relkind, c.relpersistence, c.reltype, y.typarray, u.depth
 		FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid JOIN pg_catalog.pg_type y ON y.oid = c.reltype
 		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
 	), definition AS (
@@ -657,9 +664,10 @@ BEGIN ATOMIC
 		UNION ALL
 		SELECT 'partition key', 'pg_catalog.pg_class'::regclass, t.oid, t.attnum, 'its values say where a row is stored'
 		FROM target t JOIN pg_catalog.pg_partitioned_table p ON p.partrelid = t.oid
+		-- also in an expression: the column depends on its table
 		WHERE t.attnum = ANY (p.partattrs::smallint[]) OR EXISTS (SELECT FROM pg_catalog.pg_depend d
-			WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = t.oid AND d.objsubid = 0
-				AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = t.oid AND d.refobjsubid = t.attnum)
+			WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = t.oid AND d.objsubid = t.attnum
+				AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = t.oid AND d.refobjsubid = 0 AND d.deptype = 'i')
 		UNION ALL
 		SELECT 'inheritance', 'pg_catalog.pg_class'::regclass, x.relid, 0, x.reason
 		FROM target t CROSS JOIN LATERAL (
@@ -743,7 +751,7 @@ BEGIN ATOMIC
 		WHERE d.classid NOT IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass,
 				'pg_catalog.pg_policy'::regclass, 'pg_catalog.pg_proc'::regclass)
 			AND NOT (d.classid = 'pg_catalog.pg_type'::regclass AND d.objid IN (v.reltype, v.typarray))
-			AND (c.relkind = 'i' OR c.oid IN (SELECT w.oid FROM view w) OR a.adrelid = v.oid) IS NOT TRUE
+			AND (c.oid IN (SELECT w.oid FROM view w) OR a.adrelid = v.oid) IS NOT TRUE
 	), listed AS (
 		SELECT o.kind, i.identity AS name, o.reason
 		FROM obstacle o, LATERAL pg_catalog.pg_identify_object(o.classid, o.objid, o.objsubid) i

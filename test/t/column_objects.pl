@@ -254,7 +254,7 @@ exchange('app', $table, 'c', "ALTER TABLE $table RENAME c TO c_new; ALTER TABLE 
 as('app', "ALTER TABLE $table DROP c_new");
 same_dump(dump_schema(), $original, 'and back: no difference at all');
 
-# a whole migration's sync trigger is not among them
+# the sync trigger of a migration is not among them
 as('app', "ALTER TABLE $table DISABLE ROW LEVEL SECURITY; DROP RULE on_action ON $table; DROP TRIGGER always ON $table; DROP TRIGGER replica ON $table");
 as('app', "CALL rm_add_column('$table', 'c', 'text', 'c::text')");
 is( as('app', "SELECT count(*) FROM risky_migrations.column_objects('$table'::regclass, $c) WHERE name ~ 'rm_sync'"),
