@@ -284,3 +284,6 @@ SELECT array(SELECT obstacles('o.labelled')) AS obstacles \gset
 ROLLBACK;
 SELECT is(:'obstacles'::text[], ARRAY['other object | pg_catalog."C" | it refers to the column'], 'any object of a kind that nobody knows');
 SELECT * FROM finish();
+DROP EXTENSION risky_migrations CASCADE;
+DROP OWNED BY rm_tap_owner, rm_tap_other CASCADE;
+DROP ROLE rm_tap_owner, rm_tap_other;
