@@ -3,7 +3,8 @@
 -- complain if script is sourced in psql, rather than via CREATE EXTENSION
 \echo Use "CREATE EXTENSION risky_migrations" to load this file. \quit
 
--- Sections: state, do, what hangs on a column, know, watch, probes, lab; as in doc/architecture.md.
+-- Sections: state, do, what hangs on a column, know, watch, probes, lab; as in
+-- doc/architecture.md.
 -- What people call lives in the extension's schema and starts with rm_; what
 -- the extension keeps lives in the schema risky_migrations.
 
@@ -265,6 +266,595 @@ COMMENT ON PROCEDURE rm_rollback(bigint) IS
 -----------------------------------------------------------------------
 -- What hangs on a column
 -----------------------------------------------------------------------
+
+-- Views, rules, triggers and policies know a column by its number, and would
+-- stay with the old one when the new one takes its name.  So the swap reads
+-- their definitions, drops them, renames the columns and makes them again: the
+-- definitions are text in which the column is known by its name.
+--
+-- Easy to get wrong:
+-- * DROP VIEW wants everything on the view to be gone, also what does not use
+--   the column: all functions below start from column_dependents(), which
+--   follows views, and the row types of views.
+-- * A whole-row reference (SELECT t FROM t) leaves no dependency on the
+--   column; it is found in the stored tree.
+-- * A definition may name columns by position: FROM t x(a, b), also where
+--   nobody wrote it like that; FROM f() where f returns rows of the table.  Made
+--   again, it would silently read the old column.  column_obstacles() tells
+--   those that can be told from text; whoever has made the objects again looks
+--   at column_left_behind().
+-- * Definitions are read with settings of their own (names in full, moments in
+--   ISO form), so that they mean the same whatever the session has set.  How
+--   backslashes are quoted goes by the session: it has to make them itself.
+-- * They are read by names.  Between reading them and dropping the objects
+--   nobody may change these: lock column_relations() first.
+-- * What a new type does to a definition (an operator that does not exist, a
+--   default that does not fit) shows only when it is made.
+
+CREATE FUNCTION risky_migrations.column_dependents(relid oid, attnum smallint)
+RETURNS TABLE (classid oid, objid oid, relation oid, depth integer)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH RECURSIVE target AS (
+		SELECT c.oid, column_dependents.attnum AS attnum,
+			-- a whole row of it, or of a join
+			pg_catalog.format(':varattno 0 :vartype (%s|2249) ', c.reltype) AS whole_row
+		FROM pg_catalog.pg_class c WHERE c.oid = column_dependents.relid
+	), direct AS (
+		SELECT d.classid, d.objid
+		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass
+			AND d.refobjid = t.oid AND d.refobjsubid = t.attnum
+		UNION
+		-- ON CONFLICT ON CONSTRAINT, GROUP BY the primary key
+		SELECT d.classid, d.objid
+		FROM target t
+		JOIN pg_catalog.pg_constraint k ON k.conrelid = t.oid AND t.attnum = ANY (k.conkey)
+		JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_constraint'::regclass AND d.refobjid = k.oid
+		WHERE d.classid IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_policy'::regclass)
+		UNION
+		SELECT d.classid, d.objid
+		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass
+			AND d.refobjid = t.oid
+		LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.oid = d.objid
+		LEFT JOIN pg_catalog.pg_proc p ON d.classid = 'pg_catalog.pg_proc'::regclass AND p.oid = d.objid
+		WHERE r.ev_action::text ~ t.whole_row OR r.ev_qual::text ~ t.whole_row OR p.prosqlbody::text ~ t.whole_row
+	), view (oid) AS (
+		SELECT r.ev_class FROM direct d
+		JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.oid = d.objid AND r.ev_type = '1'
+		UNION
+		SELECT r.ev_class FROM view v
+		JOIN pg_catalog.pg_class c ON c.oid = v.oid
+		JOIN pg_catalog.pg_type y ON y.oid = c.reltype
+		CROSS JOIN LATERAL (VALUES ('pg_catalog.pg_class'::regclass, c.oid),
+			('pg_catalog.pg_type'::regclass, y.oid), ('pg_catalog.pg_type'::regclass, y.typarray)) x (classid, objid)
+		JOIN pg_catalog.pg_depend d ON d.refclassid = x.classid AND d.refobjid = x.objid
+			AND d.classid = 'pg_catalog.pg_rewrite'::regclass
+		JOIN pg_catalog.pg_rewrite r ON r.oid = d.objid AND r.ev_type = '1'
+	), on_view AS (
+		SELECT v.oid AS view, d.classid, d.objid, r.ev_class, r.ev_type
+		FROM view v
+		JOIN pg_catalog.pg_class c ON c.oid = v.oid
+		JOIN pg_catalog.pg_type y ON y.oid = c.reltype
+		CROSS JOIN LATERAL (VALUES ('pg_catalog.pg_class'::regclass, c.oid),
+			('pg_catalog.pg_type'::regclass, y.oid), ('pg_catalog.pg_type'::regclass, y.typarray)) x (classid, objid)
+		JOIN pg_catalog.pg_depend d ON d.refclassid = x.classid AND d.refobjid = x.objid
+		LEFT JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.oid = d.objid
+	), level (oid, depth) AS (
+		SELECT v.oid, 1 FROM view v
+		UNION
+		-- views may stand on each other in a circle: then there is no deepest
+		SELECT o.ev_class, l.depth + 1 FROM level l
+		JOIN on_view o ON o.view = l.oid AND o.ev_type = '1' AND o.ev_class <> o.view
+		WHERE l.depth <= (SELECT pg_catalog.count(*) FROM view)
+	), found AS (
+		SELECT d.classid, d.objid FROM direct d
+		UNION
+		SELECT o.classid, o.objid FROM on_view o
+	)
+	SELECT 'pg_catalog.pg_class'::regclass, l.oid, l.oid, pg_catalog.max(l.depth) FROM level l GROUP BY l.oid
+	UNION ALL
+	SELECT f.classid, f.objid, coalesce(r.ev_class, g.tgrelid, p.polrelid), 0
+	FROM found f
+	LEFT JOIN pg_catalog.pg_rewrite r ON f.classid = 'pg_catalog.pg_rewrite'::regclass AND r.oid = f.objid
+	LEFT JOIN pg_catalog.pg_trigger g ON f.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = f.objid
+	LEFT JOIN pg_catalog.pg_policy p ON f.classid = 'pg_catalog.pg_policy'::regclass AND p.oid = f.objid
+	WHERE f.classid IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass,
+			'pg_catalog.pg_policy'::regclass, 'pg_catalog.pg_proc'::regclass)
+		AND (r.ev_type = '1') IS NOT TRUE
+		-- the extension's own
+		AND NOT (g.tgname ~ '^~rm_sync_' AND g.tgfoid = 'risky_migrations.sync()'::regprocedure) IS TRUE
+		AND g.tgisinternal IS NOT TRUE;
+END;
+COMMENT ON FUNCTION risky_migrations.column_dependents(oid, smallint) IS
+	'every view, rule, trigger, policy and function that refers to a column, to the whole row, or to a view that does; a view is its relation, with the longest way down to the table as depth (more than there are views: a circle); the others have depth 0, and the relation they belong to';
+
+CREATE FUNCTION risky_migrations.column_left_behind(relid oid, attnum smallint) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT DISTINCT (pg_catalog.pg_identify_object(d.classid, d.objid, 0)).identity
+	FROM pg_catalog.pg_depend d
+	LEFT JOIN pg_catalog.pg_trigger g ON d.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = d.objid
+	WHERE d.refclassid = 'pg_catalog.pg_class'::regclass
+		AND d.refobjid = column_left_behind.relid AND d.refobjsubid = column_left_behind.attnum
+		AND d.classid IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass, 'pg_catalog.pg_policy'::regclass)
+		AND g.tgisinternal IS NOT TRUE
+		AND NOT (g.tgname ~ '^~rm_sync_' AND g.tgfoid = 'risky_migrations.sync()'::regprocedure) IS TRUE;
+END;
+COMMENT ON FUNCTION risky_migrations.column_left_behind(oid, smallint) IS
+	'views (by their rule), rules, triggers and policies that still refer to a column; after the swap there must be none on the old one';
+
+CREATE FUNCTION risky_migrations.column_relations(relid oid, attnum smallint) RETURNS SETOF oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT DISTINCT d.relation FROM risky_migrations.column_dependents(column_relations.relid, column_relations.attnum) d
+	WHERE d.relation <> column_relations.relid
+	ORDER BY 1;
+END;
+COMMENT ON FUNCTION risky_migrations.column_relations(oid, smallint) IS
+	'the relations besides the table that column_objects() locks with ACCESS EXCLUSIVE: views, and what rules, triggers and policies belong to; by OID';
+
+-- the statements that make one object again; all in the order to be run in
+
+CREATE FUNCTION risky_migrations.make_grants(relation oid) RETURNS SETOF text
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH rel AS (
+		SELECT c.oid, c.relacl, y.typacl, c.relowner, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		JOIN pg_catalog.pg_type y ON y.oid = c.reltype
+		WHERE c.oid = make_grants.relation
+	), given AS (
+		-- what default privileges may give to the new one, whoever makes it
+		SELECT DISTINCT a.grantee FROM pg_catalog.pg_default_acl d, pg_catalog.aclexplode(d.defaclacl) a
+		WHERE d.defaclobjtype = 'r'
+		UNION
+		SELECT d.defaclrole FROM pg_catalog.pg_default_acl d WHERE d.defaclobjtype = 'r'
+	), statement AS (
+		SELECT 1 AS part, 0 AS att, 0::bigint AS item, false AS is_grantable,
+			pg_catalog.format('REVOKE ALL ON TABLE %s FROM %s', r.name,
+				CASE g.grantee WHEN 0 THEN 'PUBLIC' ELSE g.grantee::regrole::text END) AS sql
+		FROM rel r JOIN (
+			SELECT grantee FROM given
+			UNION SELECT relowner FROM rel WHERE relacl IS NOT NULL OR EXISTS (SELECT FROM given)) g ON true
+		UNION ALL
+		SELECT 2, 0, i.item, a.is_grantable,
+			pg_catalog.format('GRANT %s ON TABLE %s TO %s%s', pg_catalog.string_agg(a.privilege_type, ', '), r.name,
+				CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END,
+				CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+		FROM rel r
+		CROSS JOIN LATERAL pg_catalog.unnest(coalesce(r.relacl,
+			CASE WHEN EXISTS (SELECT FROM given) THEN pg_catalog.acldefault('r', r.relowner) END)) WITH ORDINALITY i (acl, item)
+		CROSS JOIN LATERAL pg_catalog.aclexplode(ARRAY[i.acl]) a
+		GROUP BY i.item, a.grantee, a.is_grantable, r.name
+		UNION ALL
+		SELECT 3, t.attnum, i.item, a.is_grantable,
+			pg_catalog.format('GRANT %s ON TABLE %s TO %s%s',
+				pg_catalog.string_agg(pg_catalog.format('%s (%I)', a.privilege_type, t.attname), ', '), r.name,
+				CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END,
+				CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+		FROM rel r
+		JOIN pg_catalog.pg_attribute t ON t.attrelid = r.oid AND t.attnum > 0
+		CROSS JOIN LATERAL pg_catalog.unnest(t.attacl) WITH ORDINALITY i (acl, item)
+		CROSS JOIN LATERAL pg_catalog.aclexplode(ARRAY[i.acl]) a
+		GROUP BY t.attnum, i.item, a.grantee, a.is_grantable, r.name
+		UNION ALL
+		-- nobody dumps the privileges of a row type, but they are there
+		SELECT 4, 0, 0, false, pg_catalog.format('REVOKE ALL ON TYPE %s FROM PUBLIC, %s', r.name, r.relowner::regrole)
+		FROM rel r WHERE r.typacl IS NOT NULL
+		UNION ALL
+		SELECT 5, 0, i.item, a.is_grantable,
+			pg_catalog.format('GRANT %s ON TYPE %s TO %s%s', a.privilege_type, r.name,
+				CASE a.grantee WHEN 0 THEN 'PUBLIC' ELSE a.grantee::regrole::text END,
+				CASE WHEN a.is_grantable THEN ' WITH GRANT OPTION' ELSE '' END)
+		FROM rel r CROSS JOIN LATERAL pg_catalog.unnest(r.typacl) WITH ORDINALITY i (acl, item)
+		CROSS JOIN LATERAL pg_catalog.aclexplode(ARRAY[i.acl]) a
+	)
+	SELECT s.sql FROM statement s ORDER BY s.part, s.att, s.item, s.is_grantable, s.sql COLLATE "C";
+END;
+COMMENT ON FUNCTION risky_migrations.make_grants(oid) IS
+	'the statements that give a new relation the privileges that this one has, whatever default privileges have given it';
+
+CREATE FUNCTION risky_migrations.make_view(view oid) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
+BEGIN ATOMIC
+	WITH rel AS (
+		SELECT c.oid, c.reltype, c.relowner, c.reloptions, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		WHERE c.oid = make_view.view
+	), att AS (
+		SELECT a.attnum, a.attname, pg_catalog.col_description(a.attrelid, a.attnum) AS comment,
+			pg_catalog.pg_get_expr(d.adbin, d.adrelid) AS default_expr
+		FROM rel r JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0
+		LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+	), statement AS (
+		SELECT 1 AS part, 0::bigint AS n, pg_catalog.concat('CREATE VIEW ', r.name,
+			' (' || (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM att a) || ')',
+			' WITH (' || (SELECT pg_catalog.string_agg(pg_catalog.format('%I = %L', o.option_name, o.option_value), ', ')
+				FROM pg_catalog.pg_options_to_table(r.reloptions) o) || ')',
+			' AS ', pg_catalog.rtrim(pg_catalog.pg_get_viewdef(r.oid), ';')) AS sql
+		FROM rel r
+		UNION ALL
+		SELECT 2, 0, pg_catalog.format('ALTER VIEW %s OWNER TO %s', r.name, r.relowner::regrole) FROM rel r
+		UNION ALL
+		SELECT 3, g.n, g.sql FROM rel r
+		CROSS JOIN LATERAL ROWS FROM (risky_migrations.make_grants(r.oid)) WITH ORDINALITY g (sql, n)
+		UNION ALL
+		SELECT 4, a.attnum, pg_catalog.format('ALTER VIEW %s ALTER COLUMN %I SET DEFAULT %s', r.name, a.attname, a.default_expr)
+		FROM rel r, att a WHERE a.default_expr IS NOT NULL
+		UNION ALL
+		SELECT 5, 0, pg_catalog.format('COMMENT ON VIEW %s IS %L', r.name, pg_catalog.obj_description(r.oid, 'pg_class'))
+		FROM rel r WHERE pg_catalog.obj_description(r.oid, 'pg_class') IS NOT NULL
+		UNION ALL
+		SELECT 5, a.attnum, pg_catalog.format('COMMENT ON COLUMN %s.%I IS %L', r.name, a.attname, a.comment)
+		FROM rel r, att a WHERE a.comment IS NOT NULL
+		UNION ALL
+		SELECT 6, 0, pg_catalog.format('COMMENT ON TYPE %s IS %L', r.name, pg_catalog.obj_description(r.reltype, 'pg_type'))
+		FROM rel r WHERE pg_catalog.obj_description(r.reltype, 'pg_type') IS NOT NULL
+		UNION ALL
+		SELECT 6, 1, pg_catalog.format('COMMENT ON RULE %I ON %s IS %L', w.rulename, r.name, pg_catalog.obj_description(w.oid, 'pg_rewrite'))
+		FROM rel r JOIN pg_catalog.pg_rewrite w ON w.ev_class = r.oid AND w.ev_type = '1'
+		WHERE pg_catalog.obj_description(w.oid, 'pg_rewrite') IS NOT NULL
+		UNION ALL
+		SELECT 7, l.objsubid, pg_catalog.format('SECURITY LABEL FOR %I ON %s %s%s IS %L', l.provider,
+			CASE l.objsubid WHEN 0 THEN 'VIEW' ELSE 'COLUMN' END, r.name,
+			(SELECT '.' || pg_catalog.quote_ident(a.attname) FROM att a WHERE a.attnum = l.objsubid), l.label)
+		FROM rel r JOIN pg_catalog.pg_seclabel l ON l.classoid = 'pg_catalog.pg_class'::regclass AND l.objoid = r.oid
+	)
+	SELECT pg_catalog.array_agg(s.sql ORDER BY s.part, s.n, s.sql COLLATE "C") FROM statement s;
+END;
+COMMENT ON FUNCTION risky_migrations.make_view(oid) IS
+	'the statements that make a view again: options, owner, privileges, defaults, comments, security labels; not its rules and triggers';
+
+CREATE FUNCTION risky_migrations.make_rule(rule oid) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
+BEGIN ATOMIC
+	SELECT pg_catalog.array_remove(ARRAY[
+		pg_catalog.pg_get_ruledef(w.oid),
+		CASE w.ev_enabled WHEN 'O' THEN NULL ELSE pg_catalog.format('ALTER TABLE %s %s RULE %I', w.ev_class::regclass,
+			CASE w.ev_enabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, w.rulename) END,
+		'COMMENT ON RULE ' || pg_catalog.quote_ident(w.rulename) || ' ON ' || w.ev_class::regclass::text || ' IS '
+			|| pg_catalog.quote_literal(pg_catalog.obj_description(w.oid, 'pg_rewrite'))], NULL)
+	FROM pg_catalog.pg_rewrite w WHERE w.oid = make_rule.rule;
+END;
+COMMENT ON FUNCTION risky_migrations.make_rule(oid) IS
+	'the statements that make a rule again: with its state and comment';
+
+CREATE FUNCTION risky_migrations.make_trigger(trigger oid) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
+BEGIN ATOMIC
+	SELECT pg_catalog.array_remove(ARRAY[
+		pg_catalog.pg_get_triggerdef(g.oid),
+		CASE g.tgenabled WHEN 'O' THEN NULL ELSE pg_catalog.format('ALTER TABLE %s %s TRIGGER %I', g.tgrelid::regclass,
+			CASE g.tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' ELSE 'ENABLE ALWAYS' END, g.tgname) END,
+		'COMMENT ON TRIGGER ' || pg_catalog.quote_ident(g.tgname) || ' ON ' || g.tgrelid::regclass::text || ' IS '
+			|| pg_catalog.quote_literal(pg_catalog.obj_description(g.oid, 'pg_trigger')),
+		'COMMENT ON CONSTRAINT ' || pg_catalog.quote_ident(g.tgname) || ' ON ' || g.tgrelid::regclass::text || ' IS '
+			|| pg_catalog.quote_literal(pg_catalog.obj_description(g.tgconstraint, 'pg_constraint'))], NULL)
+		|| ARRAY(SELECT pg_catalog.format('ALTER TRIGGER %I ON %s DEPENDS ON EXTENSION %I', g.tgname, g.tgrelid::regclass, e.extname)
+			FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+			WHERE d.classid = 'pg_catalog.pg_trigger'::regclass AND d.objid = g.oid
+				AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'x' ORDER BY e.extname)
+	FROM pg_catalog.pg_trigger g WHERE g.oid = make_trigger.trigger;
+END;
+COMMENT ON FUNCTION risky_migrations.make_trigger(oid) IS
+	'the statements that make a trigger again: with its state, comments, and the extensions it depends on';
+
+CREATE FUNCTION risky_migrations.make_policy(policy oid) RETURNS text[]
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
+BEGIN ATOMIC
+	SELECT pg_catalog.array_remove(ARRAY[
+		pg_catalog.concat('CREATE POLICY ', pg_catalog.quote_ident(p.polname), ' ON ', p.polrelid::regclass::text,
+			' AS ', CASE WHEN p.polpermissive THEN 'PERMISSIVE' ELSE 'RESTRICTIVE' END,
+			' FOR ', CASE p.polcmd WHEN 'r' THEN 'SELECT' WHEN 'a' THEN 'INSERT' WHEN 'w' THEN 'UPDATE'
+				WHEN 'd' THEN 'DELETE' ELSE 'ALL' END,
+			' TO ', (SELECT pg_catalog.string_agg(CASE o.role WHEN 0 THEN 'PUBLIC' ELSE o.role::regrole::text END, ', ' ORDER BY o.n)
+				FROM pg_catalog.unnest(p.polroles) WITH ORDINALITY o (role, n)),
+			' USING (' || pg_catalog.pg_get_expr(p.polqual, p.polrelid) || ')',
+			' WITH CHECK (' || pg_catalog.pg_get_expr(p.polwithcheck, p.polrelid) || ')'),
+		'COMMENT ON POLICY ' || pg_catalog.quote_ident(p.polname) || ' ON ' || p.polrelid::regclass::text || ' IS '
+			|| pg_catalog.quote_literal(pg_catalog.obj_description(p.oid, 'pg_policy'))], NULL)
+	FROM pg_catalog.pg_policy p WHERE p.oid = make_policy.policy;
+END;
+COMMENT ON FUNCTION risky_migrations.make_policy(oid) IS
+	'the statements that make a policy again: with its comment';
+
+CREATE FUNCTION risky_migrations.column_objects(relid oid, attnum smallint)
+RETURNS TABLE (ord integer, kind text, name text, drop_sql text, make_sql text[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH used AS MATERIALIZED (
+		SELECT u.classid, u.objid, u.depth FROM risky_migrations.column_dependents(column_objects.relid, column_objects.attnum) u
+	), view AS (
+		SELECT u.objid FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid
+		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0 AND c.relkind = 'v'
+	), object AS (
+		-- nothing depends on the first three
+		SELECT u.classid, u.objid, 1 AS part, 0 AS depth, 'policy' AS kind,
+			pg_catalog.format('DROP POLICY %I ON %s', p.polname, p.polrelid::regclass) AS drop_sql,
+			risky_migrations.make_policy(p.oid) AS make_sql
+		FROM used u JOIN pg_catalog.pg_policy p ON u.classid = 'pg_catalog.pg_policy'::regclass AND p.oid = u.objid
+		UNION ALL
+		SELECT 'pg_catalog.pg_trigger'::regclass, g.oid, 2, 0, 'trigger',
+			pg_catalog.format('DROP TRIGGER %I ON %s', g.tgname, g.tgrelid::regclass),
+			risky_migrations.make_trigger(g.oid)
+		FROM pg_catalog.pg_trigger g
+		WHERE g.oid IN (SELECT u.objid FROM used u WHERE u.classid = 'pg_catalog.pg_trigger'::regclass)
+			OR g.tgrelid IN (SELECT v.objid FROM view v) AND NOT g.tgisinternal
+		UNION ALL
+		SELECT 'pg_catalog.pg_rewrite'::regclass, w.oid, 3, 0, 'rule',
+			pg_catalog.format('DROP RULE %I ON %s', w.rulename, w.ev_class::regclass),
+			risky_migrations.make_rule(w.oid)
+		FROM pg_catalog.pg_rewrite w
+		WHERE w.ev_type <> '1' AND (w.ev_class IN (SELECT v.objid FROM view v)
+			OR w.oid IN (SELECT u.objid FROM used u WHERE u.classid = 'pg_catalog.pg_rewrite'::regclass))
+		UNION ALL
+		SELECT u.classid, u.objid, 4, u.depth, 'view',
+			pg_catalog.format('DROP VIEW %s', u.objid::regclass), risky_migrations.make_view(u.objid)
+		FROM used u JOIN view v ON v.objid = u.objid
+		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
+	)
+	SELECT pg_catalog.row_number() OVER (ORDER BY o.part, o.depth DESC, i.identity COLLATE "C")::integer,
+		o.kind, i.identity, o.drop_sql, o.make_sql
+	FROM object o, LATERAL pg_catalog.pg_identify_object(o.classid, o.objid, 0) i
+	ORDER BY 1;
+END;
+COMMENT ON FUNCTION risky_migrations.column_objects(oid, smallint) IS
+	'the policies, triggers, rules and views that a column cannot be exchanged under: to be dropped by ord, and made again the other way round, each by its statements in order';
+
+
+CREATE FUNCTION risky_migrations.column_obstacles(relid oid, attnum smallint)
+RETURNS TABLE (kind text, name text, reason text, hint text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH target AS (
+		SELECT c.oid, c.relnamespace, c.reltype, y.typarray, c.reloftype, c.relkind, c.relispartition,
+			c.relpersistence, c.relreplident, column_obstacles.attnum AS attnum,
+			-- FROM s.t x(a, b)
+			pg_catalog.regexp_replace(pg_catalog.format('%I.%I', n.nspname, c.relname), '[^[:alnum:]_]', '\\\&', 'g')
+				|| ' ("([^"]|"")+"|[[:alnum:]_$]+)\(' AS alias_list
+		FROM pg_catalog.pg_class c
+		JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		LEFT JOIN pg_catalog.pg_type y ON y.oid = c.reltype
+		WHERE c.oid = column_obstacles.relid
+	), used AS MATERIALIZED (
+		SELECT u.classid, u.objid, u.relation, u.depth
+		FROM risky_migrations.column_dependents(column_obstacles.relid, column_obstacles.attnum) u
+	), view AS (
+		SELECT c.oid, c.relnamespace, c.relowner, c.relacl, c.relkind, c.relpersistence, c.reltype, y.typarray, u.depth
+		FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid JOIN pg_catalog.pg_type y ON y.oid = c.reltype
+		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
+	), definition AS (
+		SELECT 'pg_catalog.pg_class'::regclass::oid AS classid, v.oid AS objid,
+			pg_catalog.pg_get_viewdef(v.oid) AS sql, w.ev_action::text AS tree
+		FROM view v JOIN pg_catalog.pg_rewrite w ON w.ev_class = v.oid AND w.ev_type = '1'
+		UNION ALL
+		SELECT u.classid, u.objid, pg_catalog.pg_get_ruledef(w.oid), pg_catalog.concat(w.ev_action::text, w.ev_qual::text)
+		FROM used u JOIN pg_catalog.pg_rewrite w ON u.classid = 'pg_catalog.pg_rewrite'::regclass AND w.oid = u.objid
+		UNION ALL
+		SELECT u.classid, u.objid, pg_catalog.concat(pg_catalog.pg_get_expr(p.polqual, p.polrelid), ' ',
+			pg_catalog.pg_get_expr(p.polwithcheck, p.polrelid)), pg_catalog.concat(p.polqual::text, p.polwithcheck::text)
+		FROM used u JOIN pg_catalog.pg_policy p ON u.classid = 'pg_catalog.pg_policy'::regclass AND p.oid = u.objid
+		UNION ALL
+		SELECT u.classid, u.objid, '', g.tgqual::text
+		FROM used u JOIN pg_catalog.pg_trigger g ON u.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = u.objid
+	), in_use (relation) AS (
+		SELECT u.relation FROM used u WHERE u.classid <> 'pg_catalog.pg_proc'::regclass
+	), publication AS (
+		SELECT p.pubname, r.oid AS relation, r.prattrs, r.prqual IS NOT NULL AS has_filter,
+			t.attnum = ANY (r.prattrs::smallint[]) AS in_list, t.oid AS relid, t.attnum, t.relreplident
+		FROM target t CROSS JOIN pg_catalog.pg_publication p
+		LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = t.oid
+		WHERE t.relpersistence = 'p' AND (r.oid IS NOT NULL OR p.puballtables
+			OR EXISTS (SELECT FROM pg_catalog.pg_publication_namespace s WHERE s.pnpubid = p.oid AND s.pnnspid = t.relnamespace))
+	), obstacle (kind, classid, objid, objsubid, reason) AS (
+		-- what reads the column
+		SELECT CASE WHEN v.relkind = 'm' THEN 'materialized view' ELSE 'temporary view' END,
+			'pg_catalog.pg_class'::regclass::oid, v.oid, 0,
+			CASE WHEN v.relkind = 'm' THEN 'it stores what it has read' ELSE 'it belongs to a session' END
+		FROM view v WHERE v.relkind <> 'v' OR v.relpersistence = 't'
+		UNION ALL
+		SELECT 'circular view', 'pg_catalog.pg_class'::regclass, v.oid, 0, 'it stands on itself'
+		FROM view v WHERE v.depth > (SELECT pg_catalog.count(*) FROM view)
+		UNION ALL
+		SELECT 'function', u.classid, u.objid, 0,
+			CASE WHEN p.prosqlbody IS NULL THEN 'its arguments or its result are of the row type of a view that has to be made anew'
+				ELSE 'its body refers to the column by number, or to a view that has to be made anew' END
+		FROM used u JOIN pg_catalog.pg_proc p ON u.classid = 'pg_catalog.pg_proc'::regclass AND p.oid = u.objid
+		UNION ALL
+		SELECT 'function', d.classid, d.objid, 0, 'its body is in SQL, and its arguments or its result are of the row type of the table'
+		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_type'::regclass AND d.refobjid IN (t.reltype, t.typarray)
+		JOIN pg_catalog.pg_proc p ON d.classid = 'pg_catalog.pg_proc'::regclass AND p.oid = d.objid
+		WHERE p.prosqlbody IS NOT NULL AND p.oid NOT IN (SELECT u.objid FROM used u WHERE u.classid = 'pg_catalog.pg_proc'::regclass)
+		UNION ALL
+		SELECT 'column alias list', f.classid, f.objid, 0, 'it knows columns of the table by their position'
+		FROM target t, definition f
+		WHERE f.sql ~ t.alias_list
+			-- (t JOIN u ...) j(a, b)
+			OR f.tree ~ ':colnames \("[^{}]*\)\} :eref \{ALIAS :aliasname [^{}]*\} :rtekind 2 '
+			-- rows of the table from a function
+			OR f.tree ~ pg_catalog.format('RANGETBLFUNCTION :funcexpr \{FUNCEXPR :funcid \d+ :funcresulttype %s ', t.reltype)
+		UNION ALL
+		SELECT 'row constructor', f.classid, f.objid, 0, 'it makes rows of the row type of the table'
+		FROM target t, definition f WHERE f.tree ~ pg_catalog.format(':row_typeid %s ', t.reltype)
+		UNION ALL
+		-- the table itself
+		SELECT 'generated column', 'pg_catalog.pg_class'::regclass, t.oid, coalesce(a.adnum, d.objsubid), 'it is generated from the column'
+		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass
+			AND d.refobjid = t.oid AND d.refobjsubid = t.attnum
+		LEFT JOIN pg_catalog.pg_attrdef a ON d.classid = 'pg_catalog.pg_attrdef'::regclass AND a.oid = d.objid
+		WHERE a.adrelid = t.oid AND a.adnum <> t.attnum
+			OR d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = t.oid AND d.objsubid > 0
+		UNION ALL
+		SELECT 'typed table', 'pg_catalog.pg_type'::regclass, t.reloftype, 0, 'its columns are those of the type'
+		FROM target t WHERE t.reloftype <> 0
+		UNION ALL
+		SELECT 'partitioned table', 'pg_catalog.pg_class'::regclass, t.oid, 0,
+			CASE WHEN t.relispartition THEN 'it is a partition' ELSE 'it is partitioned' END
+		FROM target t WHERE t.relispartition OR t.relkind = 'p'
+		UNION ALL
+		SELECT 'partition key', 'pg_catalog.pg_class'::regclass, t.oid, t.attnum, 'its values say where a row is stored'
+		FROM target t JOIN pg_catalog.pg_partitioned_table p ON p.partrelid = t.oid
+		-- also in an expression: the column depends on its table
+		WHERE t.attnum = ANY (p.partattrs::smallint[]) OR EXISTS (SELECT FROM pg_catalog.pg_depend d
+			WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = t.oid AND d.objsubid = t.attnum
+				AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = t.oid AND d.refobjsubid = 0 AND d.deptype = 'i')
+		UNION ALL
+		SELECT 'inheritance', 'pg_catalog.pg_class'::regclass, x.relid, 0, x.reason
+		FROM target t CROSS JOIN LATERAL (
+			SELECT h.inhrelid, 'it inherits from the table' FROM pg_catalog.pg_inherits h WHERE h.inhparent = t.oid
+			UNION ALL
+			SELECT h.inhparent, 'the table inherits from it' FROM pg_catalog.pg_inherits h WHERE h.inhrelid = t.oid) x (relid, reason)
+		WHERE NOT t.relispartition AND t.relkind <> 'p'
+		UNION ALL
+		SELECT 'row type', d.classid, d.objid, d.objsubid, 'it is of the row type of the table'
+		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_type'::regclass AND d.refobjid IN (t.reltype, t.typarray)
+		LEFT JOIN pg_catalog.pg_class c ON d.classid = 'pg_catalog.pg_class'::regclass AND c.oid = d.objid
+		LEFT JOIN pg_catalog.pg_type y ON d.classid = 'pg_catalog.pg_type'::regclass AND y.oid = d.objid
+		WHERE c.relkind IN ('r', 'p', 'm', 'f', 'c') OR y.typtype IN ('d', 'r')
+		UNION ALL
+		SELECT 'exclusion constraint', 'pg_catalog.pg_constraint'::regclass, k.oid, 0, 'its index cannot be built beside writers'
+		FROM target t JOIN pg_catalog.pg_constraint k ON k.conrelid = t.oid
+		JOIN pg_catalog.pg_index i ON i.indexrelid = k.conindid AND i.indrelid = t.oid
+		WHERE i.indisexclusion AND (t.attnum = ANY (k.conkey) OR EXISTS (SELECT FROM pg_catalog.pg_depend d
+			WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = i.indexrelid
+				AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = t.oid AND d.refobjsubid = t.attnum))
+		UNION ALL
+		SELECT 'deferrable constraint', 'pg_catalog.pg_constraint'::regclass, k.oid, 0,
+			'while its index is built, rows would be refused that it lets pass until the end of a transaction'
+		FROM target t JOIN pg_catalog.pg_constraint k ON k.conrelid = t.oid AND k.contype IN ('p', 'u')
+		WHERE k.condeferrable AND t.attnum = ANY (k.conkey)
+		UNION ALL
+		SELECT 'foreign key', 'pg_catalog.pg_constraint'::regclass, k.oid, 0, x.reason
+		FROM target t
+		JOIN pg_catalog.pg_constraint k ON k.contype = 'f' AND k.conparentid = 0
+			AND (k.conrelid = t.oid AND t.attnum = ANY (k.conkey) OR k.confrelid = t.oid AND t.attnum = ANY (k.confkey))
+		JOIN pg_catalog.pg_class c ON c.oid IN (k.conrelid, k.confrelid) AND c.oid <> t.oid
+		CROSS JOIN LATERAL (VALUES
+			(c.relkind = 'p', 'the table at its other end is partitioned'),
+			(NOT pg_catalog.pg_has_role(c.relowner, 'USAGE'),
+				pg_catalog.format('role %I is not an owner of the table at its other end', current_user))) x (applies, reason)
+		WHERE x.applies
+		UNION ALL
+		SELECT DISTINCT 'passed on privileges', 'pg_catalog.pg_class'::regclass::oid, t.oid, t.attnum::integer,
+			pg_catalog.format('role %s, not its owner, has granted some', e.grantor::regrole)
+		FROM target t JOIN pg_catalog.pg_class c ON c.oid = t.oid
+		JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = t.attnum
+		CROSS JOIN LATERAL pg_catalog.aclexplode(a.attacl) e
+		WHERE e.grantor <> c.relowner
+		UNION ALL
+		SELECT 'security label', 'pg_catalog.pg_class'::regclass, t.oid, t.attnum, pg_catalog.format('provider %I has labelled it', l.provider)
+		FROM target t JOIN pg_catalog.pg_seclabel l ON l.classoid = 'pg_catalog.pg_class'::regclass
+			AND l.objoid = t.oid AND l.objsubid = t.attnum
+		UNION ALL
+		-- what the caller could not make again
+		SELECT 'owner', 'pg_catalog.pg_class'::regclass, c.oid, 0, pg_catalog.format('role %I cannot act as its owner %I', current_user, r.rolname)
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_roles r ON r.oid = c.relowner
+		WHERE c.oid IN (SELECT u.relation FROM in_use u)
+			AND NOT (pg_catalog.pg_has_role(r.oid, 'USAGE') AND pg_catalog.pg_has_role(r.oid,
+				CASE WHEN pg_catalog.current_setting('server_version_num')::integer < 160000 THEN 'MEMBER' ELSE 'SET' END))
+		UNION ALL
+		SELECT 'privilege', 'pg_catalog.pg_class'::regclass, v.oid, 0,
+			pg_catalog.format('role %I may not create objects in schema %I', r.rolname, n.nspname)
+		FROM view v JOIN pg_catalog.pg_namespace n ON n.oid = v.relnamespace
+		JOIN pg_catalog.pg_roles r ON r.oid = v.relowner OR r.rolname = current_user
+		WHERE v.relkind = 'v' AND v.relpersistence <> 't' AND NOT pg_catalog.has_schema_privilege(r.oid, n.oid, 'CREATE')
+			AND NOT (SELECT m.rolsuper FROM pg_catalog.pg_roles m WHERE m.rolname = current_user)
+		UNION ALL
+		SELECT 'privilege', 'pg_catalog.pg_trigger'::regclass, g.oid, 0,
+			pg_catalog.format('role %I may not execute its function, or has no privilege TRIGGER', current_user)
+		FROM pg_catalog.pg_trigger g
+		WHERE (g.oid IN (SELECT u.objid FROM used u WHERE u.classid = 'pg_catalog.pg_trigger'::regclass)
+				OR NOT g.tgisinternal AND g.tgrelid IN (SELECT v.oid FROM view v))
+			AND NOT (pg_catalog.has_function_privilege(g.tgfoid, 'EXECUTE') AND pg_catalog.has_table_privilege(g.tgrelid, 'TRIGGER'))
+		UNION ALL
+		SELECT DISTINCT 'passed on privileges', 'pg_catalog.pg_class'::regclass::oid, v.oid, 0,
+			pg_catalog.format('role %s, not its owner, has granted some', a.grantor::regrole)
+		FROM view v CROSS JOIN LATERAL (
+			SELECT e.grantor FROM pg_catalog.aclexplode(v.relacl) e
+			UNION ALL
+			SELECT e.grantor FROM pg_catalog.pg_attribute t, pg_catalog.aclexplode(t.attacl) e WHERE t.attrelid = v.oid
+			UNION ALL
+			SELECT e.grantor FROM pg_catalog.pg_type y, pg_catalog.aclexplode(y.typacl) e WHERE y.oid = v.reltype) a
+		WHERE a.grantor <> v.relowner
+		UNION ALL
+		SELECT 'extension', d.classid, d.objid, 0, pg_catalog.format('it belongs to extension %I', e.extname)
+		FROM used u JOIN pg_catalog.pg_depend d ON d.classid = u.classid AND d.objid = u.objid
+			AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'e'
+		JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+		UNION ALL
+		-- whatever else knows the column or a view by number
+		SELECT 'other object', d.classid, d.objid, d.objsubid, 'it refers to the column'
+		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass
+			AND d.refobjid = t.oid AND d.refobjsubid = t.attnum
+		LEFT JOIN pg_catalog.pg_class c ON d.classid = 'pg_catalog.pg_class'::regclass AND c.oid = d.objid
+		LEFT JOIN pg_catalog.pg_attrdef a ON d.classid = 'pg_catalog.pg_attrdef'::regclass AND a.oid = d.objid
+		WHERE (c.relkind IN ('i', 'I', 'S') OR c.oid = t.oid OR a.adrelid = t.oid) IS NOT TRUE
+			AND d.classid NOT IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass,
+				'pg_catalog.pg_policy'::regclass, 'pg_catalog.pg_constraint'::regclass, 'pg_catalog.pg_statistic_ext'::regclass,
+				'pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_publication_rel'::regclass)
+		UNION ALL
+		SELECT CASE WHEN c.relkind = 'S' THEN 'other object' ELSE 'row type' END, d.classid, d.objid, d.objsubid,
+			pg_catalog.format('it refers to view %s, which has to be made anew', v.oid::regclass)
+		FROM view v
+		CROSS JOIN LATERAL (VALUES ('pg_catalog.pg_class'::regclass, v.oid),
+			('pg_catalog.pg_type'::regclass, v.reltype), ('pg_catalog.pg_type'::regclass, v.typarray)) x (classid, objid)
+		JOIN pg_catalog.pg_depend d ON d.refclassid = x.classid AND d.refobjid = x.objid
+		LEFT JOIN pg_catalog.pg_class c ON d.classid = 'pg_catalog.pg_class'::regclass AND c.oid = d.objid
+		LEFT JOIN pg_catalog.pg_attrdef a ON d.classid = 'pg_catalog.pg_attrdef'::regclass AND a.oid = d.objid
+		WHERE d.classid NOT IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass,
+				'pg_catalog.pg_policy'::regclass, 'pg_catalog.pg_proc'::regclass)
+			AND NOT (d.classid = 'pg_catalog.pg_type'::regclass AND d.objid IN (v.reltype, v.typarray))
+			AND (c.oid IN (SELECT w.oid FROM view w) OR a.adrelid = v.oid OR c.relkind = 't') IS NOT TRUE
+	), listed AS (
+		SELECT o.kind, i.identity AS name, o.reason
+		FROM obstacle o, LATERAL pg_catalog.pg_identify_object(o.classid, o.objid, o.objsubid) i
+		UNION
+		SELECT x.kind, pg_catalog.quote_ident(p.pubname), x.reason
+		FROM publication p CROSS JOIN LATERAL (VALUES
+			('publication column list', p.in_list, 'its list of columns has the column'),
+			('publication row filter', p.has_filter AND EXISTS (SELECT FROM pg_catalog.pg_depend d
+				WHERE d.classid = 'pg_catalog.pg_publication_rel'::regclass AND d.objid = p.relation AND d.refobjid = p.relid
+					AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjsubid = p.attnum)
+				AND p.in_list IS NOT TRUE, 'its condition uses the column'),
+			('publication', p.prattrs IS NULL, 'it publishes all columns, and the subscriber does not have the new one'),
+			('publication', p.relreplident IN ('f', 'n'), 'it publishes the table, whose replica identity is '
+				|| CASE p.relreplident WHEN 'f' THEN 'FULL' ELSE 'NOTHING' END)) x (kind, applies, reason)
+		WHERE x.applies
+	)
+	SELECT l.kind, l.name, l.reason, h.hint
+	FROM listed l LEFT JOIN (VALUES
+		('materialized view', 'Drop it, and create it again after the migration.'),
+		('temporary view', 'Drop it, or end the session that made it.'),
+		('circular view', 'Drop it; nobody can read it.'),
+		('function', 'Drop it, and create it again after the migration; or give it a body that is a string.'),
+		('column alias list', 'Rename columns in the select list, not in FROM.'),
+		('row constructor', 'Write it without the row type of the table.'),
+		('generated column', 'Drop it, and add it again after the migration.'),
+		('typed table', 'Make it an ordinary table with ALTER TABLE ... NOT OF.'),
+		('partitioned table', 'Partitioned tables are not supported yet.'),
+		('partition key', 'Copy the rows into a table that is partitioned by the new type.'),
+		('inheritance', 'Inheritance is not supported yet.'),
+		('row type', 'Drop it, or give it a type of its own.'),
+		('exclusion constraint', 'Drop it, and add it again after the migration.'),
+		('deferrable constraint', 'Drop it, and add it again after the migration.'),
+		('foreign key', 'Drop it, and add it again after the migration; or run it as a role that owns both tables.'),
+		('security label', 'Remove the label, and set it again after the migration.'),
+		('owner', 'Run the migration as a role that is a member of the owner''s, with its privileges.'),
+		('privilege', 'Grant it, or run the migration as a superuser.'),
+		('passed on privileges', 'Revoke them, and let the owner grant them.'),
+		('extension', 'Take it out of the extension, or drop the extension.'),
+		('publication', 'Take the table out of the publication; or, where the subscribers have the new column already, SET risky_migrations.accept_publications = on.'),
+		('publication column list', 'Take the column out of the list, and put it back after the migration.'),
+		('publication row filter', 'Take the condition off, and set it again after the migration.'),
+		('other object', 'Drop it, and create it again after the migration.')) h (kind, hint) ON h.kind = l.kind
+	ORDER BY l.kind COLLATE "C", l.name COLLATE "C", l.reason COLLATE "C";
+END;
+COMMENT ON FUNCTION risky_migrations.column_obstacles(oid, smallint) IS
+	'everything that forbids to exchange a column for the caller, all of it, with the reason and what to do; the kind publication may be accepted';
 
 -- Definitions come from a twin: an empty copy of the table in which the ALTER
 -- has been done by PostgreSQL itself and whose column bears the name that the
@@ -540,16 +1130,6 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION risky_migrations.dependents(oid, smallint, smallint, oid, smallint, text, text, text) IS
 	'everything of a table''s own that hangs on a column, with the commands that build it on another column, put it in force there, and put the present one out of force';
-
-CREATE FUNCTION risky_migrations.column_obstacles(relid oid, attnum smallint)
-RETURNS TABLE (kind text, name text, reason text, hint text) LANGUAGE sql STABLE
-BEGIN ATOMIC SELECT ''::text, ''::text, ''::text, ''::text WHERE false; END;
-CREATE FUNCTION risky_migrations.column_objects(relid oid, attnum smallint)
-RETURNS TABLE (ord int, kind text, name text, drop_sql text, make_sql text[]) LANGUAGE sql STABLE
-BEGIN ATOMIC SELECT 0, ''::text, ''::text, ''::text, '{}'::text[] WHERE false; END;
-CREATE FUNCTION risky_migrations.column_relations(relid oid, attnum smallint)
-RETURNS TABLE (relation oid) LANGUAGE sql STABLE
-BEGIN ATOMIC SELECT 0::oid WHERE false; END;
 
 CREATE FUNCTION risky_migrations.leftovers(relid oid, prefix text, wanted text[])
 RETURNS TABLE (drop_sql text) LANGUAGE sql STABLE

@@ -48,6 +48,7 @@
 #include "dependents.h"
 #include "executor/spi.h"
 #include "nodes/makefuncs.h"
+#include "risky_migrations.h"
 #include "state.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
@@ -426,13 +427,14 @@ rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
 void
 rm_dependents_refuse(Oid relid, AttrNumber attnum)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum)};
+	Oid			types[] = {OIDOID, INT2OID, BOOLOID};
+	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum),
+	BoolGetDatum(rm_accept_publications)};
 	StringInfoData detail;
 	StringInfoData hint;
 
-	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)",
-		  2, types, v);
+	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
+		  " WHERE kind OPERATOR(pg_catalog.<>) 'publication' OR NOT $3", 3, types, v);
 	if (SPI_processed == 0)
 		return;
 	initStringInfo(&detail);

@@ -54,6 +54,7 @@ int			rm_lock_retries = 50;
 int			rm_lock_retry_max_delay = 10000;
 int			rm_max_row_lock_time = 25;
 int			rm_snapshot_timeout = 3600000;
+bool		rm_accept_publications = false;
 
 void
 _PG_init(void)
@@ -99,6 +100,13 @@ _PG_init(void)
 							"After it the step fails; nothing is lost, call it again.",
 							&rm_snapshot_timeout, 3600000, 100, INT_MAX, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	/* a subscriber without the shadow column stops at the first row */
+	DefineCustomBoolVariable("risky_migrations.accept_publications",
+							 "Accepts that the table is published, new column included.",
+							 "Only where the subscribers have the new column already.",
+							 &rm_accept_publications, false, PGC_USERSET, 0,
+							 NULL, NULL, NULL);
 
 	MarkGUCPrefixReserved("risky_migrations");
 	rm_locks_init();

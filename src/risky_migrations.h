@@ -16,6 +16,7 @@ extern int	rm_lock_retries;
 extern int	rm_lock_retry_max_delay;	/* milliseconds */
 extern int	rm_max_row_lock_time;	/* milliseconds */
 extern int	rm_snapshot_timeout;	/* milliseconds */
+extern bool rm_accept_publications;
 
 /* batches: rows, the largest that makes sense and the default */
 #define RM_DEFAULT_BATCH 100000

@@ -33,6 +33,9 @@ extern void rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 extern char *rm_shadow_column_name(const char *column);
 extern char *rm_old_column_name(const char *column);
 
+/* swap.c */
+extern void rm_swap_rehearse(RmRun *run);
+
 /* surface.c */
 extern void rm_format_count(char *buf, Size size, int64 n);
 

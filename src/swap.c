@@ -435,12 +435,31 @@ relations_of_definitions(const RmMigration *m, AttrNumber attnum)
 	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
 	List	   *list = NIL;
 
-	if (SPI_execute_with_args("SELECT relation FROM risky_migrations.column_relations($1, $2) ORDER BY 1",
+	if (SPI_execute_with_args("SELECT r FROM risky_migrations.column_relations($1, $2) r",
 							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not read the relations");
 	for (uint64 i = 0; i < SPI_processed; i++)
 		list = lappend_oid(list, DatumGetObjectId(rm_result_datum(i, 1)));
 	return list;
+}
+
+/* nothing may still read the column that has gone aside (55000) */
+static void
+check_nothing_left_behind(const RmMigration *m, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+
+	if (SPI_execute_with_args("SELECT pg_catalog.string_agg(l, ', ')"
+							  " FROM risky_migrations.column_left_behind($1, $2) l",
+							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read what is left behind");
+	if (!rm_result_isnull(0, 1))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("something would still read the old column after the swap"),
+				 errdetail("It knows the column by its position: %s.", rm_result_text(0, 1)),
+				 errhint("Drop it, and create it again after the migration.")));
 }
 
 static void
@@ -498,19 +517,78 @@ exchange(RmRun *run, List *list, bool forward)
 		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
 			rm_execute(lfirst(cmd));
 
+	check_nothing_left_behind(m, forward ? m->attnum : m->new_attnum);
 	m->swapped = forward;
 	/* the sync trigger of every session must read its direction again */
 	CacheInvalidateRelcacheByRelid(m->relid);
 }
 
-/* all relations that the exchange changes, the table first */
-static List *
-relations_to_lock(RmRun *run, List *list, bool forward)
+/* the part of the exchange that nothing has been built for */
+static void
+rehearse_exchange(void *arg)
+{
+	RmMigration *m = arg;
+	List	   *definitions = definitions_on(m, m->attnum);
+	ListCell   *lc;
+	ListCell   *cmd;
+
+	foreach(lc, definitions)
+		rm_execute(((Definition *) lfirst(lc))->drop_sql);
+	rename_column(m, m->column, m->old_column);
+	rename_column(m, m->new_column, m->column);
+	for (int i = list_length(definitions) - 1; i >= 0; i--)
+		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
+			rm_execute(lfirst(cmd));
+	check_nothing_left_behind(m, m->attnum);
+}
+
+/*
+ * Tries whether views, rules, policies and triggers can be made again on the
+ * new column, as soon as that exists; nothing of it stays.  The relations are
+ * locked only if they are free at once (55P03).  A view that needs the primary
+ * key can only be made when that is built: there the swap itself must tell.
+ */
+void
+rm_swap_rehearse(RmRun *run)
 {
 	RmMigration *m = run->m;
+	List	   *relids = relations_of_definitions(m, m->attnum);
+	ErrorData  *error;
 
-	return list_concat_unique_oid(rm_dependents_relations(m, list),
-								  relations_of_definitions(m, forward ? m->attnum : m->new_attnum));
+	if (definitions_on(m, m->attnum) == NIL)
+		return;
+	rm_lock_relations(&run->locks, lcons_oid(m->relid, relids), AccessExclusiveLock, 0);
+	error = rm_rehearse(rehearse_exchange, m, CurrentMemoryContext);
+	if (error == NULL || error->sqlerrcode == ERRCODE_GROUPING_ERROR)
+		return;
+	if (error->detail == NULL)
+		error->detail = psprintf("It hangs on column \"%s\" of %s, and cannot be made again when the column has the type %s.",
+								 m->column, m->relation, m->new_type);
+	if (error->hint == NULL)
+		error->hint = "Drop or change it first.";
+	ReThrowError(error);
+}
+
+/* locks all relations that the exchange changes, the table among them */
+static void
+lock_for_exchange(RmRun *run, List *list, bool forward)
+{
+	RmMigration *m = run->m;
+	AttrNumber	attnum = forward ? m->attnum : m->new_attnum;
+	List	   *relids = list_concat_unique_oid(rm_dependents_relations(m, list),
+												relations_of_definitions(m, attnum));
+	Relation	rel;
+
+	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
+	/* a view that was made before we had the locks: let all go, try again */
+	if (list_difference_oid(relations_of_definitions(m, attnum), relids) != NIL)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("what hangs on the column of %s has just changed", m->relation)));
+	rm_check_owner(m->relid, m->relation);
+	rel = table_open(m->relid, NoLock);
+	rm_check_ground(m, rel);
+	table_close(rel, NoLock);
 }
 
 static RmStepResult
@@ -518,7 +596,6 @@ swap_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	List	   *list;
-	Relation	rel;
 
 	if (!get_work(run)->planned || m->phase < PHASE_WAIT)
 	{
@@ -534,12 +611,7 @@ swap_apply(RmRun *run)
 	}
 
 	list = rm_dependents_load(m, true, CurrentMemoryContext);
-	rm_lock_relations(&run->locks, relations_to_lock(run, list, true), AccessExclusiveLock,
-					  run->tries);
-	rm_check_owner(m->relid, m->relation);
-	rel = table_open(m->relid, NoLock);
-	rm_check_ground(m, rel);
-	table_close(rel, NoLock);
+	lock_for_exchange(run, list, true);
 	if (m->trigger_xmin != rm_trigger_xmin(m))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -750,7 +822,6 @@ swap_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
 	List	   *list;
-	Relation	rel;
 
 	run->back_to = RM_BUILD;	/* what was built on the new column is not there any more */
 	if (!m->swapped)
@@ -769,12 +840,7 @@ swap_revert(RmRun *run)
 	}
 
 	list = rm_dependents_load(m, false, CurrentMemoryContext);
-	rm_lock_relations(&run->locks, relations_to_lock(run, list, false), AccessExclusiveLock,
-					  run->tries);
-	rm_check_owner(m->relid, m->relation);
-	rel = table_open(m->relid, NoLock);
-	rm_check_ground(m, rel);
-	table_close(rel, NoLock);
+	lock_for_exchange(run, list, false);
 	if (m->trigger_xmin != rm_trigger_xmin(m) || misfits_recorded(m))
 	{
 		/* since we looked: look again, without the lock */

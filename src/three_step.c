@@ -358,6 +358,7 @@ add_column_apply(RmRun *run)
 	if (error)
 		ReThrowError(error);
 	m->reverse_tree = reverse.tree;
+	rm_swap_rehearse(run);
 	return RM_STEP_DONE;
 }
 

@@ -53,16 +53,23 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'function may_see(relid oid, owner oid) boolean stable parallel safe',
 	'function sync() trigger volatile',
 	'function steady_text(value text) text immutable strict parallel safe',
+	'function column_dependents(relid oid, attnum smallint) TABLE(classid oid, objid oid, relation oid, depth integer) stable',
+	'function column_left_behind(relid oid, attnum smallint) SETOF text stable',
+	'function column_relations(relid oid, attnum smallint) SETOF oid stable',
+	'function make_grants(relation oid) SETOF text stable',
+	'function make_view(view oid) text[] stable',
+	'function make_rule(rule oid) text[] stable',
+	'function make_trigger(trigger oid) text[] stable',
+	'function make_policy(policy oid) text[] stable',
+	'function column_objects(relid oid, attnum smallint) TABLE(ord integer, kind text, name text, drop_sql text, make_sql text[]) stable',
+	'function column_obstacles(relid oid, attnum smallint) TABLE(kind text, name text, reason text, hint text) stable',
 	'function is_lab_form(value text) boolean immutable strict parallel safe',
 	'function lab_moment(n bigint) text immutable strict parallel safe',
 	'function lab_write(rows bigint) text volatile',
 	'function dependents(relid oid, attnum smallint, shadow smallint, twin oid, twin_attnum smallint, build_column text, final_column text, prefix text, OUT ord bigint, OUT kind text, OUT name text, OUT relation oid, OUT peer oid, OUT build_name text, OUT build_sql text, OUT by_worker boolean, OUT validate_sql text, OUT take_sql text[], OUT drop_sql text) SETOF record stable',
 	'function name_twins(relid oid, twin oid, prefix text) TABLE(command text) stable',
 	'function leftovers(relid oid, prefix text, wanted text[]) TABLE(drop_sql text) stable',
-	'function catalog_fingerprint(relid oid) text volatile',
-	'function column_objects(relid oid, attnum smallint) TABLE(ord integer, kind text, name text, drop_sql text, make_sql text[]) stable',
-	'function column_obstacles(relid oid, attnum smallint) TABLE(kind text, name text, reason text, hint text) stable',
-	'function column_relations(relid oid, attnum smallint) TABLE(relation oid) stable'
+	'function catalog_fingerprint(relid oid) text volatile'
 ], 'what the extension calls');
 
 SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE type IN ('table', 'view', 'index')$$, ARRAY[
@@ -118,6 +125,7 @@ SELECT is_empty($$SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'risky
 LOAD 'risky_migrations';
 SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, setting, unit, context, min_val, max_val) FROM pg_settings
 	WHERE name ~ '^risky_migrations\.'$$, ARRAY[
+	'risky_migrations.accept_publications off user ..',
 	'risky_migrations.lock_retries 50 user 0..2147483647',
 	'risky_migrations.lock_retry_max_delay 10000ms user 1..3600000',
 	'risky_migrations.lock_timeout 250ms user 10..60000',
