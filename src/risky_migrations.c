@@ -23,6 +23,7 @@
  *	direct.c, three_step.c, backfill.c
  *						the methods: lists of steps
  *	runner.c			the step runner: transactions, waits, the step log
+ *	throttle.c			rests between its transactions, for the sake of others
  *	rows.c, conversion.c, locks.c, state.c
  *						rows of a page, the expression, locks, our own tables
  *
@@ -42,6 +43,7 @@
 #include "fmgr.h"
 #include "locks.h"
 #include "risky_migrations.h"
+#include "throttle.h"
 #include "utils/guc.h"
 
 PG_MODULE_MAGIC;
@@ -88,6 +90,7 @@ _PG_init(void)
 							&rm_max_row_lock_time, 25, 1, 60000, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
 
+	rm_throttle_init();
 	MarkGUCPrefixReserved("risky_migrations");
 	rm_locks_init();
 }
