@@ -26,11 +26,12 @@
  * reason is written to the step log in a transaction of its own, which waits
  * for no disk and no standby.
  *
- * Which receivers count: all that tell what they have applied (standbys also
- * while they catch up, and logical subscribers), or at least what they have
- * flushed (pg_receivewal with a slot).  A base backup and its WAL stream tell
- * neither.  Read from shared memory, since SQL shows it to monitors only; the
- * reason therefore names a process, and nothing that is not public.
+ * Which receivers count: all that tell what they have applied, that is standbys,
+ * also while they catch up, and logical subscribers.  A base backup, its stream
+ * of WAL and pg_receivewal do not, and flush whole segments only: what they need
+ * is looked after by their slots.  Read from shared memory, since SQL shows it
+ * to monitors only; the reason therefore names a process, and nothing that is
+ * not public.
  *
  * Easy to get wrong:
  *
@@ -108,7 +109,7 @@ static int	max_unarchived_wal = 1024;	/* MB */
 static char *throttle_query = NULL;
 static int	throttle_query_timeout = 5000;	/* ms */
 
-/* at that time the WAL had been flushed up to there */
+/* at that time the WAL had been written up to there */
 typedef struct Position
 {
 	XLogRecPtr	lsn;
@@ -256,42 +257,33 @@ known_lag(RmThrottle *t, XLogRecPtr applied, TimestampTz now)
 	return 0;
 }
 
-/* what one walsender knows of its receiver; false if it tells of no progress */
+/* what one walsender knows of its receiver; false if that applies nothing */
 static bool
 receiver_position(WalSnd *walsnd, int *pid, XLogRecPtr *applied,
 				  TimeOffset *lag)
 {
 	WalSndState state;
-	XLogRecPtr	flush;
-	TimeOffset	flush_lag;
 
 	SpinLockAcquire(&walsnd->mutex);
 	*pid = walsnd->pid;
 	state = walsnd->state;
 	*applied = walsnd->apply;
-	flush = walsnd->flush;
 	*lag = walsnd->applyLag;
-	flush_lag = walsnd->flushLag;
 	SpinLockRelease(&walsnd->mutex);
 
-	if (*pid == 0 || state == WALSNDSTATE_STARTUP || state == WALSNDSTATE_BACKUP)
-		return false;
-	if (XLogRecPtrIsInvalid(*applied))
-	{
-		*applied = flush;
-		*lag = flush_lag;
-	}
-	return !XLogRecPtrIsInvalid(*applied);
+	return *pid != 0 && !XLogRecPtrIsInvalid(*applied) &&
+		state != WALSNDSTATE_STARTUP && state != WALSNDSTATE_BACKUP;
 }
 
 static void
 look_at_receivers(RmThrottle *t, Reason *reason)
 {
-	XLogRecPtr	flushed = GetFlushRecPtr(NULL);
+	/* what is not flushed yet will have to be applied as well */
+	XLogRecPtr	inserted = GetXLogInsertRecPtr();
 	TimestampTz now = GetCurrentTimestamp();
 	uint64		worst = 0;
 
-	remember_position(t, flushed, now);
+	remember_position(t, inserted, now);
 	for (int i = 0; i < max_wal_senders; i++)
 	{
 		int			pid;
@@ -301,9 +293,9 @@ look_at_receivers(RmThrottle *t, Reason *reason)
 		double		ms;
 
 		if (!receiver_position(&WalSndCtl->walsnds[i], &pid, &applied, &measured) ||
-			applied >= flushed || flushed - applied <= worst)
+			applied >= inserted || inserted - applied <= worst)
 			continue;
-		bytes = flushed - applied;
+		bytes = inserted - applied;
 		ms = Max(measured / 1000.0, known_lag(t, applied, now));
 		if (max_replica_lag_bytes > 0 && bytes > (uint64) max_replica_lag_bytes * 1024)
 			snprintf(reason->text, REASON_SIZE,
@@ -600,6 +592,9 @@ hold_while(RmRun *run, ErrorData *(*find_reason) (RmRun *run, Reason *reason))
 	INSTR_TIME_SET_CURRENT(started);
 	while ((error = find_reason(run, &reason)) == NULL && reason.kind)
 	{
+		/* what has been committed without waiting for the disk goes out now */
+		if (shown[0] == '\0')
+			XLogFlush(XactLastCommitEnd);
 		if (shown[0] == '\0' && notice_due(run->throttle))
 		{
 			ereport(NOTICE,
