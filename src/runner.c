@@ -9,6 +9,7 @@
  *	take the runner's lock (session level, no waiting)	   -> or 55006
  *	log "running", commit
  *	repeat
+ *		rest as long as throttle.c has a reason
  *		transaction:  bound all waits, load the state row, call the step,
  *					  save the state row and the sums of the log row,
  *					  note the locks, choose synchronous_commit

@@ -232,6 +232,46 @@ foreach my $way (
 }
 
 # ---------------------------------------------------------------------------
+# A logical subscriber that does not keep up
+# ---------------------------------------------------------------------------
+
+{
+	my $subscriber = PostgreSQL::Test::Cluster->new('subscriber');
+	$subscriber->init;
+	$subscriber->start;
+	sql('CREATE TABLE published (id integer PRIMARY KEY); CREATE PUBLICATION pub FOR TABLE published');
+	$subscriber->safe_psql('postgres', 'CREATE TABLE published (id integer PRIMARY KEY)');
+	$subscriber->safe_psql('postgres', sprintf(
+			q{CREATE SUBSCRIPTION sub CONNECTION '%s application_name=sub' PUBLICATION pub},
+			$node->connstr('postgres')));
+	$node->wait_for_catchup('sub');
+
+	# what it applies waits for a lock there
+	my $lock = IPC::Run::start(
+		[
+			'psql', '-XAtq', '-d', $subscriber->connstr('postgres'),
+			'-c', 'BEGIN; LOCK TABLE published; SELECT pg_sleep(600)'
+		],
+		'<', File::Spec->devnull, '>', File::Spec->devnull, '2>', File::Spec->devnull);
+	my $locked = q{SELECT count(*) = 1 FROM pg_stat_activity WHERE wait_event = 'PgSleep'};
+	$subscriber->poll_query_until('postgres', $locked) or die 'no lock on the subscriber';
+	begin_migration();
+	sql('INSERT INTO published VALUES (1)');
+	my $call = start_call(q{SET risky_migrations.max_replica_lag_bytes = '1MB'}, 'CALL rm_backfill_batched(1000)');
+	my $reason = holds('replica lag', 'subscriber');
+	my $walsender = sql(q{SELECT pid FROM pg_stat_replication WHERE application_name = 'sub'});
+	still_holds($reason, 'subscriber', \&write_wal);
+	like(as_owner('SELECT waiting_reason FROM rm_progress'), qr/walsender $walsender /, 'subscriber: it is the one that is named');
+	$subscriber->safe_psql('postgres', q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE wait_event = 'PgSleep'});
+	eval { $lock->finish };
+	ends_well($call, 'subscriber: it goes on when it has caught up');
+	all_right($node, 'subscriber');
+	take_back();
+	$subscriber->safe_psql('postgres', 'DROP SUBSCRIPTION sub');
+	$subscriber->stop;
+}
+
+# ---------------------------------------------------------------------------
 # A base backup is no standby
 # ---------------------------------------------------------------------------
 
