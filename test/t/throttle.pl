@@ -242,8 +242,8 @@ foreach my $way (
 	sql('CREATE TABLE published (id integer PRIMARY KEY); CREATE PUBLICATION pub FOR TABLE published');
 	$subscriber->safe_psql('postgres', 'CREATE TABLE published (id integer PRIMARY KEY)');
 	$subscriber->safe_psql('postgres', sprintf(
-			q{CREATE SUBSCRIPTION sub CONNECTION '%s application_name=sub' PUBLICATION pub},
-			$node->connstr('postgres')));
+			q{CREATE SUBSCRIPTION sub CONNECTION '%s dbname=postgres application_name=sub' PUBLICATION pub},
+			$node->connstr));
 	$node->wait_for_catchup('sub');
 
 	# what it applies waits for a lock there
@@ -486,6 +486,49 @@ CALL rm_backfill_batched();
 cmp_ok(sql(q{SELECT max(transactions) FROM risky_migrations.step_log WHERE relation = 'public.slow' AND step = 'backfill'}),
 	'>=', 20, 'row locks: slow rows are committed a few at a time');
 take_back();
+
+# With 40 of the 50 ms spent at the end of each transaction there is time for some
+# five rows of 2 ms; without regard to that it would be twenty.
+as_owner(q{
+CREATE OR REPLACE FUNCTION slowly(text) RETURNS integer LANGUAGE plpgsql IMMUTABLE AS
+	'BEGIN PERFORM pg_sleep(0.002); RETURN $1::integer; END';
+INSERT INTO slow SELECT i, i FROM generate_series(61, 200) i;
+CALL rm_add_column('slow', 'v', 'integer', 'slowly(v)');
+});
+sql(q{
+CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(0.04); RETURN new; END';
+CREATE TRIGGER late BEFORE UPDATE ON risky_migrations.migration FOR EACH ROW EXECUTE FUNCTION late();
+});
+as_owner(q{SET risky_migrations.max_row_lock_time = 50; CALL rm_backfill_batched()});
+sql(q{DROP TRIGGER late ON risky_migrations.migration});
+cmp_ok(sql(q{SELECT transactions FROM risky_migrations.step_log WHERE relation = 'public.slow' AND step = 'backfill' ORDER BY id DESC LIMIT 1}),
+	'>=', 25, 'row locks: slow commits are allowed for');
+take_back();
+
+# ---------------------------------------------------------------------------
+# A lock: while it is asked for, and between two tries
+# ---------------------------------------------------------------------------
+
+foreach my $way (
+	[ 'asked for', q{SET risky_migrations.lock_timeout = '60s'}, qr/^AccessExclusiveLock on t, held or asked for before by process \d+$/ ],
+	[ 'between tries', q{SET risky_migrations.lock_timeout = '10ms'}, qr/^a lock on public.t was not to be had in \d+ tries \(process \d+ holds AccessShareLock\)/ ])
+{
+	my ($name, $setting, $pattern) = @$way;
+	begin_migration();
+	my $reader = start_call('BEGIN', 'SELECT count(*) FROM t', q{SELECT 'reads' FROM pg_sleep(600)});
+	becomes(q{SELECT count(*) = 1 FROM pg_stat_activity WHERE query ~ '^SELECT .reads.' AND wait_event = 'PgSleep'}, "lock, $name: somebody reads");
+	my $call = start_call($setting, 'SET risky_migrations.lock_retries = 10000', 'CALL rm_rollback()');
+	my $reason = '';
+	for (1 .. 100 * $PostgreSQL::Test::Utils::timeout_default)
+	{
+		$reason = as_owner(q{SELECT waiting_reason FROM rm_progress WHERE waiting_for = 'lock'});
+		last if $reason =~ $pattern;
+	}
+	like($reason, $pattern, "lock, $name: it says who is in the way");
+	sql(q{SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE query ~ '^SELECT .reads.'});
+	eval { $reader->{handle}->finish };
+	ends_well($call, "lock, $name: it goes on");
+}
 
 # ---------------------------------------------------------------------------
 # A vacuum against wraparound is neither fought nor queued behind
