@@ -20,12 +20,11 @@
  *	of the second the entries that the first has left behind are dead: B-trees
  *	drop these instead of splitting their pages.
  *
- *	Transactions end after max_row_lock_time (sooner by what the last commits
- *	took), at the next page when somebody
- *	waits for one of their rows, and within a batch of at most so many rows, so
- *	no other writer waits long for a row.  They commit without waiting for the
- *	disk; at the end of each batch the WAL is flushed, after
- *	the locks are gone.
+ *	Transactions end after max_row_lock_time (sooner by what the ends of the
+ *	last ones took), at the next page when somebody waits for one of their rows,
+ *	and within a batch of at most so many rows, so no other writer waits long
+ *	for a row.  They commit without waiting for the disk; at the end of each
+ *	batch the WAL is flushed, after the locks are gone.
  *
  *	A window counts as done only when all its rows are: only then the state
  *	row's next_block moves.  After a crash the window is looked at again; rows

@@ -66,7 +66,6 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "access/xlog_internal.h"
-#include "access/xlogarchive.h"
 #include "catalog/pg_database.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
@@ -241,10 +240,9 @@ remember_position(RmThrottle *t, XLogRecPtr lsn, TimestampTz now)
 	if (t->npositions == POSITIONS)
 		memmove(&t->positions[0], &t->positions[1],
 				--t->npositions * sizeof(Position));
-	t->positions[t->npositions++] = (Position)
-	{
-		.lsn = lsn,.at = now
-	};
+	t->positions[t->npositions].lsn = lsn;
+	t->positions[t->npositions].at = now;
+	t->npositions++;
 }
 
 /* how late is a receiver that has applied up to there, at least?  In ms */

@@ -289,7 +289,11 @@ begin_migration();
 SELECT array_agg(state ORDER BY state) = '{backup,streaming}' FROM pg_stat_replication};
 	becomes($running, 'a slow base backup runs, with its stream of WAL')
 	  or diag slurp_file("$dir/err") . sql('SELECT * FROM pg_stat_replication');
-	as_owner(q{SET risky_migrations.max_replica_lag_bytes = '1kB'; SET risky_migrations.max_replica_lag = 1; CALL rm_backfill_batched()});
+	ends_well(
+		start_call(
+			q{SET risky_migrations.max_replica_lag_bytes = '1kB'}, q{SET risky_migrations.max_replica_lag = 1},
+			'CALL rm_backfill_batched()'),
+		'base backup: it holds nobody');
 	is(sql($running), 't', 'base backup: it still runs when the backfill is through');
 	sql('SELECT pg_terminate_backend(pid) FROM pg_stat_replication');
 	eval { $backup->finish };
