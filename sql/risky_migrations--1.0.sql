@@ -104,6 +104,12 @@ CREATE TABLE risky_migrations.step_log (
 	rows_hot bigint NOT NULL DEFAULT 0,
 	lock_retries bigint NOT NULL DEFAULT 0,
 	wal_bytes bigint NOT NULL DEFAULT 0,
+	-- blocks and rows: where this run began, done, total (0: not known)
+	progress bigint[] NOT NULL DEFAULT '{0,0,0,0,0,0}',
+	-- why it does not go on right now
+	wait_kind text,
+	wait_reason text,
+	wait_since timestamptz,
 	sqlstate text,
 	message text,
 	detail text,
@@ -1230,18 +1236,40 @@ COMMENT ON VIEW rm_migrations IS
 
 CREATE VIEW rm_progress WITH (security_barrier) AS
 SELECT m.id AS migration, m.relation, l.step, l.direction, l.pid, l.started_at,
-	m.next_block AS blocks_done, m.end_block AS blocks_total,
-	round(100.0 * m.next_block / nullif(m.end_block, 0), 1) AS percent,
-	m.rows_done,
-	round((1000 * l.rows_changed / nullif(l.duration_ms, 0))::numeric) AS rows_per_second,
-	l.lock_retries,
-	a.wait_event_type, a.wait_event
+	p.blocks_done, p.blocks_total,
+	round(100.0 * p.blocks_done / p.blocks_total, 1) AS percent,
+	p.rows_done, p.rows_total,
+	round((p.rows_done - p.rows_first) / nullif(p.seconds, 0)) AS rows_per_second,
+	clock_timestamp() + (p.blocks_total - p.blocks_done) * p.seconds
+		/ nullif(greatest(p.blocks_done - p.blocks_first, 0), 0) * interval '1 s' AS estimated_end,
+	CASE WHEN w.mode IS NOT NULL THEN 'lock' ELSE l.wait_kind END AS waiting_for,
+	CASE WHEN w.mode IS NOT NULL THEN
+		format('%s on %s, held or asked for before by %s', w.mode, w.object,
+			coalesce('process ' || nullif(array_to_string(pg_blocking_pids(l.pid), ', '), ''), 'nobody any more'))
+		ELSE l.wait_reason END AS waiting_reason,
+	CASE WHEN w.mode IS NOT NULL THEN w.waitstart ELSE l.wait_since END AS waiting_since,
+	l.lock_retries, a.wait_event_type, a.wait_event
 FROM risky_migrations.migration m
 JOIN risky_migrations.step_log l ON l.migration_id = m.id AND l.state = 'running'
+CROSS JOIN LATERAL (
+	SELECT l.progress[1] AS blocks_first, nullif(l.progress[3], 0) AS blocks_total,
+		CASE WHEN l.progress[3] > 0 THEN l.progress[2] END AS blocks_done,
+		l.progress[4] AS rows_first, nullif(l.progress[6], 0) AS rows_total,
+		CASE WHEN l.progress[3] > 0 THEN l.progress[5] END AS rows_done,
+		extract(epoch FROM clock_timestamp() - l.started_at) AS seconds) p
+LEFT JOIN LATERAL (
+	SELECT k.mode, k.waitstart,
+		CASE WHEN k.relation IS NULL THEN 'a ' || k.locktype ELSE k.relation::regclass::text END AS object
+	FROM pg_catalog.pg_locks k WHERE k.pid = l.pid AND NOT k.granted LIMIT 1) w ON true
 LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
-WHERE risky_migrations.may_see(m.relid, m.owner);
+WHERE risky_migrations.may_see(m.relid, m.owner)
+	-- what a crash has left as running has no runner
+	AND EXISTS (SELECT FROM pg_catalog.pg_locks k
+		WHERE k.locktype = 'advisory' AND k.objsubid = 3 AND k.granted AND k.pid = l.pid
+		AND k.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = current_database())
+		AND (k.classid::bigint << 32) | k.objid::bigint = m.id);
 COMMENT ON VIEW rm_progress IS
-	'the steps that are running: pages done and total, rows, rows per second, what it waits for';
+	'the steps that are running: pages and rows done and total, rows per second and end estimated from the whole call, and why it waits right now (lock, row lock, snapshot, pause, replica lag, slot, archive, query, wraparound vacuum)';
 
 CREATE VIEW rm_conversion_errors WITH (security_barrier) AS
 SELECT DISTINCT ON (e.migration_id, e.row_key)

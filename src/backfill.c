@@ -20,11 +20,11 @@
  *	of the second the entries that the first has left behind are dead: B-trees
  *	drop these instead of splitting their pages.
  *
- *	Transactions end after max_row_lock_time, at the next page when somebody
- *	waits for one of their rows, and within a batch of at most so many rows, so
- *	no other writer waits long for a row.  They commit without waiting for the
- *	disk; at the end of each batch the WAL is flushed, after
- *	the locks are gone.
+ *	Transactions end after max_row_lock_time (sooner by what the ends of the
+ *	last ones took), at the next page when somebody waits for one of their rows,
+ *	and within a batch of at most so many rows, so no other writer waits long
+ *	for a row.  They commit without waiting for the disk; at the end of each
+ *	batch the WAL is flushed, after the locks are gone.
  *
  *	A window counts as done only when all its rows are: only then the state
  *	row's next_block moves.  After a crash the window is looked at again; rows
@@ -81,6 +81,8 @@
 #define PATIENCE 200
 /* the same after a window in which resting did not help */
 #define LITTLE_PATIENCE 4
+/* rows between two looks at the clock, where they are not slow */
+#define CLOCK_EVERY 8
 /* passes in a row that find nothing but locked rows before these are put off */
 #define LOCK_PASSES 2
 
@@ -127,6 +129,9 @@ typedef struct Backfill
 	int64		first_block;	/* where this run began */
 	instr_time	batch_started;
 	instr_time	first_row;		/* of the transaction */
+	double		worked_ms;		/* since then, when the work was over */
+	double		overhead_ms;	/* from there until the locks are gone */
+	int			clock_every;	/* rows between two looks at the clock */
 	int64		failures;
 	bool		nothing_to_do;
 } Backfill;
@@ -204,12 +209,34 @@ static bool
 transaction_full(RmRun *run)
 {
 	Backfill   *b = run->work;
+	double		limit;
 
 	if (b->batch_rows + b->xact_rows + b->xact_failed >= run->batch)
 		return true;
-	/* the commit takes its time too */
-	return b->xact_rows + b->xact_failed > 0 &&
-		rm_elapsed_ms(b->first_row) >= rm_max_row_lock_time * 0.8;
+	if (b->xact_rows + b->xact_failed == 0)
+		return false;
+	/* the commit takes its time too; but some row has to be done */
+	limit = Min(rm_max_row_lock_time * 0.8, rm_max_row_lock_time - b->overhead_ms);
+	limit = Max(limit, rm_max_row_lock_time * 0.1);
+	return rm_elapsed_ms(b->first_row) >= limit;
+}
+
+/*
+ * The transaction has committed: learn from it.  What its end took (state,
+ * log, commit) is believed at once when it was long, and forgotten slowly.
+ * Where rows are slow to convert the clock is looked at for each of them.
+ */
+static void
+adapt_to_time(Backfill *b)
+{
+	double		overhead;
+
+	if (b->xact_rows + b->xact_failed == 0)
+		return;
+	overhead = rm_elapsed_ms(b->first_row) - b->worked_ms;
+	b->overhead_ms = Max(overhead, b->overhead_ms * 0.9 + overhead * 0.1);
+	b->clock_every = b->worked_ms / (b->xact_rows + b->xact_failed) * CLOCK_EVERY >
+		rm_max_row_lock_time * 0.1 ? 1 : CLOCK_EVERY;
 }
 
 /* stores the new version of the row in the slot; false if it is locked */
@@ -294,7 +321,7 @@ visit_page(RmRun *run, RmRows *rows, BlockNumber block)
 			continue;
 		/* the clock is looked at every few rows */
 		if (b->batch_rows + b->xact_rows + b->xact_failed >= run->batch ||
-			(i % 8 == 0 && transaction_full(run)))
+			(i % b->clock_every == 0 && transaction_full(run)))
 		{
 			through = false;
 			break;
@@ -426,7 +453,12 @@ end_pass(RmRun *run, BlockNumber end)
 		return;
 	}
 	if (b->pass_left == 0)
+	{
 		run->pause_ms = 1;		/* let those who hold the locks go on */
+		run->wait_kind = "row lock";
+		run->wait_reason = psprintf("%d rows of the window are locked by others",
+									list_length(b->locked));
+	}
 	else if (b->pass_rows == 0)
 	{
 		/* an old snapshot keeps the dead rows: rest, then do without room */
@@ -436,6 +468,8 @@ end_pass(RmRun *run, BlockNumber end)
 		{
 			run->pause_ms = Max(1, Min(20, b->rested_ms));
 			b->rested_ms += run->pause_ms;
+			run->wait_kind = "snapshot";
+			run->wait_reason = "an old snapshot keeps dead rows of the window";
 		}
 	}
 	begin_pass(b);
@@ -558,6 +592,9 @@ begin_work(RmRun *run)
 		b->patience_ms = PATIENCE;
 		INSTR_TIME_SET_CURRENT(b->batch_started);
 		b->first_block = run->m->next_block;
+		b->clock_every = 1;		/* until it is known how long a row takes */
+		run->progress.blocks_first = run->m->next_block;
+		run->progress.rows_first = run->m->rows_done;
 		reset_window(b, run->m->next_block, run->m->end_block);
 	}
 	else if (b->dirty)
@@ -577,6 +614,22 @@ begin_work(RmRun *run)
 	return b;
 }
 
+/* for rm_progress; pages of the window count as soon as they are done */
+static void
+note_progress(RmRun *run)
+{
+	Backfill   *b = run->work;
+	RmMigration *m = run->m;
+	int64		done = m->phase == 0 ? m->next_block : m->end_block;
+
+	for (int i = 0; m->phase == 0 && i < WINDOW_PAGES; i++)
+		done += b->pages[i].done;
+	run->progress.blocks_done = Min(done, m->end_block);
+	run->progress.blocks_total = m->end_block;
+	run->progress.rows_done = m->rows_done;
+	run->progress.rows_total = Max(m->rows_estimated, m->rows_done);
+}
+
 static RmStepResult
 backfill_apply(RmRun *run)
 {
@@ -592,7 +645,7 @@ backfill_apply(RmRun *run)
 	if (m->relfilenode != rel->rd_rel->relfilenode)
 	{
 		start_over(run, rel);
-		b->first_block = 0;
+		b->first_block = run->progress.blocks_first = 0;
 		reset_window(b, 0, m->end_block);
 	}
 
@@ -621,6 +674,11 @@ backfill_apply(RmRun *run)
 	b->rows_estimated = m->rows_estimated;
 	b->blocks_done = m->phase == 0 ? b->next : m->end_block;
 	b->blocks = m->end_block;
+	note_progress(run);
+	if (b->xact_rows + b->xact_failed > 0)
+		b->worked_ms = rm_elapsed_ms(b->first_row);
+	run->may_hold = true;		/* nothing is held in between */
+	run->batch_ended = b->batch_complete;
 	table_close(rel, NoLock);
 	return result;
 }
@@ -633,6 +691,7 @@ backfill_committed(RmRun *run, RmStepResult result)
 	if (run->revert)
 		return;
 	b->dirty = false;
+	adapt_to_time(b);
 	b->batch_rows += b->xact_rows;
 	b->failures += b->xact_failed;
 	if (!b->batch_complete && result != RM_STEP_DONE)
@@ -670,6 +729,7 @@ backfill_retry(RmRun *run, ErrorData *error)
 
 const RmStep rm_step_backfill = {
 	.name = "backfill",
+	.throttled = true,
 	.apply = backfill_apply,
 	.revert = rm_backfill_revert,
 	.committed = backfill_committed,

@@ -21,6 +21,7 @@
 #include "miscadmin.h"
 #include "parser/parse_type.h"
 #include "postmaster/bgworker.h"
+#include "replication/slot.h"
 #include "storage/lock.h"
 #include "storage/proc.h"
 #include "storage/procarray.h"
@@ -168,6 +169,17 @@ rm_holds_lock(const LOCKTAG *tag, LOCKMODE mode)
 	return LockHeldByMe(tag, mode);
 #else
 	return LockHeldByMe(tag, mode, false);
+#endif
+}
+
+/* does the slot still retain anything?  The caller holds its mutex */
+static inline bool
+rm_slot_is_valid(const ReplicationSlot *slot)
+{
+#if PG_VERSION_NUM < 160000
+	return XLogRecPtrIsInvalid(slot->data.invalidated_at);
+#else
+	return slot->data.invalidated == RS_INVAL_NONE;
 #endif
 }
 

@@ -47,6 +47,7 @@
 #include "state.h"
 #include "storage/lmgr.h"
 #include "storage/proc.h"
+#include "storage/procarray.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
@@ -99,6 +100,7 @@ rm_lock_account_begin(RmLockAccount *account)
 	INSTR_TIME_SET_CURRENT(account->xact_start);
 	release_armed = true;
 	account->blocking = false;
+	account->vacuumed = InvalidOid;
 	foreach(lc, account->stats)
 		((RmLockStat *) lfirst(lc))->current = false;
 }
@@ -350,8 +352,41 @@ note_lock(RmLockAccount *account, RmLockStat *stat, Oid relid)
 }
 
 /*
+ * The pid of an autovacuum worker that vacuums the relation to prevent
+ * wraparound, 0 if there is none.  It gives way to nobody.
+ */
+int
+rm_wraparound_vacuum(Oid relid)
+{
+	LockData   *data = GetLockStatusData();
+	int			pid = 0;
+
+	for (int i = 0; i < data->nelements && pid == 0; i++)
+	{
+		LockInstanceData *lock = &data->locks[i];
+		PGPROC	   *proc;
+
+		if (lock->locktag.locktag_type != LOCKTAG_RELATION ||
+			lock->locktag.locktag_field1 != MyDatabaseId ||
+			lock->locktag.locktag_field2 != relid ||
+			(lock->holdMask & LOCKBIT_ON(ShareUpdateExclusiveLock)) == 0)
+			continue;
+		proc = BackendPidGetProc(lock->pid);
+		if (proc && (proc->statusFlags & PROC_VACUUM_FOR_WRAPAROUND))
+			pid = lock->pid;
+	}
+	/* whoever waits for it asks often, and in the same memory context */
+	pfree(data->locks);
+	pfree(data);
+	return pid;
+}
+
+/*
  * Takes a lock on a relation until the end of the transaction, with the wait
  * bounded as rm_lock_bound_waits() says.  42P01 if the relation is gone.
+ *
+ * A vacuum against wraparound is not queued behind, since it would not give
+ * way: 55P03 at once, and account->vacuumed is set.
  *
  * Only for the first relation of a transaction: while one lock is held no
  * other may be waited for.
@@ -364,6 +399,14 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 	instr_time	after;
 
 	stat->explicit = true;
+	if (DoLockModesConflict(mode, ShareUpdateExclusiveLock) &&
+		rm_wraparound_vacuum(relid) != 0)
+	{
+		account->vacuumed = relid;
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("autovacuum works on the table to prevent wraparound")));
+	}
 	INSTR_TIME_SET_CURRENT(before);
 	PG_TRY();
 	{

@@ -39,6 +39,7 @@ typedef struct RmLockAccount
 	instr_time	xact_start;		/* bound for locks taken inside statements */
 	bool		blocking;		/* a lock of this transaction blocks writers */
 	bool		complete;		/* the lock table has been read for these modes */
+	Oid			vacuumed;		/* not asked for: see rm_lock_relation() */
 } RmLockAccount;
 
 extern void rm_locks_init(void);
@@ -54,6 +55,7 @@ extern void rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode);
 extern void rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode,
 							  int tries);
 extern char *rm_lock_blockers(Oid relid, LOCKMODE mode);
+extern int	rm_wraparound_vacuum(Oid relid);
 
 /* who runs what: session-level locks that no SQL function can take */
 typedef enum RmRunnerLock

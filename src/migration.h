@@ -16,6 +16,7 @@
 
 typedef struct RmMethod RmMethod;
 typedef struct RmRun RmRun;
+typedef struct RmThrottle RmThrottle;
 
 /* one requested change of one column's type: a row of risky_migrations.migration */
 typedef struct RmMigration
@@ -72,6 +73,7 @@ typedef enum RmStepResult
 typedef struct RmStep
 {
 	const char *name;
+	bool		throttled;		/* its first transaction may be held back */
 	/* does one transaction's worth of work */
 	RmStepResult (*apply) (RmRun *run);
 	/* undoes the whole step, likewise */
@@ -105,6 +107,17 @@ typedef enum RmThreeStep
 	RM_CLEANUP
 } RmThreeStep;
 
+/* how far a step is, for rm_progress; a total of 0 is not known */
+typedef struct RmProgress
+{
+	int64		blocks_first;	/* where this run began */
+	int64		blocks_done;
+	int64		blocks_total;
+	int64		rows_first;
+	int64		rows_done;
+	int64		rows_total;		/* estimated */
+} RmProgress;
+
 /* a step while it runs; everything it points to lives in cxt */
 struct RmRun
 {
@@ -128,6 +141,13 @@ struct RmRun
 	const char *top_level_what;
 	int			back_to;		/* reverting: steps that are done now, if fewer */
 	int			tries;			/* for a lock, in vain, since the last commit */
+	bool		may_hold;		/* nobody waits for what comes next */
+	bool		batch_ended;	/* with it: to rest for batch_pause */
+	const char *wait_kind;		/* why to rest, if worth telling */
+	const char *wait_reason;
+
+	RmProgress	progress;		/* kept up by the step, where it can tell */
+	RmThrottle *throttle;		/* throttle.c's own */
 
 	/* sums for the step log */
 	int64		log_id;
@@ -172,6 +192,9 @@ extern void rm_commit(void);
 extern void rm_run_step(RmMigration *m, int step_index, bool revert, int batch);
 extern void rm_run_free_step(const char *approach, const RmStep *step,
 							 bool revert, void *work);
+extern ErrorData *rm_between(RmRun *run, void (*work) (void *arg), void *arg);
+extern ErrorData *rm_rest(RmRun *run, int ms);
+extern ErrorData *rm_show_wait(RmRun *run, const char *kind, const char *reason);
 extern ErrorData *rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt);
 extern ErrorData *rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt);
 extern void rm_transaction(void (*work) (void *arg), void *arg);

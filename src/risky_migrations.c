@@ -23,6 +23,7 @@
  *	direct.c, three_step.c, backfill.c, swap.c
  *						the methods: lists of steps
  *	runner.c			the step runner: transactions, waits, the step log
+ *	throttle.c			rests between its transactions, for the sake of others
  *	rows.c, conversion.c, dependents.c, locks.c, state.c
  *						rows of a page, the expression, what hangs on a column,
  *						locks, our own tables
@@ -43,6 +44,7 @@
 #include "fmgr.h"
 #include "locks.h"
 #include "risky_migrations.h"
+#include "throttle.h"
 #include "utils/guc.h"
 
 PG_MODULE_MAGIC;
@@ -108,6 +110,7 @@ _PG_init(void)
 							 &rm_accept_publications, false, PGC_USERSET, 0,
 							 NULL, NULL, NULL);
 
+	rm_throttle_init();
 	MarkGUCPrefixReserved("risky_migrations");
 	rm_locks_init();
 }

@@ -9,6 +9,7 @@
  *	take the runner's lock (session level, no waiting)	   -> or 55006
  *	log "running", commit
  *	repeat
+ *		rest as long as throttle.c has a reason
  *		transaction:  bound all waits, load the state row, call the step,
  *					  save the state row and the sums of the log row,
  *					  note the locks, choose synchronous_commit
@@ -50,9 +51,12 @@
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
 #include "portability/instr_time.h"
+#include "postmaster/interrupt.h"
 #include "risky_migrations.h"
 #include "state.h"
 #include "storage/latch.h"
+#include "throttle.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
@@ -182,19 +186,27 @@ rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt)
 {
 	return try_work(work, arg, false, cxt);
 }
+/* how to rest */
+typedef struct Rest
+{
+	int			ms;
+	bool		until_reload;	/* or until the configuration is reloaded */
+} Rest;
 
 /* rests outside of any transaction that holds something; can be cancelled */
 static void
 rest(void *arg)
 {
-	int			ms = *(int *) arg;
-	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
+	Rest	   *r = arg;
+	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), r->ms);
 
 	for (;;)
 	{
 		long		left;
 
 		CHECK_FOR_INTERRUPTS();
+		if (r->until_reload && ConfigReloadPending)
+			break;
 		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
 		if (left <= 0)
 			break;
@@ -234,7 +246,7 @@ rm_transaction(void (*work) (void *arg), void *arg)
 
 	for (int tries = 0;; tries++)
 	{
-		int			pause_ms;
+		Rest		pause = {0};
 
 		rm_lock_bound_waits();
 		error = rm_try(work, arg, cxt);
@@ -250,8 +262,8 @@ rm_transaction(void (*work) (void *arg), void *arg)
 			error->hint = "See rm_blocked_queries(), end the transaction that holds the lock, then call it again; or raise risky_migrations.lock_retries.";
 			ReThrowError(error);
 		}
-		pause_ms = retry_delay(tries);
-		error = rm_try(rest, &pause_ms, cxt);
+		pause.ms = retry_delay(tries);
+		error = rm_try(rest, &pause, cxt);
 		if (error)
 		{
 			roll_back();
@@ -340,15 +352,29 @@ log_begin(void *arg)
 	run->log_id = rm_result_int64(0, 1);
 }
 
+/* the fields of an RmProgress in their order, as the column progress */
+static Datum
+progress_array(const RmProgress *p)
+{
+	Datum		fields[] = {Int64GetDatum(p->blocks_first),
+		Int64GetDatum(p->blocks_done), Int64GetDatum(p->blocks_total),
+		Int64GetDatum(p->rows_first), Int64GetDatum(p->rows_done),
+	Int64GetDatum(p->rows_total)};
+
+	return PointerGetDatum(construct_array(fields, lengthof(fields), INT8OID,
+										   sizeof(int64), FLOAT8PASSBYVAL,
+										   TYPALIGN_DOUBLE));
+}
+
 /* writes the sums so far, in the transaction that they count */
 static void
 log_sums(RmRun *run, const char *state, ErrorData *error)
 {
 	Oid			types[] = {INT8OID, TEXTOID, FLOAT8OID, INT8OID, INT8OID, INT8OID,
 		INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, OIDOID,
-	TEXTOID};
-	Datum		v[15];
-	char		n[15];
+	TEXTOID, TEXTOID, TEXTOID, INT8ARRAYOID};
+	Datum		v[18];
+	char		n[18];
 	int			i = 0;
 
 	memset(n, ' ', sizeof(n));
@@ -374,14 +400,50 @@ log_sums(RmRun *run, const char *state, ErrorData *error)
 	}
 	v[i++] = ObjectIdGetDatum(run->relid);
 	v[i++] = CStringGetTextDatum(run->relation);
+	v[i++] = CStringGetTextDatum(run->wait_kind ? run->wait_kind : "");
+	v[i++] = CStringGetTextDatum(run->wait_reason ? run->wait_reason : "");
+	v[i++] = progress_array(&run->progress);
 	rm_state_execute("UPDATE risky_migrations.step_log SET state = $2, duration_ms = $3,"
 					 " transactions = $4, batches = $5, rows_changed = $6,"
 					 " rows_hot = $7, lock_retries = $8, wal_bytes = $9,"
 					 " sqlstate = $10, message = $11, detail = $12, hint = $13,"
-					 " relid = $14, relation = $15, finished_at = CASE"
+					 " relid = $14, relation = $15, wait_kind = nullif($16, ''),"
+					 " wait_reason = nullif($17, ''), wait_since = CASE"
+					 " WHEN $16 = '' THEN NULL ELSE pg_catalog.clock_timestamp() END,"
+					 " progress = $18, finished_at = CASE"
 					 " WHEN $2 = 'running' THEN NULL ELSE pg_catalog.clock_timestamp() END"
 					 " WHERE id = $1",
-					 15, types, v, n);
+					 18, types, v, n);
+}
+
+/* what rm_show_wait() writes */
+typedef struct Wait
+{
+	RmRun	   *run;
+	const char *kind;
+	const char *reason;
+} Wait;
+
+static void
+log_wait(void *arg)
+{
+	Wait	   *wait = arg;
+	Oid			types[] = {INT8OID, TEXTOID, TEXTOID};
+	Datum		v[3];
+	const char *n = wait->kind ? NULL : " nn";
+
+	v[0] = Int64GetDatum(wait->run->log_id);
+	v[1] = wait->kind ? CStringGetTextDatum(wait->kind) : (Datum) 0;
+	v[2] = wait->kind ? CStringGetTextDatum(wait->reason) : (Datum) 0;
+	/* nobody's work: to be seen, not to be kept */
+	(void) set_config_option("synchronous_commit", "off", PGC_USERSET,
+							 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
+	rm_state_execute("UPDATE risky_migrations.step_log SET wait_kind = $2,"
+					 " wait_reason = $3, wait_since = CASE WHEN $2 IS NULL THEN NULL"
+					 " WHEN wait_kind = $2 THEN wait_since"
+					 " ELSE pg_catalog.clock_timestamp() END"
+					 " WHERE id = $1",
+					 3, types, v, n);
 }
 
 /* what is known only after the commit: the locks' holds, the whole duration */
@@ -508,6 +570,8 @@ attempt_step(void *arg)
 	run->pause_ms = 0;
 	run->old_storage = NIL;
 	run->top_level = NULL;
+	run->may_hold = run->batch_ended = false;
+	run->wait_kind = run->wait_reason = NULL;
 	if (run->migration_id)
 	{
 		run->m = rm_migration_load(run->migration_id, true, CurrentMemoryContext);
@@ -523,6 +587,11 @@ attempt_step(void *arg)
 			advance_state(run);
 		rm_migration_save(run->m);
 	}
+	if (run->batch_ended && attempt->result == RM_STEP_AGAIN && run->wait_kind == NULL)
+	{
+		run->wait_reason = rm_batch_pause_reason();
+		run->wait_kind = run->wait_reason ? "pause" : NULL;
+	}
 	log_sums(run, attempt->result == RM_STEP_DONE ? "done" : "running", NULL);
 	rm_lock_account_collect(&run->locks, run->relid, run->old_storage);
 	choose_synchronous_commit(run);
@@ -533,6 +602,7 @@ record_failure(void *arg)
 {
 	Attempt    *attempt = arg;
 
+	attempt->run->wait_kind = attempt->run->wait_reason = NULL;
 	log_sums(attempt->run, "failed", attempt->error);
 	log_locks(attempt->run);
 }
@@ -553,13 +623,8 @@ explain_lock_failure(RmRun *run, ErrorData *error, int tries)
 }
 
 static void
-notice_retry(RmRun *run, int tries)
+notice_retry(RmRun *run, int tries, const char *blockers)
 {
-	char	   *blockers;
-
-	if (!rm_notice_due(run))
-		return;
-	blockers = rm_lock_blockers(run->relid, AccessExclusiveLock);
 	ereport(NOTICE,
 			(errmsg("step %s: a lock on %s was not to be had in time (%s), try %d of %d; others are let through meanwhile",
 					run->step->name, run->relation,
@@ -590,6 +655,56 @@ commit_attempt(RmRun *run)
 	return error;
 }
 
+/*
+ * work(arg) in a transaction of its own, between two of the step's.  Returns
+ * NULL, or, after rollback, the error.
+ */
+ErrorData *
+rm_between(RmRun *run, void (*work) (void *arg), void *arg)
+{
+	ErrorData  *error = rm_try(work, arg, run->cxt);
+
+	if (error == NULL)
+		return commit_attempt(run);
+	roll_back();
+	return error;
+}
+
+/* rests, at most until the configuration is reloaded; likewise */
+ErrorData *
+rm_rest(RmRun *run, int ms)
+{
+	Rest		r = {.ms = ms,.until_reload = true};
+
+	return rm_between(run, rest, &r);
+}
+
+/*
+ * Shows in rm_progress why the step does not go on, or, with NULL, that it
+ * does; likewise.  Between two transactions of a step only.
+ */
+ErrorData *
+rm_show_wait(RmRun *run, const char *kind, const char *reason)
+{
+	Wait		wait = {.run = run,.kind = kind,.reason = reason};
+
+	return rm_between(run, log_wait, &wait);
+}
+
+/* tells, also in rm_progress, who is in the way of the lock */
+static ErrorData *
+tell_retry(RmRun *run, int tries)
+{
+	char	   *blockers = rm_lock_blockers(run->relid, AccessExclusiveLock);
+
+	if (rm_notice_due(run))
+		notice_retry(run, tries, blockers);
+	return rm_show_wait(run, "lock",
+						psprintf("a lock on %s was not to be had in %d tries (%s), others are let through",
+								 run->relation, tries,
+								 blockers ? blockers : "its holder is gone"));
+}
+
 /* records the failure, if that can be done, and raises it */
 static void
 fail(RmRun *run, ErrorData *error)
@@ -616,23 +731,87 @@ run_top_level(void *arg)
 	rm_worker_run(run->top_level, run->top_level_what);
 }
 
+/* a transaction has committed: what is to come of it, before the next one */
+static ErrorData *
+after_commit(RmRun *run, RmStepResult result)
+{
+	ErrorData  *error = NULL;
+
+	rm_lock_account_end(&run->locks);
+	run->duration_ms = rm_elapsed_ms(run->started);
+	if (run->step->committed)
+		run->step->committed(run, result);
+	if (result != RM_STEP_DONE && run->top_level)
+	{
+		error = rm_try(run_top_level, run, run->cxt);
+		if (error)
+			roll_back();
+		else
+			rm_commit();
+	}
+	return error;
+}
+
+/*
+ * A transaction, or what was to be done at top level after it, has failed and
+ * is rolled back.  Says how long to rest before the next try, or raises the
+ * error.
+ */
+static int
+after_failure(RmRun *run, ErrorData *error)
+{
+	if (OidIsValid(run->locks.vacuumed))
+	{
+		/* nothing was asked for, so this is not a try */
+		FreeErrorData(error);
+		error = rm_throttle_wraparound(run);
+		if (error)
+			fail(run, error);
+		return 0;
+	}
+	if (is_lock_failure(error) && run->tries < rm_lock_retries)
+	{
+		run->tries++;
+		run->lock_retries++;
+		FreeErrorData(error);
+		error = tell_retry(run, run->tries);
+		if (error)
+			fail(run, error);
+		return retry_delay(run->tries - 1);
+	}
+	if (run->step->retry && run->step->retry(run, error))
+	{
+		FreeErrorData(error);
+		return 0;
+	}
+	if (is_lock_failure(error))
+		explain_lock_failure(run, error, run->tries + 1);
+	else if (run->step->explain)
+		run->step->explain(run, error);
+	fail(run, error);
+	return 0;					/* not reached */
+}
+
 static void
 run_transactions(RmRun *run)
 {
 	MemoryContext xact_cxt = AllocSetContextCreate(run->cxt, "rm transaction",
 												   ALLOCSET_DEFAULT_SIZES);
 	MemoryContext oldcxt = CurrentMemoryContext;
-	int			tries = 0;
+	RmStepResult result = RM_STEP_AGAIN;
 
-	for (;;)
+	while (result != RM_STEP_DONE)
 	{
 		Attempt		attempt = {.run = run,.result = RM_STEP_AGAIN};
 		ErrorData  *error;
-		int			pause_ms = 0;
+		Rest		pause = {0};
+		int			tries = run->tries;
 
 		MemoryContextSwitchTo(xact_cxt);
 		MemoryContextReset(xact_cxt);
-		run->tries = tries;
+		error = rm_throttle(run);
+		if (error)
+			fail(run, error);
 		error = rm_try(attempt_step, &attempt, run->cxt);
 		run->m = NULL;
 		if (error == NULL)
@@ -642,59 +821,22 @@ run_transactions(RmRun *run)
 
 		if (error == NULL)
 		{
-			rm_lock_account_end(&run->locks);
-			run->duration_ms = rm_elapsed_ms(run->started);
-			if (run->top_level == NULL)
-				tries = 0;
-			if (run->step->committed)
-				run->step->committed(run, attempt.result);
-			if (attempt.result == RM_STEP_DONE)
-				break;
-			pause_ms = run->pause_ms;
-			if (run->top_level)
-			{
-				error = rm_try(run_top_level, run, run->cxt);
-				if (error)
-					roll_back();
-				else
-				{
-					rm_commit();
-					tries = 0;
-				}
-			}
+			result = attempt.result;
+			pause.ms = run->pause_ms;
+			error = after_commit(run, result);
 		}
 		else
 			rm_lock_account_end(&run->locks);
 		if (error)
-		{
-			if (is_lock_failure(error) && tries < rm_lock_retries)
-			{
-				tries++;
-				run->lock_retries++;
-				notice_retry(run, tries);
-				pause_ms = retry_delay(tries - 1);
-				FreeErrorData(error);
-			}
-			else if (run->step->retry && run->step->retry(run, error))
-				FreeErrorData(error);
-			else
-			{
-				if (is_lock_failure(error))
-					explain_lock_failure(run, error, tries + 1);
-				else if (run->step->explain)
-					run->step->explain(run, error);
-				fail(run, error);
-			}
-		}
-		if (pause_ms > 0)
-		{
-			error = rm_try(rest, &pause_ms, run->cxt);
-			if (error)
-			{
-				roll_back();
-				fail(run, error);
-			}
-		}
+			pause.ms = after_failure(run, error);
+		else
+			run->tries = 0;
+
+		error = pause.ms > 0 ? rm_between(run, rest, &pause) : NULL;
+		if (error == NULL && run->tries > tries)
+			error = rm_show_wait(run, NULL, NULL);
+		if (error)
+			fail(run, error);
 	}
 	MemoryContextSwitchTo(oldcxt);
 }
@@ -708,6 +850,7 @@ run_to_the_end(RmRun *run)
 	run->locks.cxt = run->cxt;
 	INSTR_TIME_SET_CURRENT(run->started);
 	run->wal_started = pgWalUsage.wal_bytes;
+	run->may_hold = run->step->throttled && !run->revert;
 
 	rm_transaction(log_begin, run);
 	run_transactions(run);

@@ -240,6 +240,7 @@ build(RmRun *run)
 
 	if (!get_work(run)->planned)
 		m->phase = PHASE_PLAN;	/* a new run: what was planned may be old */
+	run->may_hold = true;
 	switch (m->phase)
 	{
 		case PHASE_PLAN:
@@ -391,6 +392,9 @@ wait_for_snapshots(RmRun *run)
 				(errmsg("migration %lld: waiting for %d transactions with snapshots older than the last batch, the first is process %d",
 						(long long) run->migration_id, s->nwaiting, oldest ? oldest->pid : 0)));
 	run->pause_ms = SNAPSHOT_LOOK;
+	run->wait_kind = "snapshot";
+	run->wait_reason = psprintf("%d transactions have snapshots older than the last batch, the first is process %d",
+								s->nwaiting, oldest ? oldest->pid : 0);
 	return false;
 }
 

@@ -610,6 +610,11 @@ verify(RmRun *run, Relation rel)
 	if (m->next_block >= end)
 		m->phase = ENFORCE_ADD_CHECK;
 	run->rows_changed += e->xact_mended;
+	run->may_hold = m->phase == ENFORCE_VERIFY;
+	run->progress.blocks_done = m->next_block;
+	run->progress.blocks_total = m->end_block;
+	run->progress.rows_done = e->checked + e->xact_checked;
+	run->progress.rows_total = Max(m->rows_estimated, run->progress.rows_done);
 	return RM_STEP_AGAIN;
 }
 
@@ -788,6 +793,7 @@ enforce_revert(RmRun *run)
 
 const RmStep rm_step_enforce_not_null = {
 	.name = "enforce_not_null",
+	.throttled = true,
 	.apply = enforce_apply,
 	.revert = enforce_revert,
 	.committed = enforce_committed,

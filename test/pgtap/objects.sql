@@ -126,6 +126,13 @@ LOAD 'risky_migrations';
 SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, setting, unit, context, min_val, max_val) FROM pg_settings
 	WHERE name ~ '^risky_migrations\.'$$, ARRAY[
 	'risky_migrations.accept_publications off user ..',
+	'risky_migrations.batch_pause 0ms user 0..2147483647',
+	'risky_migrations.max_replica_lag 60000ms user 0..2147483647',
+	'risky_migrations.max_replica_lag_bytes 262144kB user 0..2147483647',
+	'risky_migrations.max_slot_retained_wal 10240MB user 0..2147483647',
+	'risky_migrations.max_unarchived_wal 1024MB user 0..2147483647',
+	'risky_migrations.throttle_query  user ..',
+	'risky_migrations.throttle_query_timeout 5000ms user 1..2147483647',
 	'risky_migrations.lock_retries 50 user 0..2147483647',
 	'risky_migrations.lock_retry_max_delay 10000ms user 1..3600000',
 	'risky_migrations.lock_timeout 250ms user 10..60000',

@@ -1,0 +1,20 @@
+/*-------------------------------------------------------------------------
+ *
+ * throttle.h
+ *	  Holding a migration back for the sake of others.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_THROTTLE_H
+#define RM_THROTTLE_H
+
+#include "migration.h"
+
+extern void rm_throttle_init(void);
+extern ErrorData *rm_throttle(RmRun *run);
+extern ErrorData *rm_throttle_wraparound(RmRun *run);
+extern const char *rm_batch_pause_reason(void);
+
+#endif							/* RM_THROTTLE_H */
