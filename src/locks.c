@@ -377,7 +377,8 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("the table of this migration does not exist any more"),
-				 errdetail("It had the OID %u.", relid)));
+				 errdetail("It had the OID %u.", relid),
+				 errhint("Close the migration with CALL rm_rollback() and its id; SELECT * FROM rm_migrations shows it.")));
 }
 
 /*

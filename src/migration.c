@@ -51,6 +51,7 @@ rm_method_by_name(const char *name)
 	ereport(ERROR,
 			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 			 errmsg("unknown method \"%s\"", name),
+			 errdetail("The row of state was written by another version, or by hand."),
 			 errhint("Methods are direct and three_step.")));
 }
 

@@ -107,6 +107,7 @@ rm_procedure_begin(FunctionCallInfo fcinfo, const char *name)
 		ereport(ERROR,
 				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
 				 errmsg("%s() cannot run during recovery", name),
+				 errdetail("Its transactions write, and a standby takes no writes."),
 				 errhint("Run it on the primary server.")));
 	if (XactReadOnly)
 		ereport(ERROR,

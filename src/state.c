@@ -46,6 +46,7 @@ rm_state_relid(const char *relname, bool missing_ok)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("table \"%s.%s\" does not exist", RM_SCHEMA, relname),
+				 errdetail("The extension is not in this database, or was dropped meanwhile."),
 				 errhint("Run CREATE EXTENSION risky_migrations in this database.")));
 	return relid;
 }

@@ -255,6 +255,7 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("%s.sync() takes one argument, the migration's id", RM_SCHEMA),
+				 errdetail("The trigger \"%s\" gives it %d.", trigger->tgname, trigger->tgnargs),
 				 errhint("Such triggers are made by rm_add_column() only.")));
 	id = pg_strtoint64(trigger->tgargs[0]);
 
@@ -352,6 +353,7 @@ rm_sync(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("%s.sync() is the function of a trigger BEFORE INSERT OR UPDATE FOR EACH ROW",
 						RM_SCHEMA),
+				 errdetail("It was called in another way."),
 				 errhint("Such triggers are made by rm_add_column() only.")));
 
 	rel = trigdata->tg_relation;

@@ -442,6 +442,7 @@ verify_row(RmRun *run, RmRows *rows)
 					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 					 errmsg("row %s of %s is locked by another transaction",
 							rm_row_key(rows->rel, rows->slot), run->relation),
+					 errdetail("It has to be mended, and is not waited for while others are locked."),
 					 errhint("Call it again when that transaction has ended.")));
 	}
 }
