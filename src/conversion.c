@@ -757,7 +757,8 @@ rm_is_conversion_failure(int sqlerrcode)
 /*
  * For PG_CATCH, in a subtransaction in which something was converted: rolls it
  * back and returns the error, in cxt, if the value is at fault; else raises it
- * again.
+ * again, in the transaction around: whoever catches it there knows nothing of
+ * ours.
  */
 ErrorData *
 rm_conversion_caught(MemoryContext cxt)
@@ -766,10 +767,10 @@ rm_conversion_caught(MemoryContext cxt)
 
 	MemoryContextSwitchTo(cxt);
 	error = CopyErrorData();
-	if (!rm_is_conversion_failure(error->sqlerrcode))
-		PG_RE_THROW();
 	FlushErrorState();
 	RollbackAndReleaseCurrentSubTransaction();
+	if (!rm_is_conversion_failure(error->sqlerrcode))
+		ReThrowError(error);
 	return error;
 }
 

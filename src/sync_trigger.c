@@ -276,14 +276,11 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 		SyncEntry  *entry = hash_search(sync_entries, &id, HASH_FIND, NULL);
 
 		MemoryContextSwitchTo(flinfo->fn_mcxt);
-		state->error = CopyErrorData();
+		state->error = rm_conversion_caught(flinfo->fn_mcxt);
 		if (entry)
 			state->m = entry->m;
-		if (!rm_is_conversion_failure(state->error->sqlerrcode) ||
-			state->m.new_attnum <= 0 || state->m.enforced)
-			PG_RE_THROW();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
+		if (state->m.new_attnum <= 0 || state->m.enforced)
+			ReThrowError(state->error);
 		state->conv = NULL;
 	}
 	PG_END_TRY();
