@@ -387,8 +387,8 @@ log_locks(void *arg)
 		v[2] = CStringGetTextDatum(stat->relation);
 		v[3] = CStringGetTextDatum(stat->role);
 		v[4] = CStringGetTextDatum(GetLockmodeName(DEFAULT_LOCKMETHOD, stat->mode));
-		v[5] = BoolGetDatum(DoLockModesConflict(stat->mode, AccessShareLock));
-		v[6] = BoolGetDatum(DoLockModesConflict(stat->mode, RowExclusiveLock));
+		v[5] = BoolGetDatum(!stat->is_new && DoLockModesConflict(stat->mode, AccessShareLock));
+		v[6] = BoolGetDatum(!stat->is_new && DoLockModesConflict(stat->mode, RowExclusiveLock));
 		v[7] = Float8GetDatum(stat->wait_ms);
 		n[7] = stat->explicit ? ' ' : 'n';
 		v[8] = Float8GetDatum(stat->hold_ms);
