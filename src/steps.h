@@ -28,6 +28,7 @@ extern RmStepResult rm_backfill_revert(RmRun *run);
 extern void rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 								 const char *new_column);
 extern char *rm_shadow_column_name(const char *column);
+extern void rm_release_shadow_column(const RmMigration *m);
 
 /* surface.c */
 extern void rm_format_count(char *buf, Size size, int64 n);

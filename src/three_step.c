@@ -49,6 +49,7 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_constraint.h"
 #include "catalog/pg_inherits.h"
+#include "catalog/pg_proc.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/defrem.h"
@@ -57,6 +58,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "nodes/nodes.h"
+#include "parser/parse_func.h"
 #include "rewrite/prs2lock.h"
 #include "risky_migrations.h"
 #include "rows.h"
@@ -194,19 +196,46 @@ trigger_oid(const RmMigration *m)
 	return get_trigger_oid(m->relid, rm_trigger_name(m->id), false);
 }
 
+/* the function that sync triggers call */
+static Oid
+sync_function(void)
+{
+	return LookupFuncName(list_make2(makeString(RM_SCHEMA), makeString("sync")),
+						  0, NULL, false);
+}
+
+/*
+ * The shadow column is not the extension's any more: DROP EXTENSION leaves it.
+ * To be called in the transaction that makes it the table's own.  (Other
+ * shadow columns of the table are let go too; they keep their triggers.)
+ */
+void
+rm_release_shadow_column(const RmMigration *m)
+{
+	(void) deleteDependencyRecordsForSpecific(RelationRelationId, m->relid,
+											  DEPENDENCY_NORMAL,
+											  ProcedureRelationId, sync_function());
+}
+
 /*
  * The trigger depends on the shadow column and on all that the expression
- * uses, so that nobody drops or changes these without being told.
+ * uses, so that nobody drops or changes these without being told.  And the
+ * column depends on the trigger's function: DROP EXTENSION ... CASCADE, which
+ * takes the trigger, takes the column too.  Left behind as NOT NULL, without
+ * its trigger, it would make every INSERT fail.
  */
 static void
 record_dependencies(const RmMigration *m)
 {
 	ObjectAddress trigger;
 	ObjectAddress column;
+	ObjectAddress function;
 
 	ObjectAddressSet(trigger, TriggerRelationId, trigger_oid(m));
 	ObjectAddressSubSet(column, RelationRelationId, m->relid, m->new_attnum);
 	recordDependencyOn(&trigger, &column, DEPENDENCY_NORMAL);
+	ObjectAddressSet(function, ProcedureRelationId, sync_function());
+	recordDependencyOn(&column, &function, DEPENDENCY_NORMAL);
 	if (m->server_version == PG_VERSION_NUM / 10000)
 		recordDependencyOnSingleRelExpr(&trigger, stringToNode(m->tree), m->relid,
 										DEPENDENCY_NORMAL, DEPENDENCY_NORMAL, false);

@@ -36,21 +36,18 @@ ALTER TABLE t DROP COLUMN made;
 CALL rm_backfill_batched();
 CALL rm_rollback();
 
--- 3. A trigger that was made again by hand, over a column of another type
+-- 3. A trigger that was made again by hand, and the old column has another type
+-- (the shadow column's cannot be changed)
 CALL rm_add_column('t', 'v', 'int', 'other::int');
 SELECT max(id) AS id, '"~rm_sync_' || max(id) || '"' AS sync FROM rm_migrations \gset
 SELECT format('CREATE TRIGGER %1$s BEFORE INSERT OR UPDATE ON t FOR EACH ROW EXECUTE FUNCTION risky_migrations.sync(%2$s);
 	ALTER TABLE t ENABLE ALWAYS TRIGGER %1$s', :'sync', :'id') AS make_again \gset
 DROP TRIGGER :sync ON t;
-ALTER TABLE t ALTER v_new TYPE bigint;
+ALTER TABLE t ALTER v TYPE varchar(20);
 :make_again;
 CALL rm_backfill_batched(10, :id);
 DROP TRIGGER :sync ON t;
-ALTER TABLE t ALTER v_new TYPE int, ALTER v TYPE varchar(20);
-:make_again;
-CALL rm_backfill_batched(10, :id);
-DROP TRIGGER :sync ON t;
-ALTER TABLE t ALTER v TYPE text, ALTER v_new TYPE int;
+ALTER TABLE t ALTER v TYPE text;
 :make_again;
 CALL rm_backfill_batched(10, :id);
 CALL rm_rollback();
