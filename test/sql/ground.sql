@@ -184,6 +184,19 @@ CALL rm_enforce_not_null();
 SELECT count(*), count(*) FILTER (WHERE v_new IS DISTINCT FROM v) AS wrong FROM t;
 CALL rm_rollback();
 
+-- 9. A function that was inlined is replaced: the next write of the same session
+-- knows, and the verification mends what was converted before
+CREATE FUNCTION ground.plus(text) RETURNS int IMMUTABLE LANGUAGE sql AS $$ SELECT $1::int $$;
+CALL rm_add_column('t', 'v', 'int', 'plus(v)');
+INSERT INTO t (id, v) VALUES (10, '10');
+CALL rm_backfill_batched();
+CREATE OR REPLACE FUNCTION ground.plus(text) RETURNS int IMMUTABLE LANGUAGE sql AS $$ SELECT $1::int + 1 $$;
+INSERT INTO t (id, v) VALUES (11, '11');
+SELECT v, v_new FROM t WHERE id IN (10, 11) ORDER BY id;
+CALL rm_enforce_not_null();
+SELECT v, v_new FROM t WHERE id IN (10, 11) ORDER BY id;
+CALL rm_rollback();
+
 SET search_path = public;
 DROP EXTENSION risky_migrations CASCADE;
 DROP SCHEMA ground CASCADE;
