@@ -137,6 +137,17 @@ CALL rm_backfill_batched();
 SELECT replace(v_new, v, 'v') AS made, count(*) FROM t GROUP BY 1;
 CALL rm_rollback();
 
+-- and a writer need not be allowed to call what the owner may
+CREATE FUNCTION ground.secret(text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$ BEGIN RETURN $1 || '!'; END $$;
+REVOKE ALL ON FUNCTION ground.secret(text) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION ground.secret(text) TO regress_rm_owner;
+CALL rm_add_column('t', 'v', 'text', 'secret(v)');
+SET ROLE regress_rm_other;
+INSERT INTO t VALUES (5001, '1', '5001');
+RESET ROLE;
+SELECT v_new FROM t WHERE id = 5001;
+CALL rm_rollback();
+
 -- 8. An error in the conversion that is not the value's fault (here: lack of
 -- space) is raised, and whoever catches it finds his transaction as it was
 CREATE FUNCTION ground.faulty(text) RETURNS text IMMUTABLE LANGUAGE plpgsql AS $$
