@@ -1306,7 +1306,7 @@ BEGIN ATOMIC
 	ORDER BY r.step_id, r.relation, r.lock_mode;
 END;
 COMMENT ON FUNCTION rm_lock_report() IS
-	'the locks of every step run so far on user relations; wait and hold in milliseconds, the longest of the step''s transactions, exact or upper bounds';
+	'the locks of every step run so far on user relations; wait and hold in milliseconds, the longest of the step''s transactions, exact or upper bounds; a new table is one that the step has just made, which blocks nobody';
 
 CREATE FUNCTION rm_blocked_queries(OUT waiting_pid integer, OUT waiting_query text,
 	OUT relation text, OUT lock_mode text, OUT waited interval,
@@ -1464,6 +1464,19 @@ AS 'MODULE_PATHNAME', 'rm_compare' LANGUAGE C;
 COMMENT ON PROCEDURE rm_compare(bigint, interval, interval) IS
 	'runs the direct change and the three steps one after the other on fresh tables of so many rows, under a read and a write probe; see rm_comparison() and rm_timeline()';
 
+-- whoever may read a lab's large table sees what was done to it anyway; of
+-- another lab one can only tell that it is there
+CREATE VIEW risky_migrations.lab_shown WITH (security_barrier) AS
+SELECT l.nspid, risky_migrations.may_see(l.large_relid, l.owner)
+	OR has_table_privilege(l.large_relid, 'SELECT') AS shown
+FROM risky_migrations.lab l
+-- a lab that has lost a table is none
+WHERE (SELECT count(*) FROM pg_catalog.pg_class c
+	WHERE c.oid IN (l.small_relid, l.large_relid) AND c.relnamespace = l.nspid
+		AND c.relname IN ('small_record', 'large_record')) = 2;
+GRANT SELECT ON risky_migrations.lab_shown TO PUBLIC;
+COMMENT ON VIEW risky_migrations.lab_shown IS 'the labs that are there, and whether one may see what was done to them';
+
 -- the filter stands outside of the UNION: inside it would not be a barrier
 CREATE VIEW risky_migrations.lab_step WITH (security_barrier) AS
 SELECT u.nspid, u.relid, u.method, u.steps_done, u.step, u.started_at, u.duration_ms
@@ -1481,12 +1494,7 @@ FROM (
 	JOIN risky_migrations.step_log s ON s.relid = l.large_relid AND s.approach = 'lab'
 		AND s.direction = 'apply' AND s.state = 'done'
 	OFFSET 0) u
-WHERE risky_migrations.may_see(u.relid, u.owner)
-	-- a lab that has lost a table is none
-	AND (SELECT count(*) FROM pg_catalog.pg_class c
-		JOIN risky_migrations.lab l ON c.oid IN (l.small_relid, l.large_relid)
-		WHERE l.nspid = u.nspid AND c.relnamespace = l.nspid
-			AND c.relname IN ('small_record', 'large_record')) = 2;
+WHERE (SELECT s.shown FROM risky_migrations.lab_shown s WHERE s.nspid = u.nspid);
 GRANT SELECT ON risky_migrations.lab_step TO PUBLIC;
 COMMENT ON VIEW risky_migrations.lab_step IS 'the steps of the lab that are in force';
 
@@ -1504,7 +1512,11 @@ BEGIN ATOMIC
 			('0004', 'three_step: backfill in batches', 'three_step', 'backfill', 2),
 			('0005', 'three_step: NOT NULL', 'three_step', 'enforce_not_null', 3)
 	)
-	SELECT CASE WHEN s.n > 0 THEN '[X]' ELSE '[ ]' END,
+	SELECT CASE WHEN s.n > 0 THEN '[X]'
+			WHEN EXISTS (SELECT FROM risky_migrations.lab_shown l
+				WHERE l.nspid = (SELECT n.oid FROM pg_catalog.pg_namespace n WHERE n.nspname = current_schema())
+				AND NOT l.shown) THEN '[?]'
+			ELSE '[ ]' END,
 		k.number, k.name, s.applied_at, s.duration
 	FROM known k
 	LEFT JOIN LATERAL (
@@ -1518,7 +1530,7 @@ BEGIN ATOMIC
 	ORDER BY k.number;
 END;
 COMMENT ON FUNCTION rm_showmigrations() IS
-	'the migrations of the lab in the current schema: applied or not, when, and how long it took';
+	'the migrations of the lab in the current schema: applied or not ([?] to whoever may not read large_record), when, and how long it took';
 
 CREATE VIEW risky_migrations.comparison_step WITH (security_barrier) AS
 SELECT c.id AS comparison_id, s.id AS step_id, s.step, s.relation, s.started_at,

@@ -111,17 +111,9 @@ try_page(Check *check, Buffer buf, const OffsetNumber *offsets, int n)
 	}
 	PG_CATCH();
 	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(oldcxt);
-		error = CopyErrorData();
-		if (!rm_is_conversion_failure(error->sqlerrcode))
-			PG_RE_THROW();
-		FlushErrorState();
-		FreeErrorData(error);
 		/* the slot's pin belongs to the subtransaction: give it back first */
 		ExecClearTuple(check->rows->slot);
-		RollbackAndReleaseCurrentSubTransaction();
+		FreeErrorData(rm_conversion_caught(oldcxt));
 		ok = false;
 	}
 	PG_END_TRY();

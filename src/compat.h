@@ -183,21 +183,14 @@ rm_slot_is_valid(const ReplicationSlot *slot)
 #endif
 }
 
-#if PG_VERSION_NUM >= 160000
-#include "nodes/miscnodes.h"
-#endif
-
-/* parses a type's name; false, without an error, if there is no such type */
-static inline bool
+/* parses a type's name; PostgreSQL's errors if it is none */
+static inline void
 rm_parse_type(const char *name, Oid *type, int32 *typmod)
 {
 #if PG_VERSION_NUM < 160000
-	parseTypeString(name, type, typmod, true);
-	return OidIsValid(*type);
+	parseTypeString(name, type, typmod, false);
 #else
-	ErrorSaveContext escontext = {T_ErrorSaveContext};
-
-	return parseTypeString(name, type, typmod, (Node *) &escontext);
+	(void) parseTypeString(name, type, typmod, NULL);
 #endif
 }
 

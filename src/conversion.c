@@ -281,6 +281,82 @@ analyze_expression(Relation rel, const char *text, Oid type, int32 typmod)
 }
 
 /*
+ * For PG_CATCH: raises the error again, with that detail and hint where it has
+ * none of its own.  A position in the text that the user gave is told with that
+ * text, not with the statement around it.
+ */
+void
+rm_rethrow_explained(MemoryContext cxt, const char *text, const char *detail,
+					 const char *hint)
+{
+	ErrorData  *error;
+
+	MemoryContextSwitchTo(cxt);
+	error = CopyErrorData();
+	if (rm_is_conversion_failure(error->sqlerrcode))
+	{
+		if (error->detail == NULL)
+			error->detail = pstrdup(detail);
+		if (error->hint == NULL)
+			error->hint = pstrdup(hint);
+	}
+	FlushErrorState();			/* detail may have been made in its memory */
+	if (text && error->cursorpos > 0 && error->internalquery == NULL)
+	{
+		error->internalquery = pstrdup(text);
+		error->internalpos = error->cursorpos;
+		error->cursorpos = 0;
+	}
+	ReThrowError(error);
+}
+
+/* the type of that name; PostgreSQL's own errors, explained */
+static void
+parse_type(const char *name, Oid *type, int32 *typmod)
+{
+	MemoryContext cxt = CurrentMemoryContext;
+
+	PG_TRY();
+	{
+		rm_parse_type(name, type, typmod);
+	}
+	PG_CATCH();
+	{
+		rm_rethrow_explained(cxt, name, psprintf("The new type was given as \"%s\", and is looked for with the present search_path.", name),
+							 "Give the type's name as in ALTER TABLE, with its schema if need be.");
+	}
+	PG_END_TRY();
+}
+
+/*
+ * The USING expression, analyzed and checked; PostgreSQL's own errors,
+ * explained.
+ */
+static Node *
+parse_expression(Relation rel, const char *text, Oid type, int32 typmod)
+{
+	MemoryContext cxt = CurrentMemoryContext;
+	RefuseContext context = {.expr = text};
+	Node	   *volatile expr = NULL;
+
+	PG_TRY();
+	{
+		expr = analyze_expression(rel, text, type, typmod);
+		(void) refuse_unsteady_walker(expr, &context);
+		refuse_generated(rel, expr, text);
+		/* what is constant in it may not depend on the clock either */
+		(void) expression_planner((Expr *) steady_strings_mutator(copyObject(expr), NULL));
+	}
+	PG_CATCH();
+	{
+		rm_rethrow_explained(cxt, text, psprintf("The USING expression is: %s", text),
+							 "Give one expression over the columns of the row, as after USING in ALTER TABLE.");
+	}
+	PG_END_TRY();
+	return expr;
+}
+
+/*
  * What ALTER TABLE resets when it changes the type: collation, storage and
  * compression, where they are not the type's defaults.
  */
@@ -322,7 +398,6 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 {
 	RmConversionDef *def = palloc0(sizeof(RmConversionDef));
 	Form_pg_attribute att;
-	RefuseContext context;
 	Node	   *expr;
 	int			save_nestlevel;
 
@@ -343,12 +418,7 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 				 errhint("Name a column of your own.")));
 	att = TupleDescAttr(RelationGetDescr(rel), def->attnum - 1);
 
-	if (!rm_parse_type(type_name, &def->type, &def->typmod))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_OBJECT),
-				 errmsg("type \"%s\" does not exist", type_name),
-				 errdetail("It is not found with the present search_path."),
-				 errhint("Give the type's name as in ALTER TABLE, with its schema if need be.")));
+	parse_type(type_name, &def->type, &def->typmod);
 	if (get_typtype(def->type) == TYPTYPE_PSEUDO)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_TABLE_DEFINITION),
@@ -359,13 +429,7 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 
 	if (using_expr == NULL)
 		using_expr = quote_identifier(column);
-	context.expr = using_expr;
-	expr = analyze_expression(rel, using_expr, def->type, def->typmod);
-	(void) refuse_unsteady_walker(expr, &context);
-	refuse_generated(rel, expr, using_expr);
-
-	/* what is constant in it may not depend on the clock either */
-	(void) expression_planner((Expr *) steady_strings_mutator(copyObject(expr), NULL));
+	expr = parse_expression(rel, using_expr, def->type, def->typmod);
 
 	def->old_type = att->atttypid;
 	def->tree = nodeToString(expr);
@@ -667,6 +731,7 @@ rm_steady_text(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_DATETIME_FORMAT),
 				 errmsg("value \"%s\" depends on the clock", text_to_cstring(t)),
+				 errdetail("It would be another date or time for every row that is converted at another moment."),
 				 errhint("Write the date or time that is meant.")));
 	PG_RETURN_TEXT_P(t);
 }
@@ -722,6 +787,26 @@ rm_is_conversion_failure(int sqlerrcode)
 }
 
 /*
+ * For PG_CATCH, in a subtransaction in which something was converted: rolls it
+ * back and returns the error, in cxt, if the value is at fault; else raises it
+ * again, in the transaction around: whoever catches it there knows nothing of
+ * ours.
+ */
+ErrorData *
+rm_conversion_caught(MemoryContext cxt)
+{
+	ErrorData  *error;
+
+	MemoryContextSwitchTo(cxt);
+	error = CopyErrorData();
+	FlushErrorState();
+	RollbackAndReleaseCurrentSubTransaction();
+	if (!rm_is_conversion_failure(error->sqlerrcode))
+		ReThrowError(error);
+	return error;
+}
+
+/*
  * The same in a subtransaction: true and the value, copied to cxt; or false
  * and the error, also in cxt, if the value is at fault.  Other errors are
  * raised.
@@ -745,12 +830,7 @@ rm_conversion_try(RmConversion *conv, TupleTableSlot *slot, MemoryContext cxt,
 	}
 	PG_CATCH();
 	{
-		MemoryContextSwitchTo(cxt);
-		*error = CopyErrorData();
-		if (!rm_is_conversion_failure((*error)->sqlerrcode))
-			PG_RE_THROW();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
+		*error = rm_conversion_caught(cxt);
 		ok = false;
 	}
 	PG_END_TRY();

@@ -90,6 +90,9 @@ extern bool rm_conversion_try(RmConversion *conv, TupleTableSlot *slot,
 							  ErrorData **error);
 
 extern bool rm_is_conversion_failure(int sqlerrcode);
+extern ErrorData *rm_conversion_caught(MemoryContext cxt);
+extern void rm_rethrow_explained(MemoryContext cxt, const char *text,
+								 const char *detail, const char *hint);
 extern Datum rm_settings_array(List *settings);
 extern List *rm_settings_list(Datum array);
 extern void rm_settings_apply(List *settings, int action);

@@ -119,6 +119,7 @@ alter_type_revert(RmRun *run)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("migration %lld was given no way back", (long long) m->id),
+				 errdetail("Nothing tells how the old value is made from the new one."),
 				 errhint("Start a migration with the inverse expression.")));
 	rel_sql = begin_alter(run);
 	column = quote_identifier(get_attname(m->relid, m->attnum, false));

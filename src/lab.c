@@ -303,6 +303,7 @@ create_tables_revert(RmRun *run)
 		ereport(ERROR,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 				 errmsg("could not lock %s at once", lab_sql(lab->nspid, SMALL)),
+				 errdetail("While the other table is locked, this one is not waited for."),
 				 errhint("Call it again when nobody uses the table.")));
 	if (large)
 		rm_execute(psprintf("DROP TABLE %s", lab_sql(lab->nspid, LARGE)));
@@ -601,6 +602,7 @@ rm_lab_moment(PG_FUNCTION_ARGS)
 		ereport(ERROR,
 				(errcode(ERRCODE_NUMERIC_VALUE_OUT_OF_RANGE),
 				 errmsg("there is no such moment in the lab"),
+				 errdetail("Its number is out of range."),
 				 errhint("Moments are numbered from 1.")));
 	seconds = n - 1 + 10 * 3600;
 	second = seconds % 86400;

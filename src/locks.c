@@ -27,7 +27,8 @@
  * Easy to get wrong: the release happens after the last moment at which the
  * transaction could write it down, so holds are reported by the next one; and
  * catalogs and the extension's own tables are left out, since no user of the
- * table waits for them.
+ * table waits for them.  So is what the transaction itself has made, but for the
+ * tables of a step that makes tables: the log is to tell of every step.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -222,6 +223,59 @@ storage_changed(List *old_storage, Oid relid, Oid relfilenode)
 	return true;
 }
 
+/* the row of the account for a lock of the transaction under way, at its end */
+static RmLockStat *
+note_lock(RmLockAccount *account, LOCKMODE mode, Form_pg_class form, const char *role)
+{
+	RmLockStat *stat = stat_for(account, form->oid, mode);
+
+	if (stat->relation == NULL)
+		stat->relation =
+			MemoryContextStrdup(account->cxt,
+								quote_qualified_identifier(get_namespace_name(form->relnamespace),
+														   NameStr(form->relname)));
+	stat->role = role;
+	if (!stat->current)
+	{
+		stat->current = true;
+		stat->acquired = account->xact_start;
+	}
+	return stat;
+}
+
+/* all modes that we hold on a relation */
+static void
+note_locks(RmLockAccount *account, LockInstanceData *lock, Form_pg_class form,
+		   const char *role, List *old_storage)
+{
+	for (LOCKMODE mode = AccessShareLock; mode <= MaxLockMode; mode++)
+	{
+		RmLockStat *stat;
+
+		if ((lock->holdMask & LOCKBIT_ON(mode)) == 0)
+			continue;
+		stat = note_lock(account, mode, form, role);
+		if (mode == AccessExclusiveLock || mode == ShareUpdateExclusiveLock)
+			stat->rewritten |= storage_changed(old_storage, form->oid, form->relfilenode);
+		if (mode >= ShareLock)
+			account->blocking = true;
+	}
+}
+
+/*
+ * The strongest mode on a table that this transaction has made, for a step
+ * whose work that is.  It keeps nobody out.
+ */
+static void
+note_new_table(RmLockAccount *account, LockInstanceData *lock, Form_pg_class form)
+{
+	LOCKMODE	mode = MaxLockMode;
+
+	while ((lock->holdMask & LOCKBIT_ON(mode)) == 0)
+		mode--;
+	note_lock(account, mode, form, "new table")->is_new = true;
+}
+
 /*
  * Notes every relation lock that this transaction holds.  Call it as the last
  * thing before commit; target is the migration's table.  old_storage is what
@@ -255,32 +309,12 @@ rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
 		form = (Form_pg_class) GETSTRUCT(tup);
 
 		/* an index made anew for a table that was there before is worth telling */
-		if (is_user_relation(relid, form) &&
-			(old_storage != NIL || !is_new_relation(relid)))
-			for (LOCKMODE mode = AccessShareLock; mode <= MaxLockMode; mode++)
-			{
-				RmLockStat *stat;
-
-				if ((lock->holdMask & LOCKBIT_ON(mode)) == 0)
-					continue;
-				stat = stat_for(account, relid, mode);
-				if (stat->relation == NULL)
-					stat->relation =
-						MemoryContextStrdup(account->cxt,
-											quote_qualified_identifier(get_namespace_name(form->relnamespace),
-																	   NameStr(form->relname)));
-				stat->role = relation_role(relid, form, target);
-				if (!stat->current)
-				{
-					stat->current = true;
-					stat->acquired = account->xact_start;
-				}
-				if (mode == AccessExclusiveLock || mode == ShareUpdateExclusiveLock)
-					stat->rewritten |= storage_changed(old_storage, relid,
-													   form->relfilenode);
-				if (mode >= ShareLock)
-					account->blocking = true;
-			}
+		if (!is_user_relation(relid, form))
+			;
+		else if (old_storage != NIL || !is_new_relation(relid))
+			note_locks(account, lock, form, relation_role(relid, form, target), old_storage);
+		else if (form->relkind == RELKIND_RELATION && is_new_relation(target))
+			note_new_table(account, lock, form);
 		ReleaseSysCache(tup);
 	}
 	account->complete = true;
@@ -343,7 +377,8 @@ note_lock(RmLockAccount *account, RmLockStat *stat, Oid relid)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
 				 errmsg("the table of this migration does not exist any more"),
-				 errdetail("It had the OID %u.", relid)));
+				 errdetail("It had the OID %u.", relid),
+				 errhint("Close the migration with CALL rm_rollback() and its id; SELECT * FROM rm_migrations shows it.")));
 	if (stat->relation == NULL)
 		stat->relation =
 			MemoryContextStrdup(account->cxt,

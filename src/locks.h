@@ -19,10 +19,11 @@ typedef struct RmLockStat
 {
 	Oid			relid;
 	char	   *relation;		/* qualified name when the lock was held */
-	const char *role;			/* table, index, toast table, sequence, ... */
+	const char *role;			/* table, new table, index, toast table, ... */
 	LOCKMODE	mode;
 	bool		explicit;		/* taken by rm_lock_relation: times are exact */
 	bool		rewritten;		/* storage was replaced while it was held */
+	bool		is_new;			/* on a table that nobody else knows yet */
 	double		wait_ms;		/* longest wait, -1 if not known */
 	double		hold_ms;		/* longest hold or its upper bound */
 	int64		times;			/* transactions that held it */

@@ -26,11 +26,12 @@
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/trigger.h"
+#include "common/hashfn.h"
 #include "compat.h"
 #include "executor/spi.h"
 #include "migration.h"
 #include "miscadmin.h"
-#include "nodes/nodes.h"
+#include "nodes/nodeFuncs.h"
 #include "optimizer/optimizer.h"
 #include "risky_migrations.h"
 #include "state.h"
@@ -39,6 +40,7 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/syscache.h"
 
 /* the method of that name; the state table allows no other */
 const RmMethod *
@@ -51,6 +53,7 @@ rm_method_by_name(const char *name)
 	ereport(ERROR,
 			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 			 errmsg("unknown method \"%s\"", name),
+			 errdetail("The row of state was written by another version, or by hand."),
 			 errhint("Methods are direct and three_step.")));
 }
 
@@ -331,9 +334,35 @@ rm_step_begun(const RmMigration *m)
 		 (m->rows_done > 0 || m->next_block > 0));
 }
 
+/* check_functions_in_node callback: adds who has last written the function */
+static bool
+add_function(Oid funcid, void *context)
+{
+	uint64	   *mark = context;
+	HeapTuple	tup = SearchSysCache1(PROCOID, ObjectIdGetDatum(funcid));
+
+	if (HeapTupleIsValid(tup))
+	{
+		*mark = hash_combine64(*mark, HeapTupleHeaderGetRawXmin(tup->t_data));
+		ReleaseSysCache(tup);
+	}
+	return false;
+}
+
+static bool
+add_functions_walker(Node *node, void *context)
+{
+	if (node == NULL)
+		return false;
+	(void) check_functions_in_node(node, add_function, context);
+	return expression_tree_walker(node, add_functions_walker, context);
+}
+
 /*
- * The transaction that has last written the sync trigger's row in pg_trigger:
- * another one after every DISABLE, ENABLE and re-creation.
+ * A mark of what gives a row its new value: the transactions that have last
+ * written the sync trigger's row in pg_trigger (another one after every DISABLE,
+ * ENABLE and re-creation) and the functions that the expression calls.  0 if
+ * there is no such trigger.
  */
 int64
 rm_trigger_xmin(const RmMigration *m)
@@ -342,7 +371,7 @@ rm_trigger_xmin(const RmMigration *m)
 	ScanKeyData keys[2];
 	SysScanDesc scan;
 	HeapTuple	tup;
-	int64		xmin = 0;
+	uint64		mark = 0;
 
 	ScanKeyInit(&keys[0], Anum_pg_trigger_tgrelid, BTEqualStrategyNumber, F_OIDEQ,
 				ObjectIdGetDatum(m->relid));
@@ -351,10 +380,12 @@ rm_trigger_xmin(const RmMigration *m)
 	scan = systable_beginscan(pg_trigger, TriggerRelidNameIndexId, true, NULL, 2, keys);
 	tup = systable_getnext(scan);
 	if (HeapTupleIsValid(tup))
-		xmin = (int64) HeapTupleHeaderGetRawXmin(tup->t_data);
+		mark = HeapTupleHeaderGetRawXmin(tup->t_data);
 	systable_endscan(scan);
 	table_close(pg_trigger, AccessShareLock);
-	return xmin;
+	if (mark != 0 && m->server_version == PG_VERSION_NUM / 10000)
+		(void) add_functions_walker(stringToNode(m->tree), &mark);
+	return (int64) mark;
 }
 
 /* does the expression, kept as text in a catalog, use the column? */

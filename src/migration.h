@@ -49,7 +49,7 @@ typedef struct RmMigration
 	char	   *tree;
 	int			server_version;
 	bool		enforced;		/* the new column's constraints hold */
-	int64		trigger_xmin;	/* of the sync trigger's row when verification began */
+	int64		trigger_xmin;	/* rm_trigger_xmin() when verification began */
 	Oid			relfilenode;	/* to which block numbers belong */
 	int64		next_block;		/* below it everything is done */
 	int64		end_block;		/* fixed when the work began */

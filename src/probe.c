@@ -66,6 +66,7 @@
 #include "catalog/pg_database.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
+#include "conversion.h"
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "mb/pg_wchar.h"
@@ -308,6 +309,9 @@ check_interval(const Interval *interval, const char *name, int64 min,
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("%s is out of range", name),
+				 errdetail("It is %s.",
+						   DatumGetCString(DirectFunctionCall1(interval_out,
+															   IntervalPGetDatum(interval)))),
 				 errhint("Use a value %s.", range)));
 }
 
@@ -332,15 +336,25 @@ mark_query_position(void *arg)
 static void
 check_query(char *query)
 {
+	MemoryContext cxt = CurrentMemoryContext;
 	ErrorContextCallback callback;
-	List	   *statements;
+	List	   *volatile statements = NIL;
 	Node	   *statement;
 
 	callback.callback = mark_query_position;
 	callback.arg = query;
 	callback.previous = error_context_stack;
 	error_context_stack = &callback;
-	statements = raw_parser(query, RAW_PARSE_DEFAULT);
+	PG_TRY();
+	{
+		statements = raw_parser(query, RAW_PARSE_DEFAULT);
+	}
+	PG_CATCH();
+	{
+		rm_rethrow_explained(cxt, NULL, psprintf("The query of the probe is: %s", query),
+							 "Give one statement as you would type it, without a semicolon.");
+	}
+	PG_END_TRY();
 	error_context_stack = callback.previous;
 
 	if (list_length(statements) != 1)
@@ -350,6 +364,7 @@ check_query(char *query)
 				 ? errmsg("the query of a probe is empty")
 				 : errmsg("the query of a probe must be one statement, not %d",
 						  list_length(statements)),
+				 errdetail("Its latency is that of one statement in a transaction of its own."),
 				 errhint("A DO block or a function can contain several statements.")));
 
 	statement = linitial_node(RawStmt, statements)->stmt;
@@ -359,7 +374,8 @@ check_query(char *query)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("a probe cannot run %s", CreateCommandName(statement)),
-				 errdetail("Each run is a transaction of its own, and there is no client to copy from or to.")));
+				 errdetail("Each run is a transaction of its own, and there is no client to copy from or to."),
+				 errhint("Give a query, a statement that writes, or a DO block.")));
 }
 
 /*
@@ -381,14 +397,18 @@ check_start(FunctionCallInfo fcinfo)
 	if (InSecurityRestrictedOperation())
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("cannot start a probe within a security-restricted operation")));
+				 errmsg("cannot start a probe within a security-restricted operation"),
+				 errdetail("An index expression or the like, which runs as the table's owner, has called it."),
+				 errhint("Call it in a statement of your own.")));
 
 	for (int i = 0; i < lengthof(names); i++)
 		if (PG_ARGISNULL(i))
 			ereport(ERROR,
 					(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-					 errmsg("%s must not be null", names[i]),
-					 i > 0 ? errhint("Leave it out for its default.") : 0));
+					 errmsg("%s must not be NULL", names[i]),
+					 errdetail("A probe runs one query, every so often, with a timeout, up to a time limit."),
+					 i > 0 ? errhint("Give it, or leave it out for its default.") :
+					 errhint("Give the query.")));
 
 	check_query(text_to_cstring(PG_GETARG_TEXT_PP(0)));
 	check_interval(PG_GETARG_INTERVAL_P(1), names[1], MIN_EVERY, MAX_EVERY,
@@ -515,6 +535,7 @@ check_stop(int64 id)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
 				 errmsg("probe " INT64_FORMAT " does not exist", id),
+				 errdetail("It was never started, or its row has been deleted."),
 				 errhint("The view rm_probes lists the probes.")));
 	owner = DatumGetObjectId(rm_result_datum(0, 1));
 	if (!has_privs_of_role(GetUserId(), owner))
@@ -597,11 +618,14 @@ rm_probe_stop(PG_FUNCTION_ARGS)
 	if (PG_ARGISNULL(0))
 		ereport(ERROR,
 				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
-				 errmsg("id must not be null")));
+				 errmsg("id must not be NULL"),
+				 errdetail("The call does not say which probe is meant."),
+				 errhint("Give the id that rm_probe_start() returned; the view rm_probes lists them.")));
 	if (RecoveryInProgress())
 		ereport(ERROR,
 				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
 				 errmsg("cannot stop a probe during recovery"),
+				 errdetail("There are none on a standby."),
 				 errhint("Stop it on the primary.")));
 	PreventCommandIfReadOnly("rm_probe_stop()");
 	if (IsolationUsesXactSnapshot())
@@ -1115,7 +1139,9 @@ run_query(void *arg)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("a probe cannot run this statement: %s",
-						SPI_result_code_string(rc))));
+						SPI_result_code_string(rc)),
+				 errdetail("Each run is a transaction of its own."),
+				 errhint("Give a query, a statement that writes, or a DO block.")));
 	PopActiveSnapshot();
 	SPI_finish();
 }

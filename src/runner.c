@@ -112,6 +112,7 @@ rm_procedure_begin(FunctionCallInfo fcinfo, const char *name)
 		ereport(ERROR,
 				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
 				 errmsg("%s() cannot run during recovery", name),
+				 errdetail("Its transactions write, and a standby takes no writes."),
 				 errhint("Run it on the primary server.")));
 	if (XactReadOnly)
 		ereport(ERROR,
@@ -473,8 +474,8 @@ log_locks(void *arg)
 		v[2] = CStringGetTextDatum(stat->relation);
 		v[3] = CStringGetTextDatum(stat->role);
 		v[4] = CStringGetTextDatum(GetLockmodeName(DEFAULT_LOCKMETHOD, stat->mode));
-		v[5] = BoolGetDatum(DoLockModesConflict(stat->mode, AccessShareLock));
-		v[6] = BoolGetDatum(DoLockModesConflict(stat->mode, RowExclusiveLock));
+		v[5] = BoolGetDatum(!stat->is_new && DoLockModesConflict(stat->mode, AccessShareLock));
+		v[6] = BoolGetDatum(!stat->is_new && DoLockModesConflict(stat->mode, RowExclusiveLock));
 		v[7] = Float8GetDatum(stat->wait_ms);
 		n[7] = stat->explicit ? ' ' : 'n';
 		v[8] = Float8GetDatum(stat->hold_ms);

@@ -19,7 +19,7 @@
  */
 #include "postgres.h"
 
-#include "access/table.h"
+#include "access/relation.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
@@ -34,6 +34,16 @@
 /* longest command of ours, and then some */
 #define MAX_SQL 1536
 
+static void
+refuse_without_tables(const char *relname)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_UNDEFINED_TABLE),
+			 errmsg("table \"%s.%s\" does not exist", RM_SCHEMA, relname),
+			 errdetail("The extension is not in this database, or was dropped meanwhile."),
+			 errhint("Run CREATE EXTENSION risky_migrations in this database.")));
+}
+
 Oid
 rm_state_relid(const char *relname, bool missing_ok)
 {
@@ -43,20 +53,24 @@ rm_state_relid(const char *relname, bool missing_ok)
 	if (OidIsValid(nspid))
 		relid = get_relname_relid(relname, nspid);
 	if (!OidIsValid(relid) && !missing_ok)
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("table \"%s.%s\" does not exist", RM_SCHEMA, relname),
-				 errhint("Run CREATE EXTENSION risky_migrations in this database.")));
+		refuse_without_tables(relname);
 	return relid;
 }
 
+/*
+ * Who owns the state tables.  The lock is kept to the end of the transaction,
+ * so that DROP EXTENSION comes before it (42P01) or after the transaction.
+ */
 Oid
 rm_state_owner(void)
 {
-	Relation	rel = table_open(rm_state_relid("migration", false), AccessShareLock);
-	Oid			owner = rel->rd_rel->relowner;
+	Relation	rel = try_relation_open(rm_state_relid("migration", false), AccessShareLock);
+	Oid			owner;
 
-	table_close(rel, AccessShareLock);
+	if (rel == NULL)
+		refuse_without_tables("migration");
+	owner = rel->rd_rel->relowner;
+	relation_close(rel, NoLock);
 	return owner;
 }
 

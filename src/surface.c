@@ -104,9 +104,21 @@ rm_text_argument(FunctionCallInfo fcinfo, int arg, const char *name)
 Oid
 rm_find_relation(const char *name)
 {
-	List	   *names = rm_qualified_name_list(name);
-	Oid			relid = RangeVarGetRelid(makeRangeVarFromNameList(names), NoLock, true);
+	MemoryContext cxt = CurrentMemoryContext;
+	volatile Oid relid = InvalidOid;
 
+	PG_TRY();
+	{
+		List	   *names = rm_qualified_name_list(name);
+
+		relid = RangeVarGetRelid(makeRangeVarFromNameList(names), NoLock, true);
+	}
+	PG_CATCH();
+	{
+		rm_rethrow_explained(cxt, name, psprintf("The relation was given as \"%s\".", name),
+							 "Give the table's name as in ALTER TABLE, with its schema if need be.");
+	}
+	PG_END_TRY();
 	if (!OidIsValid(relid))
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_TABLE),
@@ -142,6 +154,8 @@ resolve(void *arg)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
 				 errmsg("migration %lld belongs to another role", (long long) r->id),
+				 errdetail("Its table does not exist any more; role \"%s\" started it.",
+						   GetUserNameFromId(r->m->owner, true) ? GetUserNameFromId(r->m->owner, true) : "(dropped)"),
 				 errhint("Only a member of the role that started it may touch it.")));
 }
 

@@ -523,6 +523,10 @@ exchange(RmRun *run, List *list, bool forward)
 
 	check_nothing_left_behind(m, forward ? m->attnum : m->new_attnum);
 	m->swapped = forward;
+	if (forward)
+		rm_release_shadow_column(m);
+	else
+		rm_bind_shadow_column(m);
 	/* the sync trigger of every session must read its direction again */
 	CacheInvalidateRelcacheByRelid(m->relid);
 }

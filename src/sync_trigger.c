@@ -282,6 +282,7 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("%s.sync() takes one argument, the migration's id", RM_SCHEMA),
+				 errdetail("The trigger \"%s\" gives it %d.", trigger->tgname, trigger->tgnargs),
 				 errhint("Such triggers are made by rm_add_column() only.")));
 	id = pg_strtoint64(trigger->tgargs[0]);
 
@@ -302,14 +303,11 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 		SyncEntry  *entry = hash_search(sync_entries, &id, HASH_FIND, NULL);
 
 		MemoryContextSwitchTo(flinfo->fn_mcxt);
-		state->error = CopyErrorData();
+		state->error = rm_conversion_caught(flinfo->fn_mcxt);
 		if (entry)
 			state->m = entry->m;
-		if (!rm_is_conversion_failure(state->error->sqlerrcode) ||
-			state->m.new_attnum <= 0 || must_convert(&state->m))
-			PG_RE_THROW();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
+		if (state->m.new_attnum <= 0 || must_convert(&state->m))
+			ReThrowError(state->error);
 		state->conv = NULL;
 	}
 	PG_END_TRY();
@@ -405,6 +403,7 @@ rm_sync(PG_FUNCTION_ARGS)
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
 				 errmsg("%s.sync() is the function of a trigger BEFORE INSERT OR UPDATE FOR EACH ROW",
 						RM_SCHEMA),
+				 errdetail("It was called in another way."),
 				 errhint("Such triggers are made by rm_add_column() only.")));
 
 	rel = trigdata->tg_relation;

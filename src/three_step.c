@@ -49,6 +49,7 @@
 #include "catalog/pg_class.h"
 #include "catalog/pg_constraint.h"
 #include "catalog/pg_inherits.h"
+#include "catalog/pg_proc.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
 #include "commands/defrem.h"
@@ -58,6 +59,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "nodes/nodes.h"
+#include "parser/parse_func.h"
 #include "rewrite/prs2lock.h"
 #include "risky_migrations.h"
 #include "rows.h"
@@ -217,6 +219,43 @@ trigger_oid(const RmMigration *m)
 	return get_trigger_oid(m->relid, rm_trigger_name(m->id), false);
 }
 
+/* the function that sync triggers call */
+static Oid
+sync_function(void)
+{
+	return LookupFuncName(list_make2(makeString(RM_SCHEMA), makeString("sync")),
+						  0, NULL, false);
+}
+
+/*
+ * The shadow column is not the extension's any more: DROP EXTENSION leaves it.
+ * To be called in the transaction that makes it the table's own.  (Other
+ * shadow columns of the table are let go too; they keep their triggers.)
+ */
+void
+rm_release_shadow_column(const RmMigration *m)
+{
+	(void) deleteDependencyRecordsForSpecific(RelationRelationId, m->relid,
+											  DEPENDENCY_NORMAL,
+											  ProcedureRelationId, sync_function());
+}
+
+/*
+ * The shadow column depends on the trigger's function: DROP EXTENSION ...
+ * CASCADE, which takes the trigger, takes the column too.  Left behind as NOT
+ * NULL, without its trigger, it would make every INSERT fail.
+ */
+void
+rm_bind_shadow_column(const RmMigration *m)
+{
+	ObjectAddress column;
+	ObjectAddress function;
+
+	ObjectAddressSubSet(column, RelationRelationId, m->relid, m->new_attnum);
+	ObjectAddressSet(function, ProcedureRelationId, sync_function());
+	recordDependencyOn(&column, &function, DEPENDENCY_NORMAL);
+}
+
 /*
  * The trigger depends on the shadow column and on all that the expression
  * uses, so that nobody drops or changes these without being told.
@@ -230,6 +269,7 @@ record_dependencies(const RmMigration *m)
 	ObjectAddressSet(trigger, TriggerRelationId, trigger_oid(m));
 	ObjectAddressSubSet(column, RelationRelationId, m->relid, m->new_attnum);
 	recordDependencyOn(&trigger, &column, DEPENDENCY_NORMAL);
+	rm_bind_shadow_column(m);
 	if (m->server_version == PG_VERSION_NUM / 10000)
 		recordDependencyOnSingleRelExpr(&trigger, stringToNode(m->tree), m->relid,
 										DEPENDENCY_NORMAL, DEPENDENCY_NORMAL, false);
@@ -508,6 +548,7 @@ verify_row(RmRun *run, RmRows *rows)
 					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 					 errmsg("row %s of %s is locked by another transaction",
 							rm_row_key(rows->rel, rows->slot), run->relation),
+					 errdetail("It has to be mended, and is not waited for while others are locked."),
 					 errhint("Call it again when that transaction has ended.")));
 	}
 }

@@ -384,6 +384,7 @@ raise_result(const Segment *result, const char *what)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
 				 errmsg("the background worker for %s could not be started", what),
+				 errdetail("It ended before it had begun its work."),
 				 errhint("Look for the reason in the server's log.")));
 
 	if (result->failed && result->error.sqlerrcode != ERRCODE_ADMIN_SHUTDOWN)
@@ -475,6 +476,7 @@ attach_segment(dsm_handle handle)
 		ereport(ERROR,
 				(errcode(ERRCODE_INTERNAL_ERROR),
 				 errmsg("shared memory segment of a risky_migrations worker has another format"),
+				 errdetail("The library was replaced while the session was connected."),
 				 errhint("Reconnect: the session uses an older version of the library.")));
 	segment->attached = true;
 	previous_log_hook = emit_log_hook;
@@ -535,7 +537,8 @@ plan_statement(const char *sql, CommandTag *tag)
 		ereport(ERROR,
 				(errcode(ERRCODE_SYNTAX_ERROR),
 				 errmsg("a background worker runs exactly one statement"),
-				 errdetail("It was given %d.", list_length(parsetrees))));
+				 errdetail("It was given %d.", list_length(parsetrees)),
+				 errhint("Give it one statement at a time.")));
 	parsetree = linitial_node(RawStmt, parsetrees);
 	*tag = CreateCommandTag(parsetree->stmt);
 

@@ -77,7 +77,7 @@ SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE 
 	'table risky_migrations.dependent',
 	'table risky_migrations.step_log', 'table risky_migrations.step_lock', 'table risky_migrations.lab',
 	'table risky_migrations.probe', 'table risky_migrations.probe_sample', 'table risky_migrations.comparison',
-	'view risky_migrations.lock_report', 'view risky_migrations.lab_step', 'view risky_migrations.comparison_step',
+	'view risky_migrations.lock_report', 'view risky_migrations.lab_shown', 'view risky_migrations.lab_step', 'view risky_migrations.comparison_step',
 	'view risky_migrations.comparison_latest',
 	'view tools.rm_migrations', 'view tools.rm_progress', 'view tools.rm_conversion_errors', 'view tools.rm_probes',
 	'view tools.rm_probe_results'

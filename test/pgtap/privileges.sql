@@ -65,7 +65,7 @@ INSERT INTO risky_migrations.comparison (run_id, approach, owner, rows, started_
 	read_probe, write_probe, heap_bytes_before, heap_bytes_after, index_bytes_before, index_bytes_after, rows_checked, rows_wrong)
 SELECT 1, 'three_step', 'rm_tap_alice'::regrole, 5, now() - interval '1 min', now(), 1, 1000, :probe, :probe, 1, 1, 1, 1, 5, 0;
 DO $$ BEGIN
-	FOR i IN 1..500 LOOP
+	FOR i IN 1..6000 LOOP
 		EXIT WHEN EXISTS (SELECT FROM rm_probe_results);
 		PERFORM pg_sleep(0.01);
 	END LOOP;

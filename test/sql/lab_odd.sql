@@ -63,5 +63,27 @@ CALL rm_migrate('0001');
 \echo SQLSTATE :SQLSTATE
 RESET default_transaction_read_only;
 
+-- what another role sees of it: that it is there; and all, once it may read
+CALL rm_migrate('0004');
+CREATE ROLE regress_rm_stranger;
+GRANT USAGE ON SCHEMA lab_odd TO regress_rm_stranger;
+SET ROLE regress_rm_stranger;
+SELECT applied, number, applied_at IS NOT NULL AS applied_at, duration IS NOT NULL AS duration FROM rm_showmigrations();
+RESET ROLE;
+GRANT SELECT ON large_record TO regress_rm_stranger;
+SET ROLE regress_rm_stranger;
+SELECT applied, number, applied_at IS NOT NULL AS applied_at, duration IS NOT NULL AS duration FROM rm_showmigrations();
+RESET ROLE;
+CALL rm_migrate('0002');
+SET ROLE regress_rm_stranger;
+SELECT applied, number FROM rm_showmigrations();
+RESET ROLE;
+-- where there is none, there is none for everybody
+CALL rm_migrate('zero');
+SET ROLE regress_rm_stranger;
+SELECT applied, number FROM rm_showmigrations();
+RESET ROLE;
+
 DROP EXTENSION risky_migrations;
 DROP SCHEMA lab_odd CASCADE;
+DROP ROLE regress_rm_stranger;

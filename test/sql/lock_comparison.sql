@@ -22,6 +22,9 @@ $$;
 
 CALL rm_migrate('0001');
 SELECT rm_seed(2000);
+-- tables that were just made: nobody else knows them yet
+SELECT approach, step, relation, role, lock_mode, blocks_reads, blocks_writes, hold_is_exact, rewritten
+FROM rm_lock_report();
 
 -- the direct change: nobody reads, nobody writes, everything is written anew
 SELECT storage() AS before \gset

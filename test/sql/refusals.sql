@@ -863,6 +863,35 @@ SELECT * FROM rm_check_conversion('plain', 'v', 'int', 'v::int');
 SELECT * FROM rm_check_conversion('plain', 'v', 'text');
 SELECT public.picture() = :'before' AS nothing_changed;
 
+-- 16. Where the message is PostgreSQL's own, detail and hint are ours, and the
+-- position is one in what was given
+CREATE FUNCTION refused(statement text, OUT state text, OUT detail text, OUT hint text) LANGUAGE plpgsql AS $$
+BEGIN
+	EXECUTE statement;
+	detail := 'not refused';
+EXCEPTION WHEN OTHERS THEN
+	GET STACKED DIAGNOSTICS state = RETURNED_SQLSTATE, detail = PG_EXCEPTION_DETAIL, hint = PG_EXCEPTION_HINT;
+END $$;
+\x on
+-- types
+SELECT r.* FROM unnest('{setof int,varchar(0),"varchar(1,2)",int int,"numeric(2000)","timestamp(",int; DROP TABLE plain,plain.v%TYPE,nowhere.nonsense,"","int[","int4(3)"}'::text[]) t (given),
+	refused(format('SELECT * FROM rm_check_conversion(''plain'', ''v'', %L, ''v'')', given)) r;
+-- expressions
+SELECT r.* FROM unnest('{v::,v +,nothing,nowhere(v),v::nonsense,"''x''::int",(SELECT 1),"count(v)","v::int; DROP TABLE plain","v COLLATE nowhere",$1,"row_number() OVER ()","1/0"}'::text[]) t (given),
+	refused(format('SELECT * FROM rm_check_conversion(''plain'', ''v'', ''int'', %L)', given)) r;
+-- relations
+SELECT r.* FROM unnest('{" ",a.b.c.d,otherdb.refusals.plain,"pla\"in",plain.}'::text[]) t (given),
+	refused(format('SELECT * FROM rm_check_conversion(%L, ''v'', ''int'')', given)) r;
+-- probes
+SELECT r.* FROM unnest('{SELEC 1,SELECT (}'::text[]) t (given), refused(format('SELECT rm_probe_start(%L)', given)) r;
+\x off
+CALL rm_add_column('plain', 'v', 'int', 'v::int + nothing');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('plain', 'v', 'timestamp without', 'v::int');
+\echo SQLSTATE :SQLSTATE
+SELECT public.picture() = :'before' AS nothing_changed;
+DROP FUNCTION refused(text);
+
 -- whatever was refused after its step had begun is in the log as failed, and
 -- nothing is left running
 SELECT DISTINCT approach, step, direction, sqlstate FROM risky_migrations.step_log

@@ -109,13 +109,13 @@ CREATE FUNCTION wait_for(what text) RETURNS text LANGUAGE plpgsql AS $$
 DECLARE
 	found boolean;
 BEGIN
-	FOR i IN 1..1000 LOOP
+	FOR i IN 1..6000 LOOP
 		PERFORM pg_stat_clear_snapshot();
 		EXECUTE 'SELECT EXISTS (' || what || ')' INTO found;
 		IF found THEN RETURN 'seen'; END IF;
 		PERFORM pg_sleep(0.01);
 	END LOOP;
-	RETURN 'not seen in 10 s';
+	RETURN 'not seen in a minute';
 END
 $$;
 SELECT rm_probe_start('UPDATE reports.things SET v = v', '20 ms', '30 s') AS probe \gset
@@ -124,7 +124,7 @@ SELECT wait_for('SELECT FROM rm_probe_results WHERE outcome = ''ok''');
 SELECT count(*) FROM rm_active_queries() WHERE pid = pg_backend_pid() OR state = 'idle';
 BEGIN;
 LOCK TABLE things IN ACCESS EXCLUSIVE MODE;
-SELECT wait_for('SELECT FROM rm_blocked_queries() WHERE relation = ''things''');
+SELECT wait_for('SELECT FROM rm_blocked_queries() WHERE relation = ''things'' AND waited > ''20 ms''');
 SELECT b.waiting_pid = p.pid AS is_the_probe, b.waiting_query, b.relation, b.lock_mode, b.waited > '0' AS waited,
 	b.blocking_pid = pg_backend_pid() AS by_this_session, b.blocking_state, b.depth
 FROM rm_blocked_queries() b, rm_probes p WHERE p.id = :probe;

@@ -10,9 +10,10 @@
 use strict;
 use warnings;
 
-use File::Spec;
-use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use LabServer;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
@@ -24,50 +25,17 @@ note "seed $seed";
 # more than one window of the backfill (1024 pages)
 my $rows = 200_000;
 
-my $node = PostgreSQL::Test::Cluster->new('crash');
-$node->init;
-$node->append_conf(
-	'postgresql.conf', q{
+my $node = start_lab('crash', $rows, q{
 restart_after_crash = on
 client_connection_check_interval = 20ms
-client_min_messages = warning
 autovacuum = off
 checkpoint_timeout = 1h
 max_wal_size = 4GB
 });
-$node->start;
 
 # ---------------------------------------------------------------------------
 # Helpers
 # ---------------------------------------------------------------------------
-
-sub sql
-{
-	my ($query) = @_;
-	return $node->safe_psql('postgres', $query);
-}
-
-# Starts the statements in a session of their own, each as its own command.
-sub start_call
-{
-	my (@statements) = @_;
-	my %call = (out => '', err => '');
-	$call{handle} = IPC::Run::start(
-		[
-			'psql', '-XAtq', '-v', 'VERBOSITY=sqlstate', '-v', 'ON_ERROR_STOP=1',
-			'-d', $node->connstr('postgres'), map { ('-c', $_) } @statements
-		],
-		'<', File::Spec->devnull, '>', \$call{out}, '2>', \$call{err},
-		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
-	return \%call;
-}
-
-sub finish_call
-{
-	my ($call) = @_;
-	eval { $call->{handle}->finish };
-	return $call->{err};
-}
 
 # The pid of the backend that runs the migration, '' when none does any more.
 sub runner
@@ -162,7 +130,7 @@ my %kill = (
 sub break_off
 {
 	my ($how, $longest, @statements) = @_;
-	my $call = start_call(@statements);
+	my $call = start_call('call', @statements);
 	my $pid = runner($call);
 
 	if ($pid ne '')
@@ -172,8 +140,7 @@ sub break_off
 	}
 	finish_call($call);
 	# a connection that is refused while the server recovers is asked again
-	$node->poll_query_until('postgres', "SELECT NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = 0$pid)")
-	  or die "process $pid does not end";
+	wait_for("NOT EXISTS (SELECT FROM pg_stat_activity WHERE pid = 0$pid)", "process $pid does not end");
 	return $call;
 }
 
@@ -213,9 +180,6 @@ WHERE state = 'open'});
 # Setting
 # ---------------------------------------------------------------------------
 
-sql('CREATE EXTENSION risky_migrations');
-sql(q{CALL rm_migrate('0001')});
-sql("SELECT rm_seed($rows)");
 # what is hinted in the table need not be written again by the first reader
 sql('VACUUM large_record');
 my $before = catalogs();

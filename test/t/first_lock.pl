@@ -5,70 +5,75 @@
 use strict;
 use warnings;
 
-use IPC::Run qw(start);
-use PostgreSQL::Test::Cluster;
-use PostgreSQL::Test::Utils;
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use LabServer;
 use Test::More;
 
-my $node = PostgreSQL::Test::Cluster->new('first_lock');
-$node->init;
-$node->start;
-$node->safe_psql('postgres', 'CREATE EXTENSION risky_migrations');
-$node->safe_psql('postgres', "CALL rm_migrate('0001')");
+my $node = start_lab('first_lock', 100, '');
 
-# a psql in the background; ends by itself
-sub begin_psql
+# The condition that the session of that name asks for a lock on the table that
+# it does not get.
+sub waits
 {
-	my ($sql) = @_;
-	return start(
-		[ 'psql', '-X', '-q', '-d', $node->connstr('postgres'), '-c', $sql ],
-		'<', \undef, '>', \my $out, '2>', \my $err);
+	my ($name) = @_;
+	return qq{EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)
+		WHERE application_name = '$name' AND relation = 'large_record'::regclass AND NOT granted)};
 }
 
-sub wait_for_lock
+# A session that keeps the table to itself until end_holder().
+sub start_holder
 {
-	$node->poll_query_until('postgres',
-		"SELECT count(*) > 0 FROM pg_locks WHERE mode = 'AccessExclusiveLock' AND granted
-			AND relation = 'large_record'::regclass") or die 'nobody locks the table';
+	my $holder = start_call('holder', 'BEGIN', 'LOCK TABLE large_record', 'SELECT pg_sleep(3600)');
+	wait_for(q{EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)
+		WHERE application_name = 'holder' AND relation = 'large_record'::regclass AND granted)},
+		'nobody locks the table');
+	return $holder;
 }
 
-for my $call ("CALL rm_migrate('0003')", "CALL rm_migrate('0001')", "CALL rm_migrate('0002')",
+sub end_holder
+{
+	my ($holder) = @_;
+	sql(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'holder'});
+	finish_call($holder);
+	return;
+}
+
+for my $statement ("CALL rm_migrate('0003')", "CALL rm_migrate('0001')", "CALL rm_migrate('0002')",
 	"CALL rm_migrate('0001')",
 	"CALL rm_add_column('large_record', 'created_at', 'timestamp', 'created_at::timestamp')")
 {
-	my $other = begin_psql('BEGIN; LOCK TABLE large_record; SELECT pg_sleep(1.2); COMMIT');
-	wait_for_lock();
-	my ($status, undef, $err) = $node->psql('postgres', $call);
-	is($status, 0, "$call comes through when the table is free again") or diag($err);
-	$other->finish;
+	my $holder = start_holder();
+	my $call = start_call('call', 'SET risky_migrations.lock_retries = 100000',
+		q{SET risky_migrations.lock_retry_max_delay = '500 ms'}, $statement);
+	becomes(waits('call'), "$statement asks for its lock");
+	becomes('NOT ' . waits('call'), '... and lets others through again');
+	becomes(waits('call'), '... and asks once more');
+	end_holder($holder);
+	ends_well($call, '... and comes through when the table is free');
 }
 
 # with the tries used up, one clear error
-$node->safe_psql('postgres', 'CALL rm_rollback()');
-my $other = begin_psql('BEGIN; LOCK TABLE large_record; SELECT pg_sleep(60)');
-wait_for_lock();
+sql('CALL rm_rollback()');
+my $holder = start_holder();
 my ($status, undef, $err) = $node->psql('postgres',
 	"SET risky_migrations.lock_retries = 1; SET risky_migrations.lock_timeout = 50; CALL rm_migrate('0003')");
 isnt($status, 0, 'gives up in the end');
 like($err, qr/ERROR: .*lock timeout.*DETAIL: .*2 tries.*HINT: .*rm_blocked_queries/s, 'and says so');
-$node->safe_psql('postgres',
-	"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)%' AND pid <> pg_backend_pid()");
-$other->finish;
-is($node->safe_psql('postgres', "SELECT count(*) FROM rm_migrations WHERE state = 'open'"), '0',
-	'nothing is left open');
+end_holder($holder);
+is(sql(q{SELECT count(*) FROM rm_migrations WHERE state = 'open'}), '0', 'nothing is left open');
 
 # the second one to fill the lab is told
-my $seeding = begin_psql('BEGIN; SELECT rm_seed(1000); SELECT pg_sleep(60)');
-$node->poll_query_until('postgres', 'SELECT count(*) = 1 FROM pg_locks WHERE objsubid = 6')
-	or die 'nobody seeds';
-($status, undef, $err) = $node->psql('postgres', '\set VERBOSITY verbose
+my $seeding = start_call('seeding', 'BEGIN', 'SELECT rm_seed(1000)', 'SELECT pg_sleep(3600)');
+wait_for('(SELECT count(*) FROM pg_locks WHERE objsubid = 6) = 1', 'nobody seeds');
+(undef, undef, $err) = $node->psql('postgres', '\set VERBOSITY verbose
 SELECT rm_seed(500)');
 like($err, qr/55006: the lab in schema "public" is being seeded/, 'a second rm_seed is refused');
-$node->safe_psql('postgres',
-	"SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE query LIKE '%pg_sleep(60)%' AND pid <> pg_backend_pid()");
-$seeding->finish;
-is($node->safe_psql('postgres', 'SELECT rm_seed(500)'), '500', 'and not when the first has ended');
-is($node->safe_psql('postgres', 'SELECT count(*) FROM large_record'), '500', 'the rows are there once');
+sql(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'seeding'});
+finish_call($seeding);
+is(sql('SELECT rm_seed(500)'), '500', 'and not when the first has ended');
+is(sql('SELECT count(*) FROM large_record'), '500', 'the rows are there once');
 
 $node->stop;
 done_testing();

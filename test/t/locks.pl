@@ -10,9 +10,10 @@
 use strict;
 use warnings;
 
-use File::Spec;
-use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use LabServer;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
@@ -24,12 +25,7 @@ my $rows = 200_000;
 my $bound = 100;
 my $much = 1_000;
 
-my $node = PostgreSQL::Test::Cluster->new('locks');
-$node->init(allows_streaming => 1);
-$node->append_conf(
-	'postgresql.conf', qq{
-client_min_messages = warning
-log_statement = none
+my $node = start_lab('locks', $rows, qq{
 log_line_prefix = '%m [%p] %a '
 log_lock_waits = on
 deadlock_timeout = 5ms
@@ -38,52 +34,6 @@ risky_migrations.lock_timeout = $bound
 risky_migrations.lock_retries = 10000
 risky_migrations.lock_retry_max_delay = 100
 });
-$node->start;
-
-sub sql
-{
-	my ($query) = @_;
-	return $node->safe_psql('postgres', $query);
-}
-
-# Starts the statements in a session of that application_name.
-sub start_call
-{
-	my ($name, @statements) = @_;
-	my %call = (out => '', err => '');
-	local $ENV{PGAPPNAME} = $name;
-	$call{handle} = IPC::Run::start(
-		[
-			'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'),
-			map { ('-c', $_) } @statements
-		],
-		'<', File::Spec->devnull, '>', \$call{out}, '2>', \$call{err},
-		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
-	return \%call;
-}
-
-sub ends_well
-{
-	my ($call, $name) = @_;
-	my $ok = $call->{handle}->finish;
-	ok($ok, $name) or diag $call->{err};
-	return;
-}
-
-sub becomes
-{
-	my ($query, $name) = @_;
-	ok($node->poll_query_until('postgres', $query), $name);
-	return;
-}
-
-# ---------------------------------------------------------------------------
-# Setting
-# ---------------------------------------------------------------------------
-
-sql('CREATE EXTENSION risky_migrations');
-sql(q{CALL rm_migrate('0001')});
-sql("SELECT rm_seed($rows)");
 my $large = sql(q{SELECT 'large_record'::regclass::oid});
 
 my $dir = PostgreSQL::Test::Utils::tempdir;
@@ -114,28 +64,27 @@ sub waits
 	return @waits;
 }
 
+# Waits until pgbench has inserted some further rows.
+sub let_pgbench_write
+{
+	my $from = sql(q{SELECT last_value FROM large_record_id_seq});
+	wait_for("SELECT last_value > $from + 200 FROM large_record_id_seq", 'pgbench writes nothing');
+	return;
+}
+
 # Migrates to each of the targets while pgbench runs; returns the waits.
 sub under_pgbench
 {
 	my (@targets) = @_;
 	my $from = -s $node->logfile;
-	unlink "$dir/stop";
-	my $pgbench = IPC::Run::start(
-		[
-			'sh', '-c', 'while test ! -e "$0"; do PGAPPNAME=pgbench "$@" || exit 1; done', "$dir/stop",
-			'pgbench', '-n', '-c', '4', '-j', '2', '-t', '200', '-f', "$dir/write.sql",
-			$node->connstr('postgres')
-		],
-		'<', File::Spec->devnull, '>', "$dir/out", '2>', "$dir/err");
-	becomes(q{SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'pgbench'},
-		"@targets: pgbench writes");
+	my $pgbench = start_pgbench($dir, '-c', '4', '-j', '2', '-f', "$dir/write.sql");
 	foreach my $target (@targets)
 	{
+		let_pgbench_write();
 		sql("CALL rm_migrate('$target')");
-		sql('SELECT pg_sleep(0.2)');
 	}
-	PostgreSQL::Test::Utils::append_to_file("$dir/stop", '');
-	ok($pgbench->finish, "@targets: no transaction of pgbench failed")
+	let_pgbench_write();
+	ok(end_pgbench($pgbench), "@targets: no transaction of pgbench failed")
 	  or diag slurp_file("$dir/err");
 	is(sql('SELECT rows_wrong FROM rm_lab_check()'), 0, "@targets: every row is right");
 	return waits($from);
@@ -186,14 +135,12 @@ sub without_standby
 	my $reader = start_call('reader', 'BEGIN',
 		'SELECT count(*) FROM large_record', 'SELECT pg_advisory_lock(1)', 'COMMIT');
 	# before that the call would find nobody in its way
-	$node->poll_query_until('postgres',
-		q{SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'reader' AND wait_event = 'advisory'})
-	  or die 'the reader does not read';
+	wait_for(q{SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'reader' AND wait_event = 'advisory'},
+		'the reader does not read');
 	my $call = start_call('migration', "CALL rm_migrate('$target')");
-	$node->poll_query_until('postgres',
-		qq{SELECT count(*) > 0 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
-			WHERE l.relation = $large AND l.mode = 'AccessExclusiveLock' AND a.application_name = 'migration'})
-	  or die 'the migration does not ask for its lock';
+	wait_for(qq{SELECT count(*) > 0 FROM pg_locks l JOIN pg_stat_activity a USING (pid)
+			WHERE l.relation = $large AND l.mode = 'AccessExclusiveLock' AND a.application_name = 'migration'},
+		'the migration does not ask for its lock');
 	return ($reader, $call);
 }
 
@@ -203,18 +150,16 @@ foreach my $target ('0003', '0005', '0001', '0002', '0001')
 
 	# a session of our own keeps the readers in their transaction
 	my $keeper = start_call('keeper', 'SELECT pg_advisory_lock(1)', 'SELECT pg_sleep(600)');
-	$node->poll_query_until('postgres',
-		q{SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'advisory' AND objid = 1 AND granted})
-	  or die 'no keeper';
+	wait_for(q{SELECT count(*) > 0 FROM pg_locks WHERE locktype = 'advisory' AND objid = 1 AND granted},
+		'no keeper');
 	my ($reader, $call) = without_standby($target);
 
 	sql(q{ALTER SYSTEM SET synchronous_standby_names = 'missing'});
 	$node->reload;
 	# only the checkpointer's word counts for commits
 	my $probe = start_call('probe', 'CREATE TEMP TABLE t ()');
-	$node->poll_query_until('postgres',
-		q{SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'probe' AND wait_event = 'SyncRep'})
-	  or die 'nobody waits for the standby';
+	wait_for(q{SELECT count(*) > 0 FROM pg_stat_activity WHERE application_name = 'probe' AND wait_event = 'SyncRep'},
+		'nobody waits for the standby');
 
 	sql(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'keeper'});
 	becomes(
@@ -245,10 +190,7 @@ SELECT coalesce((SELECT wait_event FROM pg_stat_activity WHERE application_name 
 
 	sql(q{ALTER SYSTEM RESET synchronous_standby_names});
 	$node->reload;
-	$call->{handle}->finish;
-	$reader->{handle}->finish;
-	eval { $keeper->{handle}->finish };
-	$probe->{handle}->finish;
+	finish_call($_) for ($call, $reader, $keeper, $probe);
 	# what a cancel has hit outside of such a wait is gone on with
 	sql("CALL rm_migrate('$target')");
 	is(sql('SELECT rows_wrong FROM rm_lab_check()'), 0, "$target: every row is right");

@@ -8,41 +8,17 @@
 use strict;
 use warnings;
 
-use File::Spec;
-use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use LabServer;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(usleep);
 
 my $rows = 50_000;
 my $clients = 4;
 
-my $node = PostgreSQL::Test::Cluster->new('pgbench_migration');
-$node->init;
-$node->append_conf(
-	'postgresql.conf', q{
-client_min_messages = warning
-log_statement = none
-log_min_duration_statement = -1
-log_connections = off
-log_disconnections = off
-});
-$node->start;
-
-sub sql
-{
-	my ($query) = @_;
-	return $node->safe_psql('postgres', $query);
-}
-
-# ---------------------------------------------------------------------------
-# Setting
-# ---------------------------------------------------------------------------
-
-sql('CREATE EXTENSION risky_migrations');
-sql(q{CALL rm_migrate('0001')});
-sql("SELECT rm_seed($rows)");
+my $node = start_lab('pgbench_migration', $rows, '');
 
 # The rows up to id 1000 belong to lab_write(), which tells nobody which one it
 # has updated; the ledger knows all the others.
@@ -142,38 +118,27 @@ foreach my $name (sort keys %script)
 	push @files, '-f', "$dir/$name.sql\@$weight";
 }
 
-# pgbench in short runs, one after the other, until stop_pgbench().
 my $pgbench;
 
-sub start_pgbench
+sub begin_pgbench
 {
 	my ($protocol) = @_;
-	$pgbench = {};
-	unlink "$dir/stop", "$dir/out", "$dir/err";
-	$pgbench->{handle} = IPC::Run::start(
-		[
-			'sh', '-c', 'while test ! -e "$0"; do "$@" || exit 1; done', "$dir/stop",
-			'pgbench', '-n', '-M', $protocol, '-c', $clients, '-j', '2', '-t', '200', @files,
-			$node->connstr('postgres')
-		],
-		'<', File::Spec->devnull, '>', "$dir/out", '2>', "$dir/err");
+	$pgbench = start_pgbench($dir, '-M', $protocol, '-c', $clients, '-j', '2', @files);
 	return;
 }
 
-# Waits until that many further transactions have been made.
+# Waits until some further transactions have been made.
 sub let_pgbench_write
 {
 	my $from = sql(q{SELECT last_value FROM moments});
-	$node->poll_query_until('postgres', "SELECT last_value > $from + 200 FROM moments")
-	  or die 'pgbench writes nothing: ' . slurp_file("$dir/err");
+	wait_for("SELECT last_value > $from + 200 FROM moments", 'pgbench writes nothing');
 	return;
 }
 
 sub stop_pgbench
 {
 	my ($name) = @_;
-	PostgreSQL::Test::Utils::append_to_file("$dir/stop", '');
-	my $ok = $pgbench->{handle}->finish;
+	my $ok = end_pgbench($pgbench);
 	my $out = slurp_file("$dir/out");
 	my ($made, $asked, $failed) = (0, 0, 0);
 	while ($out =~ /actually processed: (\d+)\/(\d+)/g)
@@ -220,7 +185,7 @@ sub migrate
 # The three steps, with prepared statements
 # ---------------------------------------------------------------------------
 
-start_pgbench('prepared');
+begin_pgbench('prepared');
 migrate('0003');
 migrate('0004');
 is( sql('SELECT count(*) FROM large_record WHERE created_at_new IS NULL'),
@@ -236,7 +201,7 @@ stop_pgbench('three steps');
 check('three steps, in the end');
 
 # in batches, and with what a user calls
-start_pgbench('prepared');
+begin_pgbench('prepared');
 sql(q{CALL rm_add_column('large_record', 'created_at', 'timestamp', 'created_at::timestamp')});
 sql(q{
 SET risky_migrations.max_row_lock_time = '1 ms';
@@ -254,7 +219,7 @@ check('by hand, in the end');
 # The direct change: statements that know no type
 # ---------------------------------------------------------------------------
 
-start_pgbench('simple');
+begin_pgbench('simple');
 migrate('0002');
 is( sql(q{SELECT format_type(atttypid, atttypmod) FROM pg_attribute
 	WHERE attrelid = 'large_record'::regclass AND attname = 'created_at'}),

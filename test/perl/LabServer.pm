@@ -1,0 +1,121 @@
+# A server with the lab in it, and what the TAP tests do with it: statements in
+# this session's place, calls in sessions of their own, and waiting for facts.
+#
+# Nothing here waits for a time: what has to have happened is asked for, up to
+# PG_TEST_TIMEOUT_DEFAULT, so that a slow machine makes a test slow and no more.
+
+package LabServer;
+
+use strict;
+use warnings;
+
+use Exporter 'import';
+use File::Spec;
+use IPC::Run;
+use PostgreSQL::Test::Cluster;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+our @EXPORT = qw(start_lab sql wait_for becomes start_call finish_call ends_well start_pgbench end_pgbench);
+
+my $node;
+
+# Starts a server of that name with these settings, the extension, and the lab
+# with so many rows.  Returns the node; the other functions here are about it.
+sub start_lab
+{
+	my ($name, $rows, $settings) = @_;
+
+	$node = PostgreSQL::Test::Cluster->new($name);
+	$node->init(allows_streaming => 1);
+	$node->append_conf('postgresql.conf', "client_min_messages = warning\nlog_statement = none\n$settings");
+	$node->start;
+	sql('CREATE EXTENSION risky_migrations');
+	sql(q{CALL rm_migrate('0001')});
+	sql("SELECT rm_seed($rows)");
+	return $node;
+}
+
+# What the statements give; dies if one fails.
+sub sql
+{
+	my ($query) = @_;
+	return $node->safe_psql('postgres', $query);
+}
+
+# Waits until the condition, an SQL expression, is true; dies, with what
+# is amiss, if it does not become so.
+sub wait_for
+{
+	my ($condition, $amiss) = @_;
+	$node->poll_query_until('postgres', "SELECT coalesce(($condition), false)") or die $amiss;
+	return;
+}
+
+# The same as a test.
+sub becomes
+{
+	my ($condition, $name) = @_;
+	ok($node->poll_query_until('postgres', "SELECT coalesce(($condition), false)"), $name);
+	return;
+}
+
+# Starts the statements, each as its own command, in a session of that
+# application_name.
+sub start_call
+{
+	my ($name, @statements) = @_;
+	my %call = (out => '', err => '');
+	local $ENV{PGAPPNAME} = $name;
+	$call{handle} = IPC::Run::start(
+		[
+			'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-v', 'VERBOSITY=verbose',
+			'-d', $node->connstr('postgres'), map { ('-c', $_) } @statements
+		],
+		'<', File::Spec->devnull, '>', \$call{out}, '2>', \$call{err},
+		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
+	return \%call;
+}
+
+# Waits for its end; true if all went well, and what it complained of is in
+# its err.
+sub finish_call
+{
+	my ($call) = @_;
+	return eval { $call->{handle}->finish };
+}
+
+# The same as a test.
+sub ends_well
+{
+	my ($call, $name) = @_;
+	ok(finish_call($call), $name) or diag $call->{err};
+	return;
+}
+
+# pgbench in short runs, one after the other, until end_pgbench(); the
+# directory takes its output.  The arguments after it are pgbench's.
+sub start_pgbench
+{
+	my ($dir, @arguments) = @_;
+	my %pgbench = (dir => $dir);
+
+	unlink "$dir/stop", "$dir/out", "$dir/err";
+	$pgbench{handle} = IPC::Run::start(
+		[
+			'sh', '-c', 'while test ! -e "$0"; do PGAPPNAME=pgbench "$@" || exit 1; done', "$dir/stop",
+			'pgbench', '-n', '-t', '200', @arguments, $node->connstr('postgres')
+		],
+		'<', File::Spec->devnull, '>', "$dir/out", '2>', "$dir/err");
+	return \%pgbench;
+}
+
+# True if no run of it failed.
+sub end_pgbench
+{
+	my ($pgbench) = @_;
+	PostgreSQL::Test::Utils::append_to_file("$pgbench->{dir}/stop", '');
+	return $pgbench->{handle}->finish;
+}
+
+1;
