@@ -366,7 +366,7 @@ rm_lock_bound_waits(void)
 
 /* the lock on relid has been got: notes it, and the relation's name (42P01) */
 static void
-note_lock(RmLockAccount *account, RmLockStat *stat, Oid relid)
+note_taken(RmLockAccount *account, RmLockStat *stat, Oid relid)
 {
 	INSTR_TIME_SET_CURRENT(stat->acquired);
 	stat->current = true;
@@ -456,7 +456,7 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 	PG_END_TRY();
 	INSTR_TIME_SET_CURRENT(after);
 	stat->wait_ms = Max(stat->wait_ms, ms_between(before, after));
-	note_lock(account, stat, relid);
+	note_taken(account, stat, relid);
 }
 
 /*
@@ -489,7 +489,7 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 					 errdetail("It is needed together with others, and is not waited for while those are held.")));
 		}
 		stat->wait_ms = Max(stat->wait_ms, 0);
-		note_lock(account, stat, relid);
+		note_taken(account, stat, relid);
 	}
 }
 
