@@ -74,6 +74,7 @@ typedef struct RmConversion
 extern RmConversionDef *rm_conversion_parse(Relation rel, const char *column,
 											const char *type_name,
 											const char *using_expr);
+extern void rm_conversion_check_text(const char *text, const char *what);
 extern RmConversion *rm_conversion_load(const char *tree, int server_version,
 										const char *using_expr, Relation rel,
 										Oid type, int32 typmod,
