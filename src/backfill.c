@@ -128,6 +128,7 @@ typedef struct Backfill
 	instr_time	batch_started;
 	instr_time	first_row;		/* of the transaction */
 	int64		failures;
+	bool		null_on_error;
 	bool		nothing_to_do;
 } Backfill;
 
@@ -556,6 +557,7 @@ begin_work(RmRun *run)
 	{
 		b = run->work = MemoryContextAllocZero(run->cxt, sizeof(Backfill));
 		b->patience_ms = PATIENCE;
+		b->null_on_error = run->m->null_on_error;
 		INSTR_TIME_SET_CURRENT(b->batch_started);
 		b->first_block = run->m->next_block;
 		reset_window(b, run->m->next_block, run->m->end_block);
@@ -650,6 +652,7 @@ backfill_committed(RmRun *run, RmStepResult result)
 				 errmsg_plural("%lld row holds a value that does not convert",
 							   "%lld rows hold values that do not convert",
 							   (unsigned long) b->failures, (long long) b->failures),
+				 b->null_on_error ? errdetail("The new column is NULL there, as on_error => 'null' says; the values are recorded.") :
 				 errdetail("That is recorded, and nothing was lost; it stands in the way of the next step."),
 				 errhint("SELECT * FROM rm_conversion_errors; mended rows are converted as they are written.")));
 }

@@ -26,6 +26,9 @@
  * are READ COMMITTED and take our snapshot after our lock.  Between two of
  * our transactions we hold neither a lock nor a snapshot.
  *
+ * What rm_pause() and rm_cancel() want is seen when the state row is loaded,
+ * and when something wakes a rest or interrupts a wait; steer.c obeys.
+ *
  * Easy to get wrong: a transaction that holds a lock which blocks others
  * must not wait for a standby in its commit, for that would be a wait without
  * bound; it commits with synchronous_commit = local, and the next one (the
@@ -52,6 +55,7 @@
 #include "portability/instr_time.h"
 #include "risky_migrations.h"
 #include "state.h"
+#include "steer.h"
 #include "storage/latch.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -162,25 +166,60 @@ rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
 	return error;
 }
 
-/* rests outside of any transaction that holds something; can be cancelled */
+/* one rest, to its end or until the latch is set */
+typedef struct Rest
+{
+	int			ms;
+	bool		woken;
+} Rest;
+
 static void
 rest(void *arg)
 {
-	int			ms = *(int *) arg;
+	Rest	   *r = arg;
+
+	CHECK_FOR_INTERRUPTS();
+	r->woken = (WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						  r->ms, PG_WAIT_EXTENSION) & WL_LATCH_SET) != 0;
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/*
+ * Rests between two transactions, holding neither lock nor snapshot, for so
+ * many milliseconds or until the latch is set: then it returns true, and the
+ * caller looks why.  If it is interrupted, *error (in cxt) says by what.
+ */
+bool
+rm_rest(int ms, MemoryContext cxt, ErrorData **error)
+{
+	Rest		r = {.ms = ms};
+
+	InvalidateCatalogSnapshot();
+	*error = rm_try(rest, &r, cxt);
+	if (*error)
+		roll_back();
+	return r.woken;
+}
+
+/*
+ * Rests that long, whatever wakes it meanwhile, unless something else is wanted
+ * of the run (which may be NULL).  Returns the error that interrupted it.
+ */
+static ErrorData *
+rest_out(RmRun *run, int ms, MemoryContext cxt)
+{
 	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
+	ErrorData  *error = NULL;
 
-	for (;;)
+	while (ms > 0 && error == NULL)
 	{
-		long		left;
-
-		CHECK_FOR_INTERRUPTS();
-		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
-		if (left <= 0)
+		if (rm_rest(ms, cxt, &error) && error == NULL && run &&
+			rm_steer_wanted(run) != RM_WANT_RUN)
 			break;
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 left, PG_WAIT_EXTENSION);
-		ResetLatch(MyLatch);
+		ms = (int) TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
 	}
+	return error;
 }
 
 static bool
@@ -230,12 +269,9 @@ rm_transaction(void (*work) (void *arg), void *arg)
 			ReThrowError(error);
 		}
 		pause_ms = retry_delay(tries);
-		error = rm_try(rest, &pause_ms, cxt);
+		error = rest_out(NULL, pause_ms, cxt);
 		if (error)
-		{
-			roll_back();
 			ReThrowError(error);
-		}
 	}
 	rm_commit();
 }
@@ -411,6 +447,7 @@ typedef struct Attempt
 {
 	RmRun	   *run;
 	RmStepResult result;
+	bool		steered;		/* nothing was done: something else is wanted */
 	ErrorData  *error;			/* to be recorded */
 } Attempt;
 
@@ -484,6 +521,11 @@ attempt_step(void *arg)
 	{
 		run->m = rm_migration_load(run->migration_id, true, CurrentMemoryContext);
 		check_step_applies(run);
+		if (run->m->wanted != RM_WANT_RUN && !run->revert)
+		{
+			attempt->steered = true;
+			return;
+		}
 	}
 
 	attempt->result = (run->revert ? run->step->revert : run->step->apply) (run);
@@ -603,6 +645,13 @@ run_transactions(RmRun *run)
 		{
 			rm_lock_account_end(&run->locks);
 			run->duration_ms = rm_elapsed_ms(run->started);
+			if (attempt.steered)
+			{
+				error = rm_steer_obey(run);
+				if (error)
+					fail(run, error);
+				continue;
+			}
 			tries = 0;
 			if (run->step->committed)
 				run->step->committed(run, attempt.result);
@@ -613,7 +662,9 @@ run_transactions(RmRun *run)
 		else
 		{
 			rm_lock_account_end(&run->locks);
-			if (is_lock_failure(error) && tries < rm_lock_retries)
+			if (rm_steer_interrupted(run, error))
+				FreeErrorData(error);
+			else if (is_lock_failure(error) && tries < rm_lock_retries)
 			{
 				tries++;
 				run->lock_retries++;
@@ -634,12 +685,9 @@ run_transactions(RmRun *run)
 		}
 		if (pause_ms > 0)
 		{
-			error = rm_try(rest, &pause_ms, run->cxt);
-			if (error)
-			{
-				roll_back();
+			error = rest_out(run, pause_ms, run->cxt);
+			if (error && !rm_steer_interrupted(run, error))
 				fail(run, error);
-			}
 		}
 	}
 	MemoryContextSwitchTo(oldcxt);
@@ -662,6 +710,24 @@ run_to_the_end(RmRun *run)
 }
 
 /*
+ * Makes this session the runner of the migration, until as many calls of
+ * rm_runner_unlock() or its end.  55006 if another session is.
+ */
+void
+rm_become_runner(const RmMigration *m)
+{
+	int			pid;
+
+	if (!rm_runner_lock(RM_RUNNER_MIGRATION, m->id, &pid))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("migration %lld is already running in another session",
+						(long long) m->id),
+				 errdetail("Process %d runs it.", pid),
+				 errhint("Wait for it, or end it with pg_cancel_backend(%d).", pid)));
+}
+
+/*
  * Applies or reverts one step of a migration.  Called by a procedure after
  * rm_procedure_begin().  55006 if another session runs the migration.
  */
@@ -669,7 +735,7 @@ void
 rm_run_step(RmMigration *m, int step_index, bool revert, int batch)
 {
 	RmRun		run = {0};
-	int			pid;
+	bool		one_of_many = rm_runner_lock_held(RM_RUNNER_MIGRATION, m->id);
 
 	run.migration_id = m->id;
 	run.step = m->method->steps[step_index];
@@ -680,15 +746,11 @@ rm_run_step(RmMigration *m, int step_index, bool revert, int batch)
 	run.relid = m->relid;
 	run.relation = m->relation;
 
-	if (!rm_runner_lock(RM_RUNNER_MIGRATION, m->id, &pid))
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_IN_USE),
-				 errmsg("migration %lld is already running in another session",
-						(long long) m->id),
-				 errdetail("Process %d runs it.", pid),
-				 errhint("Wait for it, or end it with pg_cancel_backend(%d).", pid)));
+	rm_become_runner(m);
 	PG_TRY();
 	{
+		if (!one_of_many)
+			rm_steer_begin(m->id);
 		run_to_the_end(&run);
 	}
 	PG_FINALLY();
