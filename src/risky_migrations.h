@@ -16,6 +16,8 @@ extern int	rm_lock_retries;
 extern int	rm_lock_retry_max_delay;	/* milliseconds */
 extern int	rm_max_row_lock_time;	/* milliseconds */
 
+extern int	rm_launcher_interval;	/* seconds */
+
 /* batches: rows, the largest that makes sense and the default */
 #define RM_DEFAULT_BATCH 100000
 #define RM_MAX_BATCH 10000000
