@@ -328,7 +328,7 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 	l.sqlstate, l.message, l.detail, l.hint,
 	CASE WHEN m.state <> 'open' THEN NULL
 		WHEN r.pid IS NOT NULL THEN CASE WHEN s.wanted = 'paused' THEN format('SELECT rm_resume(%s)', m.id) END
-		WHEN s.all_steps AND NOT coalesce(l.direction = 'rollback' AND l.state <> 'done', false)
+		WHEN (s.all_steps OR s.wanted <> 'run') AND NOT coalesce(l.direction = 'rollback' AND l.state <> 'done', false)
 			AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = m.relid)
 			THEN CASE WHEN risky_migrations.step_name(m.method, m.steps_done) = 'swap' AND s.cut_over = 'manual'
 					THEN format('CALL rm_cut_over(%s)', m.id)

@@ -260,7 +260,8 @@ rm_open_migration(const char *method)
 				 errmsg("there is no open migration"),
 				 method ? errdetail("None of the method %s is open on a table of yours.", method) :
 				 errdetail("None is open on a table of yours."),
-				 errhint("Start one with rm_add_column(), or in the lab with CALL rm_migrate('0003').")));
+				 method ? errhint("Start one with rm_add_column(), or in the lab with CALL rm_migrate('0003').") :
+				 errhint("Start one with CALL rm_alter_type() or SELECT rm_start().")));
 	initStringInfo(&list);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		appendStringInfo(&list, "%s%lld (%s, column %s)", i ? ", " : "",

@@ -81,7 +81,6 @@
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "tcop/tcopprot.h"
-#include "tcop/utility.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -712,7 +711,12 @@ check_background(const char *name)
 				 errmsg("%s() cannot run during recovery", name),
 				 errdetail("A standby writes nothing of its own."),
 				 errhint("Run it on the primary server.")));
-	PreventCommandIfReadOnly(psprintf("%s()", name));
+	if (XactReadOnly)
+		ereport(ERROR,
+				(errcode(ERRCODE_READ_ONLY_SQL_TRANSACTION),
+				 errmsg("cannot execute %s() in a read-only transaction", name),
+				 errdetail("It writes down what is wanted."),
+				 errhint("Call it in a transaction that is READ WRITE.")));
 	if (InSecurityRestrictedOperation())
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
