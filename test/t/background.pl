@@ -9,6 +9,8 @@
 use strict;
 use warnings;
 
+use File::Spec;
+use IPC::Run;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -56,6 +58,16 @@ sub becomes
 sub session
 {
 	return $node->background_psql('postgres', on_error_stop => 0);
+}
+
+# Starts a statement in a session of its own.
+sub start_call
+{
+	my ($statement) = @_;
+	return IPC::Run::start(
+		[ 'psql', '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $node->connstr('postgres'), '-c', $statement ],
+		'<', File::Spec->devnull, '>', File::Spec->devnull, '2>', File::Spec->devnull,
+		IPC::Run::timeout($PostgreSQL::Test::Utils::timeout_default));
 }
 
 # A session that keeps the backfill from its end.
@@ -264,12 +276,11 @@ finishes($id, 'paused and resumed');
 is(times_logged(qr/canceling statement/), 0, 'no interrupt reached it that was rolled back');
 
 # a CALL in the foreground
-my $caller = session();
 sql(q{CALL rm_add_column('t', 'v', 'int', 'v::int')});
 $blocker = lock_row();
 log_begins();
-$caller->query_until(qr/called/, "\\echo called\nCALL rm_backfill_batched();\n");
-becomes(q{SELECT phase, run_state FROM rm_migrations JOIN risky_migrations.migration USING (id) WHERE state = 'open'},
+my $call = start_call('CALL rm_backfill_batched()');
+becomes(q{SELECT phase, run_state FROM rm_migrations JOIN risky_migrations.migration m USING (id) WHERE m.state = 'open'},
 	'1|running in foreground', 'a CALL runs in the foreground');
 $id = sql(q{SELECT id FROM rm_migrations WHERE state = 'open'});
 sql('SELECT rm_pause()');
@@ -279,16 +290,15 @@ sql("SELECT pg_cancel_backend(running_pid) FROM rm_migrations WHERE id = $id");
 becomes("SELECT running_pid IS NULL AND last_step_state = 'failed' FROM rm_migrations WHERE id = $id",
 	't', 'a paused CALL can be cancelled');
 is(stands($id, 'run_state, sqlstate, next_call'), "paused|57014|SELECT rm_resume($id)", 'and the migration stays paused');
-$caller->quit;
+ok(!$call->finish, 'it ends with an error');
 log_begins();
-$caller = session();
-$caller->query_until(qr/called/, "\\echo called\nCALL rm_backfill_batched();\n");
+$call = start_call('CALL rm_backfill_batched()');
 logged(qr/migration $id is paused by role/, 'a later call waits for the end of the pause');
 release($blocker);
 is(stands($id, 'run_state, running_pid IS NOT NULL, steps_done'), 'paused|t|1', 'it does nothing');
 sql('SELECT rm_resume()');
 becomes("SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $id", '2|t', 'then it does its step');
-$caller->quit;
+ok($call->finish, 'without an error');
 sql("SELECT rm_resume($id)");
 finishes($id, 'the rest in the background');
 
@@ -298,7 +308,7 @@ finishes($id, 'the rest in the background');
 
 sql(q{CALL rm_add_column('t', 'v', 'int', 'v::int')});
 $id = sql(q{SELECT id FROM rm_migrations WHERE state = 'open'});
-sql(q{CREATE TABLE other_table AS SELECT * FROM t});
+sql(q{CREATE TABLE other_table AS SELECT id, v FROM t});
 my $probes = 0;
 $probes++ while $probes < 20 && sqlstate_of(q{SELECT rm_probe_start('SELECT 1', '1 s')}) eq '';
 cmp_ok($probes, '<', 20, 'all background workers are in use');
