@@ -695,6 +695,8 @@ rm_runner_main(Datum main_arg)
 
 	MemoryContextSwitchTo(plan.cxt);
 	settings = lappend(plan.settings, "log_min_messages=notice");
+	if (GetConfigOption("transaction_timeout", true, false) != NULL)
+		settings = lappend(settings, "transaction_timeout=0");
 	settings = lappend(settings, psprintf("application_name=risky_migrations migration %lld",
 										  (long long) order.id));
 	rm_worker_become(plan.role, settings, WARNING);
