@@ -882,6 +882,25 @@ set_wanted(int64 id, const char *wanted)
 					 lengthof(types), types, v, NULL);
 }
 
+/* a rollback that was begun is not steered (55000); needs SPI */
+static void
+refuse_rollback_under_way(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("SELECT direction = 'rollback' AND state <> 'done'"
+					 " FROM risky_migrations.step_log WHERE migration_id = $1"
+					 " ORDER BY id DESC LIMIT 1", 1, types, v, NULL);
+	if (SPI_processed > 0 && DatumGetBool(rm_result_datum(0, 1)))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("migration %lld is being rolled back", (long long) m->id),
+				 errdetail("A rollback was begun and has not come to its end."),
+				 errhint("CALL rm_rollback(%lld) goes on with it where nobody runs it.",
+						 (long long) m->id)));
+}
+
 /*
  * rm_pause(migration bigint) returns bigint
  */
@@ -894,6 +913,7 @@ rm_pause(PG_FUNCTION_ARGS)
 	SPI_connect();
 	m = steerable_migration(fcinfo, "rm_pause");
 	id = m->id;
+	refuse_rollback_under_way(m);
 	if (m->wanted == RM_WANT_PAUSED)
 		ereport(NOTICE,
 				(errmsg("migration %lld is paused already", (long long) m->id)));
@@ -929,6 +949,7 @@ rm_cancel(PG_FUNCTION_ARGS)
 	SPI_connect();
 	m = steerable_migration(fcinfo, "rm_cancel");
 	id = m->id;
+	refuse_rollback_under_way(m);
 	if (rm_runner_pid(RM_RUNNER_MIGRATION, m->id) == 0)
 		ereport(NOTICE,
 				(errmsg("nobody runs migration %lld", (long long) m->id),
@@ -941,24 +962,6 @@ rm_cancel(PG_FUNCTION_ARGS)
 	PG_RETURN_INT64(id);
 }
 
-/* refuses to go on with what is being taken back (55000); needs SPI */
-static void
-refuse_rollback_under_way(const RmMigration *m)
-{
-	Oid			types[] = {INT8OID};
-	Datum		v[] = {Int64GetDatum(m->id)};
-
-	rm_state_execute("SELECT direction = 'rollback' AND state <> 'done'"
-					 " FROM risky_migrations.step_log WHERE migration_id = $1"
-					 " ORDER BY id DESC LIMIT 1", 1, types, v, NULL);
-	if (SPI_processed > 0 && DatumGetBool(rm_result_datum(0, 1)))
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("migration %lld is being rolled back", (long long) m->id),
-				 errdetail("A rollback was begun and has not come to its end."),
-				 errhint("CALL rm_rollback(%lld) goes on with that.", (long long) m->id)));
-}
-
 /* nobody runs it: a worker does, as the caller; needs SPI */
 static void
 resume_in_background(const RmMigration *m)
@@ -966,7 +969,6 @@ resume_in_background(const RmMigration *m)
 	Oid			types[] = {INT8OID, OIDOID, OIDOID, TEXTARRAYOID};
 	Datum		v[lengthof(types)];
 
-	refuse_rollback_under_way(m);
 	check_session_user();
 	v[0] = Int64GetDatum(m->id);
 	v[1] = ObjectIdGetDatum(GetSessionUserId());
@@ -1001,6 +1003,7 @@ rm_resume(PG_FUNCTION_ARGS)
 	SPI_connect();
 	m = steerable_migration(fcinfo, "rm_resume");
 	id = m->id;
+	refuse_rollback_under_way(m);
 	pid = rm_runner_pid(RM_RUNNER_MIGRATION, m->id);
 	order.id = m->id;
 	order.cxt = CurrentMemoryContext;

@@ -179,8 +179,17 @@ SET client_min_messages = warning;
 SELECT rm_resume() = :id AS it;
 CALL wait_for_worker(3);
 SELECT * FROM stands;
--- and can be taken back
+-- and can be taken back; what is taken back is not steered
 SELECT rm_pause() = :id AS it;
+INSERT INTO risky_migrations.step_log (migration_id, approach, step, direction, state, owner, relid, relation)
+SELECT :id, 'three_step', 'enforce_not_null', 'rollback', 'failed', 10, 'days'::regclass, 'days';
+SELECT rm_pause();
+\echo SQLSTATE :SQLSTATE
+SELECT rm_cancel();
+\echo SQLSTATE :SQLSTATE
+SELECT rm_resume();
+\echo SQLSTATE :SQLSTATE
+SELECT * FROM stands;
 CALL rm_rollback();
 SELECT * FROM stands;
 SELECT rm_pause(:id);
