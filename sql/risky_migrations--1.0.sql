@@ -3,8 +3,8 @@
 -- complain if script is sourced in psql, rather than via CREATE EXTENSION
 \echo Use "CREATE EXTENSION risky_migrations" to load this file. \quit
 
--- Sections: state, do, what hangs on a column, know, watch, probes, lab; as in
--- doc/architecture.md.
+-- Sections: state, do, what hangs on a column, steer, know, watch, probes, lab; as
+-- in doc/architecture.md.
 -- What people call lives in the extension's schema and starts with rm_; what
 -- the extension keeps lives in the schema risky_migrations.
 
@@ -57,9 +57,29 @@ CREATE TABLE risky_migrations.migration (
 	swapped boolean NOT NULL DEFAULT false,
 	reverse_tree text,
 	fingerprint text,
+	null_on_error boolean NOT NULL DEFAULT false,
 	created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 10);
 COMMENT ON TABLE risky_migrations.migration IS 'one requested change of one column''s type; one row of state';
+
+-- not part of the migration's row, which its runner keeps locked: whoever wants
+-- something of the runner must not wait for it
+CREATE TABLE risky_migrations.steering (
+	migration_id bigint PRIMARY KEY REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	wanted text NOT NULL DEFAULT 'run' CHECK (wanted IN ('run', 'paused', 'cancelled')),
+	wanted_by oid,
+	wanted_at timestamptz,
+	all_steps boolean NOT NULL DEFAULT false,
+	cut_over text NOT NULL DEFAULT 'auto' CHECK (cut_over IN ('auto', 'manual')),
+	batch integer NOT NULL DEFAULT 100000,
+	background boolean NOT NULL DEFAULT false,
+	session_role oid,
+	role oid,
+	settings text[],
+	launches integer NOT NULL DEFAULT 0,
+	launch_mark text
+);
+COMMENT ON TABLE risky_migrations.steering IS 'how a migration is to be run, and what is wanted of its runner; no row for one that is run step by step and left alone';
 
 CREATE TABLE risky_migrations.skipped_row (
 	migration_id bigint NOT NULL,
@@ -237,6 +257,37 @@ CREATE FUNCTION risky_migrations.steady_text(value text) RETURNS text
 AS 'MODULE_PATHNAME', 'rm_steady_text' LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
 COMMENT ON FUNCTION risky_migrations.steady_text(text) IS
 	'the value itself; an error (22007) if it names a moment by the clock, such as today';
+
+CREATE FUNCTION risky_migrations.step_name(method text, steps_done integer) RETURNS text
+AS 'MODULE_PATHNAME', 'rm_step_name' LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
+COMMENT ON FUNCTION risky_migrations.step_name(text, integer) IS
+	'the method''s next step when so many are done; NULL if there is none';
+
+CREATE PROCEDURE rm_alter_type(relation text, column_name text, new_type text,
+	using_expr text DEFAULT NULL, method text DEFAULT 'three_step',
+	reverse_expr text DEFAULT NULL, cut_over text DEFAULT 'auto',
+	on_error text DEFAULT 'stop', batch bigint DEFAULT 100000)
+AS 'MODULE_PATHNAME', 'rm_alter_type' LANGUAGE C;
+COMMENT ON PROCEDURE rm_alter_type(text, text, text, text, text, text, text, text, bigint) IS
+	'changes a column''s type: all steps of the method (three_step or direct), in this session; cut_over manual stops before the swap, on_error null makes NULL what does not convert';
+
+CREATE FUNCTION rm_start(relation text, column_name text, new_type text,
+	using_expr text DEFAULT NULL, method text DEFAULT 'three_step',
+	reverse_expr text DEFAULT NULL, cut_over text DEFAULT 'auto',
+	on_error text DEFAULT 'stop', batch bigint DEFAULT 100000) RETURNS bigint
+AS 'MODULE_PATHNAME', 'rm_start' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION rm_start(text, text, text, text, text, text, text, text, bigint) IS
+	'the same in a background worker, which begins when the transaction commits and needs no client; returns the migration''s id';
+
+CREATE PROCEDURE risky_migrations.run(migration bigint)
+AS 'MODULE_PATHNAME', 'rm_run' LANGUAGE C;
+COMMENT ON PROCEDURE risky_migrations.run(bigint) IS
+	'goes on with all steps of a migration, in this session; what a background worker calls';
+
+CREATE PROCEDURE rm_cut_over(migration bigint DEFAULT NULL)
+AS 'MODULE_PATHNAME', 'rm_cut_over' LANGUAGE C;
+COMMENT ON PROCEDURE rm_cut_over(bigint) IS
+	'goes on with a migration that was started with cut_over manual and stands before its swap';
 
 CREATE PROCEDURE rm_add_column(relation text, column_name text, new_type text,
 	using_expr text DEFAULT NULL, reverse_expr text DEFAULT NULL)
@@ -1182,6 +1233,25 @@ COMMENT ON FUNCTION risky_migrations.catalog_fingerprint(oid) IS
 	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers';
 
 -----------------------------------------------------------------------
+-- Steer
+-----------------------------------------------------------------------
+
+CREATE FUNCTION rm_pause(migration bigint DEFAULT NULL) RETURNS bigint
+AS 'MODULE_PATHNAME', 'rm_pause' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION rm_pause(bigint) IS
+	'has a migration hold nothing and wait, from its next batch on and at once where it waits already; returns its id';
+
+CREATE FUNCTION rm_resume(migration bigint DEFAULT NULL) RETURNS bigint
+AS 'MODULE_PATHNAME', 'rm_resume' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION rm_resume(bigint) IS
+	'ends a pause; a migration that nobody runs goes on in a background worker, as the caller, from its last committed batch; returns its id';
+
+CREATE FUNCTION rm_cancel(migration bigint DEFAULT NULL) RETURNS bigint
+AS 'MODULE_PATHNAME', 'rm_cancel' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION rm_cancel(bigint) IS
+	'stops whoever runs a migration, with an error, at once; what is done stays (rm_rollback takes it back); returns its id';
+
+-----------------------------------------------------------------------
 -- Know
 -----------------------------------------------------------------------
 
@@ -1201,10 +1271,22 @@ CREATE VIEW rm_migrations WITH (security_barrier) AS
 SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 	m.method, m.state, m.steps_done,
 	r.pid AS running_pid,
+	CASE WHEN m.state <> 'open' THEN NULL
+		WHEN s.wanted <> 'run' THEN s.wanted
+		WHEN r.pid IS NULL THEN 'not running'
+		WHEN s.background THEN 'running in background'
+		ELSE 'running in foreground' END AS run_state,
 	l.step AS last_step, l.direction AS last_direction,
 	CASE WHEN l.state = 'running' AND r.pid IS NULL THEN 'interrupted' ELSE l.state END AS last_step_state,
 	l.sqlstate, l.message, l.detail, l.hint,
-	CASE WHEN m.state <> 'open' OR r.pid IS NOT NULL THEN NULL
+	CASE WHEN m.state <> 'open' THEN NULL
+		WHEN r.pid IS NOT NULL THEN CASE WHEN s.wanted = 'paused' THEN format('SELECT rm_resume(%s)', m.id) END
+		WHEN (s.all_steps OR s.wanted <> 'run') AND NOT coalesce(l.direction = 'rollback' AND l.state <> 'done', false)
+			AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = m.relid)
+			THEN CASE WHEN risky_migrations.step_name(m.method, m.steps_done) = 'swap' AND s.cut_over = 'manual'
+					THEN format('CALL rm_cut_over(%s)', m.id)
+				WHEN risky_migrations.step_name(m.method, m.steps_done) IS NOT NULL
+					THEN format('SELECT rm_resume(%s)', m.id) END
 		WHEN m.method = 'direct' OR m.steps_done = 0
 			OR l.direction = 'rollback' AND l.state <> 'done'
 			OR NOT EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = m.relid)
@@ -1222,6 +1304,7 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 		ELSE 'open' END AS way_back,
 	m.created_at
 FROM risky_migrations.migration m
+LEFT JOIN risky_migrations.steering s ON s.migration_id = m.id
 LEFT JOIN LATERAL (
 	SELECT k.pid FROM pg_catalog.pg_locks k
 	WHERE k.locktype = 'advisory' AND k.objsubid = 3 AND k.granted
@@ -1242,15 +1325,17 @@ SELECT m.id AS migration, m.relation, l.step, l.direction, l.pid, l.started_at,
 	round((p.rows_done - p.rows_first) / nullif(p.seconds, 0)) AS rows_per_second,
 	clock_timestamp() + (p.blocks_total - p.blocks_done) * p.seconds
 		/ nullif(greatest(p.blocks_done - p.blocks_first, 0), 0) * interval '1 s' AS estimated_end,
-	CASE WHEN w.mode IS NOT NULL THEN 'lock' ELSE l.wait_kind END AS waiting_for,
+	CASE WHEN w.mode IS NOT NULL THEN 'lock' WHEN s.wanted = 'paused' THEN 'paused' ELSE l.wait_kind END AS waiting_for,
 	CASE WHEN w.mode IS NOT NULL THEN
 		format('%s on %s, held or asked for before by %s', w.mode, w.object,
 			coalesce('process ' || nullif(array_to_string(pg_blocking_pids(l.pid), ', '), ''), 'nobody any more'))
 		ELSE l.wait_reason END AS waiting_reason,
 	CASE WHEN w.mode IS NOT NULL THEN w.waitstart ELSE l.wait_since END AS waiting_since,
-	l.lock_retries, a.wait_event_type, a.wait_event
+	l.lock_retries, a.wait_event_type, a.wait_event,
+	coalesce(s.wanted = 'paused', false) AS paused
 FROM risky_migrations.migration m
 JOIN risky_migrations.step_log l ON l.migration_id = m.id AND l.state = 'running'
+LEFT JOIN risky_migrations.steering s ON s.migration_id = m.id
 CROSS JOIN LATERAL (
 	SELECT l.progress[1] AS blocks_first, nullif(l.progress[3], 0) AS blocks_total,
 		CASE WHEN l.progress[3] > 0 THEN l.progress[2] END AS blocks_done,

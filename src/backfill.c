@@ -133,6 +133,7 @@ typedef struct Backfill
 	double		overhead_ms;	/* from there until the locks are gone */
 	int			clock_every;	/* rows between two looks at the clock */
 	int64		failures;
+	bool		null_on_error;
 	bool		nothing_to_do;
 } Backfill;
 
@@ -590,6 +591,7 @@ begin_work(RmRun *run)
 	{
 		b = run->work = MemoryContextAllocZero(run->cxt, sizeof(Backfill));
 		b->patience_ms = PATIENCE;
+		b->null_on_error = run->m->null_on_error;
 		INSTR_TIME_SET_CURRENT(b->batch_started);
 		b->first_block = run->m->next_block;
 		b->clock_every = 1;		/* until it is known how long a row takes */
@@ -709,6 +711,7 @@ backfill_committed(RmRun *run, RmStepResult result)
 				 errmsg_plural("%lld row holds a value that does not convert",
 							   "%lld rows hold values that do not convert",
 							   (unsigned long) b->failures, (long long) b->failures),
+				 b->null_on_error ? errdetail("The new column is NULL there, as on_error => 'null' says; the values are recorded.") :
 				 errdetail("That is recorded, and nothing was lost; it stands in the way of the next step."),
 				 errhint("SELECT * FROM rm_conversion_errors; mended rows are converted as they are written.")));
 }

@@ -127,7 +127,7 @@ is_star(Node *node)
  * statements nor clauses can be smuggled in.
  */
 static Node *
-parse_expression_text(const char *text)
+parse_expression_text(const char *text, const char *what)
 {
 	List	   *raw = raw_parser(text, RAW_PARSE_PLPGSQL_EXPR);
 	SelectStmt *stmt = NULL;
@@ -145,10 +145,20 @@ parse_expression_text(const char *text)
 		is_star(linitial_node(ResTarget, stmt->targetList)->val))
 		ereport(ERROR,
 				(errcode(ERRCODE_SYNTAX_ERROR),
-				 errmsg("the USING expression is not a single expression"),
+				 errmsg("%s is not a single expression", what),
 				 errdetail("It is: %s", text),
 				 errhint("Give one expression over the columns of the row, as after USING in ALTER TABLE.")));
 	return linitial_node(ResTarget, stmt->targetList)->val;
+}
+
+/*
+ * Refuses (42601) a text that is not one expression, and could say something
+ * else where it is put into a statement.  what names it in the message.
+ */
+void
+rm_conversion_check_text(const char *text, const char *what)
+{
+	(void) parse_expression_text(text, what);
 }
 
 static bool
@@ -261,7 +271,7 @@ analyze_expression(Relation rel, const char *text, Oid type, int32 typmod)
 										   false, true);
 	addNSItemToQuery(pstate, nsitem, false, true, true);
 
-	expr = transformExpr(pstate, parse_expression_text(text),
+	expr = transformExpr(pstate, parse_expression_text(text, "the USING expression"),
 						 EXPR_KIND_ALTER_COL_TRANSFORM);
 	coerced = coerce_to_target_type(pstate, expr, exprType(expr), type, typmod,
 									COERCION_ASSIGNMENT, COERCE_IMPLICIT_CAST,

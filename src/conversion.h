@@ -77,6 +77,7 @@ extern RmConversionDef *rm_conversion_parse(Relation rel, const char *column,
 extern char *rm_conversion_parse_reverse(Relation rel, const char *column,
 										 const char *text, Oid old_type,
 										 int32 old_typmod);
+extern void rm_conversion_check_text(const char *text, const char *what);
 extern RmConversion *rm_conversion_load(const char *tree, int server_version,
 										const char *using_expr, Relation rel,
 										Oid type, int32 typmod,

@@ -64,6 +64,25 @@ begin_alter(RmRun *run)
 	return rm_relation_sql(m->relid);
 }
 
+/*
+ * Runs an ALTER TABLE as the table's owner: it evaluates an expression that was
+ * given by whoever may act as the owner, and a superuser may be running it.
+ */
+static void
+execute_as_owner(Oid relid, const char *sql)
+{
+	Relation	rel = table_open(relid, NoLock);
+	Oid			owner = rel->rd_rel->relowner;
+	Oid			save_userid;
+	int			save_sec_context;
+
+	table_close(rel, NoLock);
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
+	rm_execute(sql);
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+}
+
 static RmStepResult
 alter_type_apply(RmRun *run)
 {
@@ -74,8 +93,9 @@ alter_type_apply(RmRun *run)
 	if (m->exact_check)
 		m->inexact_rows = count_rows(rel_sql, psprintf("NOT coalesce((%s), true)",
 													   m->exact_check));
-	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", rel_sql,
-						column, m->new_type, m->using_expr));
+	execute_as_owner(m->relid,
+					 psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", rel_sql,
+							  column, m->new_type, m->using_expr));
 	return RM_STEP_DONE;
 }
 
@@ -130,7 +150,7 @@ alter_type_revert(RmRun *run)
 	if (m->old_collation)
 		appendStringInfo(&sql, " COLLATE %s", m->old_collation);
 	appendStringInfo(&sql, " USING %s", m->reverse_expr);
-	rm_execute(sql.data);
+	execute_as_owner(m->relid, sql.data);
 	if (m->old_storage)
 		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s SET STORAGE %s", rel_sql,
 							column, m->old_storage));

@@ -41,6 +41,7 @@
 #include "access/transam.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_class.h"
+#include "compat.h"
 #include "locks.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
@@ -556,6 +557,16 @@ rm_transaction_lock(RmRunnerLock kind, int64 id)
 
 	set_runner_tag(&tag, kind, id);
 	return LockAcquire(&tag, ExclusiveLock, false, true) != LOCKACQUIRE_NOT_AVAIL;
+}
+
+/* does this session have it? */
+bool
+rm_runner_lock_held(RmRunnerLock kind, int64 id)
+{
+	LOCKTAG		tag;
+
+	set_runner_tag(&tag, kind, id);
+	return rm_holds_lock(&tag, ExclusiveLock);
 }
 
 void

@@ -69,6 +69,7 @@ typedef enum RmRunnerLock
 
 extern bool rm_runner_lock(RmRunnerLock kind, int64 id, int *holder_pid);
 extern bool rm_transaction_lock(RmRunnerLock kind, int64 id);
+extern bool rm_runner_lock_held(RmRunnerLock kind, int64 id);
 extern void rm_runner_unlock(RmRunnerLock kind, int64 id);
 extern int	rm_runner_pid(RmRunnerLock kind, int64 id);
 

@@ -57,6 +57,15 @@ rm_method_by_name(const char *name)
 			 errhint("Methods are direct and three_step.")));
 }
 
+/* as in the table steering, where NULL stands for a migration without a row */
+RmWanted
+rm_wanted_by_name(const char *name)
+{
+	if (name == NULL || strcmp(name, "run") == 0)
+		return RM_WANT_RUN;
+	return strcmp(name, "paused") == 0 ? RM_WANT_PAUSED : RM_WANT_CANCELLED;
+}
+
 /*
  * Loads a migration into cxt, with a lock on its row if it is to be saved.
  * 42704 if there is none.  Needs SPI.
@@ -78,7 +87,9 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 					 " server_version::int8, enforced::int::int8, trigger_xmin,"
 					 " relfilenode::int8,"
 					 " next_block, end_block, rows_done, rows_estimated, inexact_rows,"
-					 " old_column, swapped::int::int8, reverse_tree, fingerprint"
+					 " old_column, swapped::int::int8, reverse_tree, fingerprint,"
+					 " null_on_error::int::int8,"
+					 " (SELECT wanted FROM risky_migrations.steering WHERE migration_id = migration.id)"
 					 " FROM risky_migrations.migration WHERE id = $1 %s",
 							  lock ? "FOR NO KEY UPDATE" : ""),
 					 1, types, values, NULL);
@@ -130,6 +141,8 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 	m->swapped = rm_result_int64(0, ++col) != 0;
 	m->reverse_tree = rm_result_text(0, ++col);
 	m->fingerprint = rm_result_text(0, ++col);
+	m->null_on_error = rm_result_int64(0, ++col) != 0;
+	m->wanted = rm_wanted_by_name(rm_result_text(0, ++col));
 	MemoryContextSwitchTo(oldcxt);
 	return m;
 }
@@ -147,7 +160,8 @@ rm_migration_insert(RmMigration *m)
 {
 	Oid			types[] = {TEXTOID, INT8OID, INT8OID, TEXTOID, INT8OID, TEXTOID,
 		TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTARRAYOID,
-	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID};
+	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID,
+	BOOLOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -176,16 +190,17 @@ rm_migration_insert(RmMigration *m)
 	v[i] = text_or_null(m->old_storage, &n[i]), i++;
 	v[i] = text_or_null(m->old_compression, &n[i]), i++;
 	v[i] = text_or_null(m->old_column, &n[i]), i++;
+	v[i++] = BoolGetDatum(m->null_on_error);
 
 	rm_state_execute("INSERT INTO risky_migrations.migration (method, owner, relid,"
 					 " relation, attnum, column_name, old_type, new_type,"
 					 " new_column, using_expr, reverse_expr, exact_check,"
 					 " reverse_check, settings, conversion_tree, server_version,"
 					 " old_type_id, new_type_id, new_typmod, old_collation,"
-					 " old_storage, old_compression, old_column)"
+					 " old_storage, old_compression, old_column, null_on_error)"
 					 " VALUES ($1, $2::oid, $3::oid, $4, $5, $6, $7, $8, $9, $10,"
 					 " $11, $12, $13, $14, $15, $16, $17::oid,"
-					 " $18::oid, $19, $20, $21, $22, $23) RETURNING id",
+					 " $18::oid, $19, $20, $21, $22, $23, $24) RETURNING id",
 					 lengthof(types), types, v, n);
 	m->id = rm_result_int64(0, 1);
 	m->state = "open";
@@ -232,31 +247,39 @@ rm_migration_save(const RmMigration *m)
 }
 
 /*
- * The only open migration of that method whose table still exists and is the
- * caller's own.  42704 if there is none, 42725 with the list if there are
+ * The only open migration of that method (NULL: of any) whose table still
+ * exists and is the caller's own.  42704 if there is none, 42725 with the list if there are
  * several.
  */
 int64
 rm_open_migration(const char *method)
 {
 	Oid			types[] = {TEXTOID, OIDOID};
-	Datum		values[] = {CStringGetTextDatum(method), ObjectIdGetDatum(GetUserId())};
+	Datum		values[2] = {0, ObjectIdGetDatum(GetUserId())};
+	char		nulls[2] = {'n', ' '};
 	StringInfoData list;
 
+	if (method)
+	{
+		values[0] = CStringGetTextDatum(method);
+		nulls[0] = ' ';
+	}
 	rm_state_execute("SELECT m.id, m.relation, m.column_name"
 					 " FROM risky_migrations.migration m"
 					 " JOIN pg_catalog.pg_class c ON c.oid = m.relid"
-					 " WHERE m.state = 'open' AND m.method = $1"
+					 " WHERE m.state = 'open' AND coalesce(m.method = $1, true)"
 					 " AND pg_catalog.pg_has_role($2, c.relowner, 'USAGE') ORDER BY m.id",
-					 2, types, values, NULL);
+					 2, types, values, nulls);
 	if (SPI_processed == 1)
 		return rm_result_int64(0, 1);
 	if (SPI_processed == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_UNDEFINED_OBJECT),
 				 errmsg("there is no open migration"),
-				 errdetail("None of the method %s is open on a table of yours.", method),
-				 errhint("Start one with rm_add_column(), or in the lab with CALL rm_migrate('0003').")));
+				 method ? errdetail("None of the method %s is open on a table of yours.", method) :
+				 errdetail("None is open on a table of yours."),
+				 method ? errhint("Start one with rm_add_column(), or in the lab with CALL rm_migrate('0003').") :
+				 errhint("Start one with CALL rm_alter_type() or SELECT rm_start().")));
 	initStringInfo(&list);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		appendStringInfo(&list, "%s%lld (%s, column %s)", i ? ", " : "",

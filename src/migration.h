@@ -18,6 +18,14 @@ typedef struct RmMethod RmMethod;
 typedef struct RmRun RmRun;
 typedef struct RmThrottle RmThrottle;
 
+/* what is wanted of the runner of a migration, see steer.c */
+typedef enum RmWanted
+{
+	RM_WANT_RUN,
+	RM_WANT_PAUSED,
+	RM_WANT_CANCELLED
+} RmWanted;
+
 /* one requested change of one column's type: a row of risky_migrations.migration */
 typedef struct RmMigration
 {
@@ -43,6 +51,7 @@ typedef struct RmMigration
 	char	   *new_column;		/* its name */
 	char	   *using_expr;		/* see RmConversionDef */
 	char	   *reverse_expr;	/* from new to old over the column's name, or NULL */
+	bool		null_on_error;	/* what does not convert becomes NULL for good */
 	char	   *exact_check;	/* over old: does the new value tell the old one? */
 	char	   *reverse_check;	/* over new: does the old type tell the new one? */
 	List	   *settings;
@@ -60,6 +69,7 @@ typedef struct RmMigration
 	bool		swapped;		/* the shadow column has taken its place */
 	char	   *reverse_tree;	/* keeps the old column in step; NULL: it is not */
 	char	   *fingerprint;	/* of the catalogs when all was built */
+	RmWanted	wanted;			/* as it was when this was loaded */
 } RmMigration;
 
 /* what a call of a step's function has achieved */
@@ -84,6 +94,8 @@ typedef struct RmStep
 	bool		(*retry) (RmRun *run, ErrorData *error);
 	/* before an error is reported: adds what a user should know */
 	void		(*explain) (RmRun *run, ErrorData *error);
+	/* not run as one of all steps: only when the user says so */
+	bool		on_request;
 } RmStep;
 
 struct RmMethod
@@ -165,6 +177,7 @@ struct RmRun
 
 /* migration.c: rows of state */
 extern const RmMethod *rm_method_by_name(const char *name);
+extern RmWanted rm_wanted_by_name(const char *name);
 extern RmMigration *rm_migration_load(int64 id, bool lock, MemoryContext cxt);
 extern int64 rm_migration_insert(RmMigration *m);
 extern void rm_migration_save(const RmMigration *m);
@@ -189,6 +202,7 @@ extern void rm_record_failure(RmMigration *m, const char *row_key,
 extern void rm_procedure_begin(FunctionCallInfo fcinfo, const char *name);
 extern void rm_procedure_end(void);
 extern void rm_commit(void);
+extern void rm_become_runner(const RmMigration *m);
 extern void rm_run_step(RmMigration *m, int step_index, bool revert, int batch);
 extern void rm_run_free_step(const char *approach, const RmStep *step,
 							 bool revert, void *work);
@@ -199,6 +213,7 @@ extern ErrorData *rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
 extern ErrorData *rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt);
 extern void rm_transaction(void (*work) (void *arg), void *arg);
 extern void rm_execute(const char *sql);
+extern bool rm_wait_latch(int ms, MemoryContext cxt, ErrorData **error);
 extern bool rm_notice_due(RmRun *run);
 extern double rm_elapsed_ms(instr_time since);
 

@@ -94,6 +94,7 @@
 #include "utils/snapmgr.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
+#include "worker.h"
 
 /* bgw_type, as pg_stat_activity shows it */
 #define PROBE_WORKER_TYPE "risky_migrations probe"
@@ -448,7 +449,6 @@ caller_settings(void)
 static void
 register_probe(int64 id)
 {
-	BackgroundWorker worker;
 	ProbeOrder	order;
 
 	memset(&order, 0, sizeof(order));
@@ -456,27 +456,9 @@ register_probe(int64 id)
 	order.database = MyDatabaseId;
 	order.session_user = GetSessionUserId();
 	order.starter = GetTopTransactionId();
-
-	memset(&worker, 0, sizeof(worker));
-	snprintf(worker.bgw_name, BGW_MAXLEN,
-			 "risky_migrations probe " INT64_FORMAT, id);
-	strlcpy(worker.bgw_type, PROBE_WORKER_TYPE, BGW_MAXLEN);
-	worker.bgw_flags = BGWORKER_SHMEM_ACCESS |
-		BGWORKER_BACKEND_DATABASE_CONNECTION;
-	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
-	worker.bgw_restart_time = BGW_NEVER_RESTART;
-	strlcpy(worker.bgw_library_name, "risky_migrations",
-			sizeof(worker.bgw_library_name));
-	strlcpy(worker.bgw_function_name, "rm_probe_main", BGW_MAXLEN);
-	memcpy(worker.bgw_extra, &order, sizeof(order));
-
-	if (!RegisterDynamicBackgroundWorker(&worker, NULL))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
-				 errmsg("no background worker is free for a probe"),
-				 errdetail("max_worker_processes allows %d background workers, and all are in use.",
-						   max_worker_processes),
-				 errhint("Increase max_worker_processes (needs a restart), or try again when other background workers have ended.")));
+	(void) rm_worker_register(psprintf("risky_migrations probe " INT64_FORMAT, id),
+							  PROBE_WORKER_TYPE, "rm_probe_main", (Datum) 0,
+							  &order, sizeof(order), false, "a probe");
 }
 
 /*

@@ -17,7 +17,7 @@
  *
  * The way of a call; arrows point one way only:
  *
- *	surface.c, lab.c, check.c
+ *	steer.c, surface.c, lab.c, check.c
  *						procedures and functions: arguments, refusals
  *	migration.c			the state row, and the ground it stands on
  *	direct.c, three_step.c, backfill.c, swap.c
@@ -29,7 +29,8 @@
  *						locks, our own tables
  *
  * Beside it stand sync_trigger.c, which runs in the writers' sessions, and
- * worker.c and probe.c, which run in background workers.  Reports are SQL over
+ * worker.c, probe.c and launcher.c, which run in background workers (as steer.c
+ * can).  Reports are SQL over
  * the step log, in the install script.  compat.h knows the versions of
  * PostgreSQL.
  *
@@ -44,6 +45,7 @@
 #include "fmgr.h"
 #include "locks.h"
 #include "risky_migrations.h"
+#include "steer.h"
 #include "throttle.h"
 #include "utils/guc.h"
 
@@ -57,6 +59,7 @@ int			rm_lock_retry_max_delay = 10000;
 int			rm_max_row_lock_time = 25;
 int			rm_snapshot_timeout = 3600000;
 bool		rm_accept_publications = false;
+int			rm_launcher_interval = 60;
 
 void
 _PG_init(void)
@@ -111,6 +114,14 @@ _PG_init(void)
 							 NULL, NULL, NULL);
 
 	rm_throttle_init();
+	/* with the library in shared_preload_libraries only, see launcher.c */
+	DefineCustomIntVariable("risky_migrations.launcher_interval",
+							"Time between two looks for background migrations that were interrupted.",
+							"Also at the start of the server, and when the configuration is reloaded.",
+							&rm_launcher_interval, 60, 1, 86400, PGC_SIGHUP,
+							GUC_UNIT_S, NULL, NULL, NULL);
+
 	MarkGUCPrefixReserved("risky_migrations");
 	rm_locks_init();
+	rm_launcher_init();
 }

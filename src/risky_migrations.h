@@ -18,6 +18,8 @@ extern int	rm_max_row_lock_time;	/* milliseconds */
 extern int	rm_snapshot_timeout;	/* milliseconds */
 extern bool rm_accept_publications;
 
+extern int	rm_launcher_interval;	/* seconds */
+
 /* batches: rows, the largest that makes sense and the default */
 #define RM_DEFAULT_BATCH 100000
 #define RM_MAX_BATCH 10000000

@@ -27,6 +27,9 @@
  * are READ COMMITTED and take our snapshot after our lock.  Between two of
  * our transactions we hold neither a lock nor a snapshot.
  *
+ * What rm_pause() and rm_cancel() want is seen when the state row is loaded,
+ * and when something wakes a rest or interrupts a wait; steer.c obeys.
+ *
  * Easy to get wrong: a transaction that holds a lock which blocks others
  * must not wait for a standby in its commit, for that would be a wait without
  * bound; it commits with synchronous_commit = local, and the next one (the
@@ -54,6 +57,7 @@
 #include "postmaster/interrupt.h"
 #include "risky_migrations.h"
 #include "state.h"
+#include "steer.h"
 #include "storage/latch.h"
 #include "throttle.h"
 #include "utils/array.h"
@@ -187,34 +191,62 @@ rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt)
 {
 	return try_work(work, arg, false, cxt);
 }
-/* how to rest */
+
+/* one rest, to its end or until the latch is set */
 typedef struct Rest
 {
 	int			ms;
-	bool		until_reload;	/* or until the configuration is reloaded */
+	bool		woken;
 } Rest;
 
-/* rests outside of any transaction that holds something; can be cancelled */
 static void
 rest(void *arg)
 {
 	Rest	   *r = arg;
-	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), r->ms);
 
-	for (;;)
+	CHECK_FOR_INTERRUPTS();
+	r->woken = (WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
+						  r->ms, PG_WAIT_EXTENSION) & WL_LATCH_SET) != 0;
+	ResetLatch(MyLatch);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/*
+ * Rests between two transactions, holding neither lock nor snapshot, for so
+ * many milliseconds or until the latch is set: then it returns true, and the
+ * caller looks why.  If it is interrupted, *error (in cxt) says by what.
+ */
+bool
+rm_wait_latch(int ms, MemoryContext cxt, ErrorData **error)
+{
+	Rest		r = {.ms = ms};
+
+	InvalidateCatalogSnapshot();
+	*error = rm_try(rest, &r, cxt);
+	if (*error)
+		roll_back();
+	return r.woken;
+}
+
+/*
+ * Rests that long, whatever wakes it meanwhile, unless something else is wanted
+ * of the run (which may be NULL) or, if asked, the configuration is to be
+ * reloaded.  Returns the error that interrupted it.
+ */
+static ErrorData *
+rest_out(RmRun *run, int ms, bool until_reload, MemoryContext cxt)
+{
+	TimestampTz until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ms);
+	ErrorData  *error = NULL;
+
+	while (ms > 0 && error == NULL && !(until_reload && ConfigReloadPending))
 	{
-		long		left;
-
-		CHECK_FOR_INTERRUPTS();
-		if (r->until_reload && ConfigReloadPending)
+		if (rm_wait_latch(ms, cxt, &error) && error == NULL && run &&
+			rm_steer_wanted(run) != RM_WANT_RUN)
 			break;
-		left = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
-		if (left <= 0)
-			break;
-		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						 left, PG_WAIT_EXTENSION);
-		ResetLatch(MyLatch);
+		ms = (int) TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
 	}
+	return error;
 }
 
 static bool
@@ -247,7 +279,6 @@ rm_transaction(void (*work) (void *arg), void *arg)
 
 	for (int tries = 0;; tries++)
 	{
-		Rest		pause = {0};
 
 		rm_lock_bound_waits();
 		error = rm_try(work, arg, cxt);
@@ -263,13 +294,9 @@ rm_transaction(void (*work) (void *arg), void *arg)
 			error->hint = "See rm_blocked_queries(), end the transaction that holds the lock, then call it again; or raise risky_migrations.lock_retries.";
 			ReThrowError(error);
 		}
-		pause.ms = retry_delay(tries);
-		error = rm_try(rest, &pause, cxt);
+		error = rest_out(NULL, retry_delay(tries), false, cxt);
 		if (error)
-		{
-			roll_back();
 			ReThrowError(error);
-		}
 	}
 	rm_commit();
 }
@@ -499,6 +526,7 @@ typedef struct Attempt
 {
 	RmRun	   *run;
 	RmStepResult result;
+	bool		steered;		/* nothing was done: something else is wanted */
 	ErrorData  *error;			/* to be recorded */
 } Attempt;
 
@@ -577,6 +605,11 @@ attempt_step(void *arg)
 	{
 		run->m = rm_migration_load(run->migration_id, true, CurrentMemoryContext);
 		check_step_applies(run);
+		if (run->m->wanted != RM_WANT_RUN && !run->revert)
+		{
+			attempt->steered = true;
+			return;
+		}
 	}
 
 	attempt->result = (run->revert ? run->step->revert : run->step->apply) (run);
@@ -675,9 +708,7 @@ rm_between(RmRun *run, void (*work) (void *arg), void *arg)
 ErrorData *
 rm_rest(RmRun *run, int ms)
 {
-	Rest		r = {.ms = ms,.until_reload = true};
-
-	return rm_between(run, rest, &r);
+	return rest_out(run, ms, true, run->cxt);
 }
 
 /*
@@ -761,6 +792,11 @@ after_commit(RmRun *run, RmStepResult result)
 static int
 after_failure(RmRun *run, ErrorData *error)
 {
+	if (rm_steer_interrupted(run, error))
+	{
+		FreeErrorData(error);
+		return 0;				/* the next transaction will see what is wanted */
+	}
 	if (OidIsValid(run->locks.vacuumed))
 	{
 		/* nothing was asked for, so this is not a try */
@@ -805,13 +841,13 @@ run_transactions(RmRun *run)
 	{
 		Attempt		attempt = {.run = run,.result = RM_STEP_AGAIN};
 		ErrorData  *error;
-		Rest		pause = {0};
+		int			pause_ms = 0;
 		int			tries = run->tries;
 
 		MemoryContextSwitchTo(xact_cxt);
 		MemoryContextReset(xact_cxt);
 		error = rm_throttle(run);
-		if (error)
+		if (error && !rm_steer_interrupted(run, error))
 			fail(run, error);
 		error = rm_try(attempt_step, &attempt, run->cxt);
 		run->m = NULL;
@@ -820,23 +856,31 @@ run_transactions(RmRun *run)
 		else
 			roll_back();
 
+		if (error == NULL && attempt.steered)
+		{
+			rm_lock_account_end(&run->locks);
+			error = rm_steer_obey(run);
+			if (error)
+				fail(run, error);
+			continue;
+		}
 		if (error == NULL)
 		{
 			result = attempt.result;
-			pause.ms = run->pause_ms;
+			pause_ms = run->pause_ms;
 			error = after_commit(run, result);
 		}
 		else
 			rm_lock_account_end(&run->locks);
 		if (error)
-			pause.ms = after_failure(run, error);
+			pause_ms = after_failure(run, error);
 		else
 			run->tries = 0;
 
-		error = pause.ms > 0 ? rm_between(run, rest, &pause) : NULL;
+		error = rest_out(run, pause_ms, false, run->cxt);
 		if (error == NULL && run->tries > tries)
 			error = rm_show_wait(run, NULL, NULL);
-		if (error)
+		if (error && !rm_steer_interrupted(run, error))
 			fail(run, error);
 	}
 	MemoryContextSwitchTo(oldcxt);
@@ -860,6 +904,24 @@ run_to_the_end(RmRun *run)
 }
 
 /*
+ * Makes this session the runner of the migration, until as many calls of
+ * rm_runner_unlock() or its end.  55006 if another session is.
+ */
+void
+rm_become_runner(const RmMigration *m)
+{
+	int			pid;
+
+	if (!rm_runner_lock(RM_RUNNER_MIGRATION, m->id, &pid))
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("migration %lld is already running in another session",
+						(long long) m->id),
+				 errdetail("Process %d runs it.", pid),
+				 errhint("Wait for it, or end it with pg_cancel_backend(%d).", pid)));
+}
+
+/*
  * Applies or reverts one step of a migration.  Called by a procedure after
  * rm_procedure_begin().  55006 if another session runs the migration.
  */
@@ -867,7 +929,7 @@ void
 rm_run_step(RmMigration *m, int step_index, bool revert, int batch)
 {
 	RmRun		run = {0};
-	int			pid;
+	bool		one_of_many = rm_runner_lock_held(RM_RUNNER_MIGRATION, m->id);
 
 	run.migration_id = m->id;
 	run.step = m->method->steps[step_index];
@@ -878,15 +940,11 @@ rm_run_step(RmMigration *m, int step_index, bool revert, int batch)
 	run.relid = m->relid;
 	run.relation = m->relation;
 
-	if (!rm_runner_lock(RM_RUNNER_MIGRATION, m->id, &pid))
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_IN_USE),
-				 errmsg("migration %lld is already running in another session",
-						(long long) m->id),
-				 errdetail("Process %d runs it.", pid),
-				 errhint("Wait for it, or end it with pg_cancel_backend(%d).", pid)));
+	rm_become_runner(m);
 	PG_TRY();
 	{
+		if (!one_of_many)
+			rm_steer_begin(m->id);
 		run_to_the_end(&run);
 	}
 	PG_FINALLY();

@@ -31,6 +31,7 @@
 #include "miscadmin.h"
 #include "risky_migrations.h"
 #include "state.h"
+#include "steer.h"
 #include "steps.h"
 #include "surface.h"
 #include "utils/builtins.h"
@@ -140,6 +141,22 @@ typedef struct Resolve
 	RmMigration *m;
 } Resolve;
 
+/* the migration of that id, if it is the caller's to touch (42501); needs SPI */
+RmMigration *
+rm_migration_resolve(int64 id, MemoryContext cxt)
+{
+	RmMigration *m = rm_migration_load(id, false, cxt);
+
+	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
+		rm_check_owner(m->relid, m->relation);
+	else if (!has_privs_of_role(GetUserId(), m->owner))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("migration %lld belongs to another role", (long long) id),
+				 errhint("Only a member of the role that started it may touch it.")));
+	return m;
+}
+
 static void
 resolve(void *arg)
 {
@@ -147,16 +164,7 @@ resolve(void *arg)
 
 	if (r->id == 0)
 		r->id = rm_open_migration("three_step");
-	r->m = rm_migration_load(r->id, false, r->cxt);
-	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(r->m->relid)))
-		rm_check_owner(r->m->relid, r->m->relation);
-	else if (!has_privs_of_role(GetUserId(), r->m->owner))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("migration %lld belongs to another role", (long long) r->id),
-				 errdetail("Its table does not exist any more; role \"%s\" started it.",
-						   GetUserNameFromId(r->m->owner, true) ? GetUserNameFromId(r->m->owner, true) : "(dropped)"),
-				 errhint("Only a member of the role that started it may touch it.")));
+	r->m = rm_migration_resolve(r->id, r->cxt);
 }
 
 /* the migration of that id, loaded into the current memory context */
@@ -238,12 +246,33 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 					 1, types, v, NULL);
 }
 
-/* parses, refuses, writes the state row: nothing of the user's is changed */
+/* on_error => 'null' for a column that may not be NULL, or by plain ALTER TABLE */
 static void
-start_migration(void *arg)
+refuse_null_on_error(Relation rel, const RmMigrationSpec *spec, AttrNumber attnum)
 {
-	Start	   *start = arg;
-	const RmMigrationSpec *spec = start->spec;
+	if (spec->method != &rm_method_three_step)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("on_error => 'null' is not possible with the method %s",
+						spec->method->name),
+				 errdetail("Plain ALTER TABLE fails on the first value that does not convert."),
+				 errhint("Use the method three_step, or a USING expression that gives NULL for such values.")));
+	if (TupleDescAttr(RelationGetDescr(rel), attnum - 1)->attnotnull)
+		ereport(ERROR,
+				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+				 errmsg("on_error => 'null' is not possible: column \"%s\" of \"%s\" is NOT NULL",
+						spec->column, RelationGetRelationName(rel)),
+				 errdetail("What does not convert would become NULL, and then NOT NULL could not be enforced."),
+				 errhint("Use on_error => 'stop' and mend what rm_check_conversion() lists, or drop the column's NOT NULL first.")));
+}
+
+/*
+ * Parses, refuses, writes the state row: nothing of the user's is changed.  The
+ * migration is made in cxt.  Needs SPI.
+ */
+RmMigration *
+rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
+{
 	Relation	rel;
 	RmConversionDef *def;
 	RmMigration *m;
@@ -260,13 +289,15 @@ start_migration(void *arg)
 				 errhint("Name the table.")));
 	def = rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr);
 	refuse_open_migration(spec->relid, def->attnum);
+	if (spec->null_on_error)
+		refuse_null_on_error(rel, spec, def->attnum);
 	if (spec->new_column)
 	{
 		rm_three_step_refuse(rel, def, spec->new_column);
 		rm_dependents_refuse(spec->relid, def->attnum);
 	}
 
-	oldcxt = MemoryContextSwitchTo(start->cxt);
+	oldcxt = MemoryContextSwitchTo(cxt);
 	m = palloc0(sizeof(RmMigration));
 	m->method = spec->method;
 	m->owner = GetUserId();
@@ -292,17 +323,38 @@ start_migration(void *arg)
 	m->reverse_expr = spec->reverse_expr ? pstrdup(spec->reverse_expr) : NULL;
 	m->exact_check = spec->exact_check ? pstrdup(spec->exact_check) : NULL;
 	m->reverse_check = spec->reverse_check ? pstrdup(spec->reverse_check) : NULL;
+	m->null_on_error = spec->null_on_error;
 	m->settings = def->settings;
 	m->tree = pstrdup(def->tree);
 	m->server_version = def->server_version;
 	MemoryContextSwitchTo(oldcxt);
 	rm_migration_insert(m);
+	if (spec->all_steps)
+		rm_steer_order(m, spec);
 	m->settings = NIL;			/* lives in this transaction only */
 	/* PostgreSQL itself says whether it could do it, on an empty copy */
 	if (spec->new_column)
 		(void) rm_dependents_derive(m, true, CurrentMemoryContext);
 	relation_close(rel, NoLock);
-	start->m = m;
+	return m;
+}
+
+static void
+create_migration(void *arg)
+{
+	Start	   *start = arg;
+
+	start->m = rm_migration_create(start->spec, start->cxt);
+}
+
+/* the same in a transaction of its own */
+RmMigration *
+rm_migration_new(const RmMigrationSpec *spec)
+{
+	Start		start = {.spec = spec,.cxt = CurrentMemoryContext};
+
+	rm_transaction(create_migration, &start);
+	return start.m;
 }
 
 static void
@@ -317,19 +369,17 @@ give_up(void *arg)
 }
 
 /*
- * Starts a migration and runs its first step.  If that fails, nothing has
- * been changed, and the migration is closed again.
+ * Runs the first step of a new migration.  If that fails, nothing has been
+ * changed, and the migration is closed again.
  */
-RmMigration *
-rm_migration_start(const RmMigrationSpec *spec)
+void
+rm_migration_first_step(RmMigration *m, int batch)
 {
-	Start		start = {.spec = spec,.cxt = CurrentMemoryContext};
 	MemoryContext cxt = CurrentMemoryContext;
 
-	rm_transaction(start_migration, &start);
 	PG_TRY();
 	{
-		rm_run_step(start.m, 0, false, RM_DEFAULT_BATCH);
+		rm_run_step(m, 0, false, batch);
 	}
 	PG_CATCH();
 	{
@@ -338,11 +388,20 @@ rm_migration_start(const RmMigrationSpec *spec)
 		MemoryContextSwitchTo(cxt);
 		error = CopyErrorData();
 		FlushErrorState();
-		rm_transaction(give_up, start.m);
+		rm_transaction(give_up, m);
 		ReThrowError(error);
 	}
 	PG_END_TRY();
-	return start.m;
+}
+
+/* starts a migration and runs its first step */
+RmMigration *
+rm_migration_start(const RmMigrationSpec *spec)
+{
+	RmMigration *m = rm_migration_new(spec);
+
+	rm_migration_first_step(m, RM_DEFAULT_BATCH);
+	return m;
 }
 
 /*

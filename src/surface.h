@@ -22,9 +22,16 @@ typedef struct RmMigrationSpec
 	const char *new_type;
 	const char *using_expr;		/* NULL: the assignment cast */
 	const char *new_column;		/* shadow column, NULL where there is none */
-	const char *reverse_expr;	/* direct only, see RmMigration */
+	const char *reverse_expr;	/* see RmMigration */
 	const char *exact_check;
 	const char *reverse_check;
+	bool		null_on_error;
+
+	/* how it is to be run, where all of its steps are: see steer.c */
+	bool		all_steps;
+	bool		manual_cut_over;
+	bool		background;
+	int			batch;
 } RmMigrationSpec;
 
 extern int64 rm_count_argument(FunctionCallInfo fcinfo, int arg, const char *name,
@@ -35,6 +42,10 @@ extern char *rm_first_failure(Oid relid, const char *column,
 							  const char *new_type, const char *using_expr,
 							  ErrorData **error);
 extern RmMigration *rm_migration_read(int64 id);
+extern RmMigration *rm_migration_resolve(int64 id, MemoryContext cxt);
+extern RmMigration *rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt);
+extern RmMigration *rm_migration_new(const RmMigrationSpec *spec);
+extern void rm_migration_first_step(RmMigration *m, int batch);
 extern RmMigration *rm_migration_start(const RmMigrationSpec *spec);
 extern void rm_migration_revert(RmMigration *m, int to_steps);
 

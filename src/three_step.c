@@ -445,6 +445,7 @@ typedef struct Enforce
 {
 	int64		checked;		/* rows, committed */
 	int64		failures;		/* rows that do not convert */
+	int64		nulled;			/* the same, accepted as NULL */
 	int64		mended;			/* rows that were not equal */
 	bool		begun;			/* its first transaction has committed */
 	bool		converting;
@@ -454,6 +455,7 @@ typedef struct Enforce
 	bool		invalid;		/* ... and has found a row */
 	int64		xact_checked;
 	int64		xact_failures;
+	int64		xact_nulled;
 	int64		xact_mended;
 } Enforce;
 
@@ -501,6 +503,13 @@ refuse_null(RmRun *run, RmRows *rows)
 	((Enforce *) run->work)->xact_failures++;
 }
 
+/* on_error => 'null', which a NOT NULL of the old column rules out */
+static bool
+accepts_null(const RmRun *run)
+{
+	return run->m->null_on_error && ((Enforce *) run->work)->nullable;
+}
+
 /* one row: is the new value equal to the expression's?  If not, mend it */
 static void
 verify_row(RmRun *run, RmRows *rows)
@@ -521,8 +530,14 @@ verify_row(RmRun *run, RmRows *rows)
 	if (!converted)
 	{
 		rm_row_record_failure(rows, error);
-		e->xact_failures++;
-		return;
+		if (!accepts_null(run))
+		{
+			e->xact_failures++;
+			return;
+		}
+		e->xact_nulled++;
+		value = (Datum) 0;
+		isnull = true;
 	}
 	present = rm_row_target(rows, &present_isnull);
 	if (isnull == present_isnull &&
@@ -642,7 +657,7 @@ verify(RmRun *run, Relation rel)
 		m->trigger_xmin = rm_trigger_xmin(m);
 		forget_rows(m);
 		rm_backfill_fix_end(m, rel);
-		e->checked = e->failures = e->mended = 0;
+		e->checked = e->failures = e->nulled = e->mended = 0;
 		m->phase = ENFORCE_VERIFY;
 	}
 	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
@@ -678,7 +693,7 @@ enforce_apply(RmRun *run)
 	/* nor is it if the trigger was switched off for a moment */
 	if (m->phase != ENFORCE_BEGIN && m->trigger_xmin != rm_trigger_xmin(m))
 		m->phase = ENFORCE_BEGIN;
-	e->xact_checked = e->xact_failures = e->xact_mended = 0;
+	e->xact_checked = e->xact_failures = e->xact_nulled = e->xact_mended = 0;
 
 	mode = e->invalid ? AccessExclusiveLock :
 		m->phase <= ENFORCE_VERIFY ? RowExclusiveLock :
@@ -715,6 +730,8 @@ enforce_apply(RmRun *run)
 	{
 		case ENFORCE_ADD_CHECK:
 			refuse_wrong_rows(run);
+			if (accepts_null(run))
+				return RM_STEP_DONE;	/* and no write fails later, either */
 			if (failures_recorded(m))
 			{
 				m->phase = ENFORCE_BEGIN;	/* by a writer, since we passed by */
@@ -774,10 +791,18 @@ enforce_committed(RmRun *run, RmStepResult result)
 	e->invalid = false;
 	e->checked += e->xact_checked;
 	e->failures += e->xact_failures;
+	e->nulled += e->xact_nulled;
 	e->mended += e->xact_mended;
-	e->xact_checked = e->xact_failures = e->xact_mended = 0;
+	e->xact_checked = e->xact_failures = e->xact_nulled = e->xact_mended = 0;
 	if (result != RM_STEP_DONE)
 		return;
+	if (e->nulled > 0)
+		ereport(NOTICE,
+				(errmsg_plural("%lld value of %s does not convert and is NULL",
+							   "%lld values of %s do not convert and are NULL",
+							   (unsigned long) e->nulled, (long long) e->nulled,
+							   run->relation),
+				 errhint("SELECT * FROM rm_conversion_errors shows them.")));
 	rm_format_count(checked, sizeof(checked), e->checked);
 	if (e->nullable)
 		ereport(NOTICE,

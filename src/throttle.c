@@ -608,7 +608,8 @@ hold_while(RmRun *run, ErrorData *(*find_reason) (RmRun *run, Reason *reason))
 			error = rm_rest(run, rest_ms);
 		if (error == NULL)
 			error = reload_if_asked(run);
-		if (error)
+		/* a pause or a cancellation is obeyed by the next transaction */
+		if (error || rm_steer_wanted(run) != RM_WANT_RUN)
 			break;
 		rest_ms = Min(2 * rest_ms, LONGEST_REST);
 	}
@@ -635,7 +636,7 @@ pause_after_batch(RmRun *run)
 	{
 		double		left = batch_pause - rm_elapsed_ms(started);
 
-		if (left <= 0)
+		if (left <= 0 || rm_steer_wanted(run) != RM_WANT_RUN)
 			break;
 		error = rm_rest(run, (int) Max(1, left));
 		if (error == NULL)

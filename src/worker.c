@@ -58,6 +58,7 @@
 #include "mb/pg_wchar.h"
 #include "miscadmin.h"
 #include "nodes/parsenodes.h"
+#include "nodes/pg_list.h"
 #include "parser/analyze.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -105,7 +106,7 @@ typedef struct Segment
 	Oid			session_user;
 	Oid			role;
 	int			nsettings;
-	Size		settings;		/* where in text: name, value, name, ... */
+	Size		settings;		/* where in text: name=value, one after the other */
 
 	/* the result, written by the worker */
 	bool		attached;
@@ -204,16 +205,15 @@ require_no_snapshot(const char *what)
 }
 
 /*
- * Appends the settings that this session has on top of the configuration file
- * (from its database, its role, its client or SET), as name and value, each
- * with its terminating zero.  Returns how many.
+ * The settings that this session has on top of the configuration file (from
+ * its database, its role, its client or SET), as a list of name=value.
  */
-static int
-append_settings(StringInfo text)
+List *
+rm_session_settings(void)
 {
 	int			nvariables;
 	struct config_generic **variables = rm_guc_variables(&nvariables);
-	int			count = 0;
+	List	   *settings = NIL;
 
 	for (int i = 0; i < nvariables; i++)
 	{
@@ -233,11 +233,9 @@ append_settings(StringInfo text)
 		if (value == NULL)
 			continue;
 
-		appendBinaryStringInfo(text, variable->name, strlen(variable->name) + 1);
-		appendBinaryStringInfo(text, value, strlen(value) + 1);
-		count++;
+		settings = lappend(settings, psprintf("%s=%s", variable->name, value));
 	}
-	return count;
+	return settings;
 }
 
 /* Writes the order into a new segment, which lives as the resource owner. */
@@ -245,15 +243,17 @@ static dsm_segment *
 create_segment(const char *sql)
 {
 	StringInfoData text;
-	Size		settings;
-	int			nsettings;
+	Size		offset;
+	List	   *settings = rm_session_settings();
+	ListCell   *lc;
 	dsm_segment *dsm;
 	Segment    *order;
 
 	initStringInfo(&text);
 	appendBinaryStringInfo(&text, sql, strlen(sql) + 1);
-	settings = text.len;
-	nsettings = append_settings(&text);
+	offset = text.len;
+	foreach(lc, settings)
+		appendBinaryStringInfo(&text, lfirst(lc), strlen(lfirst(lc)) + 1);
 
 	dsm = dsm_create(offsetof(Segment, text) + text.len, 0);
 	order = dsm_segment_address(dsm);
@@ -262,43 +262,55 @@ create_segment(const char *sql)
 	order->database = MyDatabaseId;
 	order->session_user = GetSessionUserId();
 	order->role = GetUserId();
-	order->nsettings = nsettings;
-	order->settings = settings;
+	order->nsettings = list_length(settings);
+	order->settings = offset;
 	memcpy(order->text, text.data, text.len);
 	pfree(text.data);
+	list_free_deep(settings);
 	return dsm;
 }
 
-/* Asks for the worker; it will tell us when it starts and when it ends. */
-static BackgroundWorkerHandle *
-launch_worker(dsm_segment *dsm, const char *what)
+/*
+ * Asks for a dynamic background worker of this library, which runs function
+ * (exported, of one Datum) with arg and a copy of extra, and tells us of its
+ * beginning and end if notify.  what says in messages what it is for.  If all
+ * max_worker_processes are in use: 53000, or NULL without a what.
+ */
+BackgroundWorkerHandle *
+rm_worker_register(const char *name, const char *type, const char *function,
+				   Datum arg, const void *extra, Size extra_size, bool notify,
+				   const char *what)
 {
 	BackgroundWorker worker;
 	BackgroundWorkerHandle *handle;
-	char	   *name = psprintf("risky_migrations worker for %s", what);
 
 	memset(&worker, 0, sizeof(worker));
 	copy_field(worker.bgw_name, sizeof(worker.bgw_name), name);
-	strlcpy(worker.bgw_type, "risky_migrations worker", BGW_MAXLEN);
+	strlcpy(worker.bgw_type, type, BGW_MAXLEN);
 	worker.bgw_flags = BGWORKER_SHMEM_ACCESS |
 		BGWORKER_BACKEND_DATABASE_CONNECTION;
 	worker.bgw_start_time = BgWorkerStart_RecoveryFinished;
 	worker.bgw_restart_time = BGW_NEVER_RESTART;
 	strlcpy(worker.bgw_library_name, "risky_migrations",
 			sizeof(worker.bgw_library_name));
-	strlcpy(worker.bgw_function_name, "rm_worker_main", BGW_MAXLEN);
-	worker.bgw_main_arg = UInt32GetDatum(dsm_segment_handle(dsm));
-	worker.bgw_notify_pid = MyProcPid;
-	pfree(name);
+	strlcpy(worker.bgw_function_name, function, BGW_MAXLEN);
+	worker.bgw_main_arg = arg;
+	Assert(extra_size <= BGW_EXTRALEN);
+	if (extra_size > 0)
+		memcpy(worker.bgw_extra, extra, extra_size);
+	if (notify)
+		worker.bgw_notify_pid = MyProcPid;
 
-	if (!RegisterDynamicBackgroundWorker(&worker, &handle))
+	if (RegisterDynamicBackgroundWorker(&worker, &handle))
+		return handle;
+	if (what)
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_RESOURCES),
 				 errmsg("no background worker is free for %s", what),
 				 errdetail("max_worker_processes allows %d background workers, and all are in use.",
 						   max_worker_processes),
 				 errhint("Increase max_worker_processes (needs a restart), or try again when other background workers have ended.")));
-	return handle;
+	return NULL;
 }
 
 /*
@@ -414,7 +426,10 @@ rm_worker_run(const char *sql, const char *what)
 	require_no_snapshot(what);
 
 	run.dsm = create_segment(sql);
-	run.handle = launch_worker(run.dsm, what);
+	run.handle = rm_worker_register(psprintf("risky_migrations worker for %s", what),
+									"risky_migrations worker", "rm_worker_main",
+									UInt32GetDatum(dsm_segment_handle(run.dsm)),
+									NULL, 0, true, what);
 	PG_ENSURE_ERROR_CLEANUP(stop_worker, PointerGetDatum(&run));
 	{
 		(void) wait_for_end(run.handle, -1);
@@ -485,27 +500,30 @@ attach_segment(dsm_handle handle)
 }
 
 /*
- * Takes over the starter's role and settings, in a transaction of its own.
- * The settings are set with the rights of a superuser: the starter's session
- * has them in force, so whether they may be set was decided there.
+ * In a worker: becomes role, with those settings (name=value), in a transaction
+ * of its own.  The settings are set with the rights of a superuser: the
+ * starter's session had them in force, so whether they may be set was decided
+ * there.  elevel is for a setting that cannot be set (any more).
  */
-static void
-become_starter(void)
+void
+rm_worker_become(Oid role, List *settings, int elevel)
 {
-	const char *next = segment->text + segment->settings;
+	ListCell   *lc;
 
 	StartTransactionCommand();
-	for (int i = 0; i < segment->nsettings; i++)
+	foreach(lc, settings)
 	{
-		const char *name = next;
-		const char *value = name + strlen(name) + 1;
+		char	   *name = pstrdup(lfirst(lc));
+		char	   *value = strchr(name, '=');
 
+		if (value == NULL)
+			continue;
+		*value++ = '\0';
 		(void) set_config_option(name, value, PGC_SUSET, PGC_S_SESSION,
-								 GUC_ACTION_SET, true, ERROR, false);
-		next = value + strlen(value) + 1;
+								 GUC_ACTION_SET, true, elevel, false);
 	}
 
-	/* what a maintenance statement needs, whatever the session's default */
+	/* what our work needs, whatever the session's default */
 	SetConfigOption("default_transaction_isolation", "read committed",
 					PGC_USERSET, PGC_S_SESSION);
 	SetConfigOption("default_transaction_read_only", "off",
@@ -513,11 +531,26 @@ become_starter(void)
 	SetConfigOption("default_transaction_deferrable", "off",
 					PGC_USERSET, PGC_S_SESSION);
 
-	if (segment->role == segment->session_user)
+	if (role == GetSessionUserId())
 		SetCurrentRoleId(InvalidOid, false);
 	else
-		SetCurrentRoleId(segment->role, superuser_arg(segment->role));
+		SetCurrentRoleId(role, superuser_arg(role));
 	CommitTransactionCommand();
+}
+
+/* the starter's settings, from the segment */
+static List *
+settings_of_starter(void)
+{
+	const char *next = segment->text + segment->settings;
+	List	   *settings = NIL;
+
+	for (int i = 0; i < segment->nsettings; i++)
+	{
+		settings = lappend(settings, unconstify(char *, next));
+		next += strlen(next) + 1;
+	}
+	return settings;
 }
 
 /*
@@ -556,11 +589,12 @@ plan_statement(const char *sql, CommandTag *tag)
 }
 
 /*
- * Runs the statement as a client's simple query would be run: outside any
- * transaction block, at top level.  Rows that it returns are thrown away.
+ * In a worker: runs the statement as a client's simple query would be run,
+ * outside any transaction block, at top level.  Rows that it returns are thrown
+ * away.
  */
-static void
-run_statement(const char *sql)
+void
+rm_worker_statement(const char *sql)
 {
 	MemoryContext context;
 	MemoryContext transaction_context;
@@ -612,8 +646,8 @@ rm_worker_main(Datum main_arg)
 
 	PG_TRY();
 	{
-		become_starter();
-		run_statement(MemoryContextStrdup(TopMemoryContext, segment->text));
+		rm_worker_become(segment->role, settings_of_starter(), ERROR);
+		rm_worker_statement(MemoryContextStrdup(TopMemoryContext, segment->text));
 		segment->done = true;
 	}
 	PG_CATCH();

@@ -10,6 +10,9 @@
 #ifndef RM_WORKER_H
 #define RM_WORKER_H
 
+#include "nodes/pg_list.h"
+#include "postmaster/bgworker.h"
+
 /*
  * Runs one statement that PostgreSQL accepts only at top level (VACUUM, CREATE
  * INDEX CONCURRENTLY, ...) in a background worker, as the current role, in the
@@ -22,5 +25,14 @@
  * (asserted: CREATE INDEX CONCURRENTLY would wait for it for ever).
  */
 extern void rm_worker_run(const char *sql, const char *what);
+
+/* what other background workers of ours have in common with it */
+extern BackgroundWorkerHandle *rm_worker_register(const char *name, const char *type,
+												  const char *function, Datum arg,
+												  const void *extra, Size extra_size,
+												  bool notify, const char *what);
+extern List *rm_session_settings(void);
+extern void rm_worker_become(Oid role, List *settings, int elevel);
+extern void rm_worker_statement(const char *sql);
 
 #endif							/* RM_WORKER_H */

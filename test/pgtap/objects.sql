@@ -27,6 +27,12 @@ FROM member m JOIN pg_proc p ON p.oid = m.objid AND m.catalog = 'pg_proc';
 
 SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
 	'procedure rm_add_column(IN relation text, IN column_name text, IN new_type text, IN using_expr text DEFAULT NULL::text, IN reverse_expr text DEFAULT NULL::text) volatile',
+	'procedure rm_alter_type(IN relation text, IN column_name text, IN new_type text, IN using_expr text DEFAULT NULL::text, IN method text DEFAULT ''three_step''::text, IN reverse_expr text DEFAULT NULL::text, IN cut_over text DEFAULT ''auto''::text, IN on_error text DEFAULT ''stop''::text, IN batch bigint DEFAULT 100000) volatile',
+	'function rm_start(relation text, column_name text, new_type text, using_expr text DEFAULT NULL::text, method text DEFAULT ''three_step''::text, reverse_expr text DEFAULT NULL::text, cut_over text DEFAULT ''auto''::text, on_error text DEFAULT ''stop''::text, batch bigint DEFAULT 100000) bigint volatile',
+	'procedure rm_cut_over(IN migration bigint DEFAULT NULL::bigint) volatile',
+	'function rm_pause(migration bigint DEFAULT NULL::bigint) bigint volatile',
+	'function rm_resume(migration bigint DEFAULT NULL::bigint) bigint volatile',
+	'function rm_cancel(migration bigint DEFAULT NULL::bigint) bigint volatile',
 	'procedure rm_backfill_batched(IN batch bigint DEFAULT 100000, IN migration bigint DEFAULT NULL::bigint) volatile',
 	'procedure rm_enforce_not_null(IN migration bigint DEFAULT NULL::bigint) volatile',
 	'procedure rm_swap(IN migration bigint DEFAULT NULL::bigint) volatile',
@@ -51,6 +57,8 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
 
 SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations'$$, ARRAY[
 	'function may_see(relid oid, owner oid) boolean stable parallel safe',
+	'procedure run(IN migration bigint) volatile',
+	'function step_name(method text, steps_done integer) text immutable strict parallel safe',
 	'function sync() trigger volatile',
 	'function steady_text(value text) text immutable strict parallel safe',
 	'function column_dependents(relid oid, attnum smallint) TABLE(classid oid, objid oid, relation oid, depth integer) stable',
@@ -73,7 +81,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 ], 'what the extension calls');
 
 SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE type IN ('table', 'view', 'index')$$, ARRAY[
-	'table risky_migrations.migration', 'table risky_migrations.skipped_row', 'table risky_migrations.conversion_error',
+	'table risky_migrations.migration', 'table risky_migrations.steering', 'table risky_migrations.skipped_row', 'table risky_migrations.conversion_error',
 	'table risky_migrations.dependent',
 	'table risky_migrations.step_log', 'table risky_migrations.step_lock', 'table risky_migrations.lab',
 	'table risky_migrations.probe', 'table risky_migrations.probe_sample', 'table risky_migrations.comparison',
@@ -135,6 +143,7 @@ SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, setting, unit, context,
 	'risky_migrations.throttle_query_timeout 5000ms user 1..2147483647',
 	'risky_migrations.lock_retries 50 user 0..2147483647',
 	'risky_migrations.lock_retry_max_delay 10000ms user 1..3600000',
+	'risky_migrations.launcher_interval 60s sighup 1..86400',
 	'risky_migrations.lock_timeout 250ms user 10..60000',
 	'risky_migrations.max_row_lock_time 25ms user 1..60000',
 	'risky_migrations.snapshot_timeout 3600000ms user 100..2147483647'], 'the settings, their defaults and ranges');

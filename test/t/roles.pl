@@ -62,6 +62,15 @@ foreach my $owner ([ 'app', 'SET search_path = app, public;' ],
 	is(as($role, "$set SELECT state, steps_done FROM rm_migrations WHERE state = 'open'"),
 		'open|3', "$name does it step by step");
 	as($role, "$set CALL rm_rollback()");
+	# all steps in the background, as the owner: who may log in is the session's role
+	my $started = as($role, "$set SELECT rm_start('large_record', 'created_at', 'timestamp', 'created_at::timestamp')");
+	as($role, "$set SELECT rm_pause($started); SELECT rm_resume($started)");
+	$node->poll_query_until('postgres', "SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $started", '3|t')
+	  or die 'the worker does not come to its end';
+	is( as($superuser, qq{SELECT DISTINCT owner::regrole FROM risky_migrations.step_log WHERE migration_id = $started}),
+		$role eq 'app' ? 'app' : 'keeper', "$name does it in the background");
+	is(as($role, "$set SELECT * FROM rm_lab_check()"), '3000|0', "$name: every row is right");
+	as($role, "$set CALL rm_rollback($started)");
 	cmp_ok(as($role, "$set SELECT count(*) FROM rm_lock_report()"), '>', 0, "$name sees the locks");
 	as($role, "$set CALL rm_migrate('0003')");
 }
@@ -86,6 +95,12 @@ my @refused = (
 	[ 'start one', q{CALL rm_add_column('app.large_record', 'name', 'text')} ],
 	[ 'backfill', "CALL rm_backfill_batched(100, $id)" ],
 	[ 'enforce', "CALL rm_enforce_not_null($id)" ],
+	[ 'start one in the background', q{SELECT rm_start('app.large_record', 'name', 'text')} ],
+	[ 'have all steps done', q{CALL rm_alter_type('app.large_record', 'name', 'text')} ],
+	[ 'go on with it', "SELECT rm_resume($id)" ],
+	[ 'run it', "CALL risky_migrations.run($id)" ],
+	[ 'pause it', "SELECT rm_pause($id)" ],
+	[ 'cancel it', "SELECT rm_cancel($id)" ],
 	[ 'take it back', "CALL rm_rollback($id)" ],
 	[ 'migrate the lab', q{SET search_path = app, public; CALL rm_migrate('0004')} ],
 	[ 'seed the lab', q{SET search_path = app, public; SELECT rm_seed(10)} ],
