@@ -922,6 +922,7 @@ cleanup_revert(RmRun *run)
 
 const RmStep rm_step_cleanup = {
 	.name = "cleanup",
+	.on_request = true,
 	.apply = cleanup_apply,
 	.revert = cleanup_revert,
 	.committed = cleanup_committed,

@@ -79,6 +79,7 @@
 #include "storage/fd.h"
 #include "storage/lwlock.h"
 #include "storage/spin.h"
+#include "steer.h"
 #include "throttle.h"
 #include "utils/acl.h"
 #include "utils/guc.h"
