@@ -1285,6 +1285,8 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 			AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = m.relid)
 			THEN CASE WHEN risky_migrations.step_name(m.method, m.steps_done) = 'swap' AND s.cut_over = 'manual'
 					THEN format('CALL rm_cut_over(%s)', m.id)
+				WHEN risky_migrations.step_name(m.method, m.steps_done) = 'cleanup'
+					THEN format('CALL rm_cleanup(%s)', m.id)
 				WHEN risky_migrations.step_name(m.method, m.steps_done) IS NOT NULL
 					THEN format('SELECT rm_resume(%s)', m.id) END
 		WHEN m.method = 'direct' OR m.steps_done = 0
