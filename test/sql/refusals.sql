@@ -451,10 +451,12 @@ CALL rm_add_column('plain', 'v', 'int', 'g + v::int');
 \echo SQLSTATE :SQLSTATE
 SELECT public.picture() = :'before' AS nothing_changed;
 -- a schema's own now() is an ordinary function
-CALL rm_add_column('plain', 'v', 'int', 'public.now(v)');
+CREATE TABLE steady (id int PRIMARY KEY, v text NOT NULL);
+CALL rm_add_column('steady', 'v', 'int', 'public.now(v)');
 \echo SQLSTATE :SQLSTATE
 CALL rm_rollback();
 \echo SQLSTATE :SQLSTATE
+DROP TABLE steady;
 SELECT public.picture() AS before \gset
 
 -- 6. Whose table

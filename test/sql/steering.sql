@@ -38,8 +38,8 @@ RESET ROLE;
 -- 1. All steps in one call, here
 SET ROLE regress_rm_steers;
 CALL rm_alter_type('plain', 'v', 'int', 'v::int', batch => 300);
-SELECT count(*) FROM plain WHERE v_new = v::int;
-SELECT attnotnull FROM pg_attribute WHERE attrelid = 'plain'::regclass AND attname = 'v_new';
+SELECT count(*) FROM plain WHERE v = v_old::int;
+SELECT attnotnull FROM pg_attribute WHERE attrelid = 'plain'::regclass AND attname = 'v';
 RESET ROLE;
 SELECT step, direction, state, batches FROM risky_migrations.step_log ORDER BY id;
 SELECT * FROM stands;
@@ -64,14 +64,14 @@ CALL rm_alter_type('nullable', 'v', 'int', 'v::int');
 SELECT * FROM stands;
 UPDATE nullable SET v = '2' WHERE id = 2;
 SELECT rm_resume() = max(id) AS it FROM rm_migrations;
-CALL wait_for_worker(3);
+CALL wait_for_worker(5);
 SELECT * FROM stands;
 SELECT * FROM nullable ORDER BY id;
 CALL rm_rollback();
 
 -- 2. on_error => 'null': what does not convert is NULL, and recorded
 UPDATE nullable SET v = 'two' WHERE id = 2;
-CALL rm_alter_type('nullable', 'v', 'int', 'v::int', on_error => 'null');
+CALL rm_alter_type('nullable', 'v', 'int', 'v::int', on_error => 'null', cut_over => 'manual');
 SELECT * FROM stands;
 SELECT * FROM nullable ORDER BY id;
 SELECT row_key, value, sqlstate FROM rm_conversion_errors;
@@ -79,8 +79,12 @@ SELECT row_key, value, sqlstate FROM rm_conversion_errors;
 INSERT INTO nullable VALUES (5, 'five'), (6, '6');
 SELECT id, v, v_new FROM nullable WHERE id > 4 ORDER BY id;
 SELECT row_key, value, sqlstate FROM rm_conversion_errors ORDER BY row_key;
+CALL rm_cut_over();
+SELECT * FROM stands;
+SELECT id, v, v_old FROM nullable ORDER BY id;
 -- a value that was put there by hand, where there is none: it goes
 CALL rm_rollback();
+SELECT * FROM nullable ORDER BY id;
 CALL rm_add_column('nullable', 'v', 'int', 'v::int');
 UPDATE risky_migrations.migration SET null_on_error = true WHERE state = 'open';
 CALL rm_backfill_batched();
@@ -117,9 +121,9 @@ CREATE TABLE days (id int PRIMARY KEY, v text NOT NULL);
 INSERT INTO days SELECT g, '02/01/' || 2000 + g FROM generate_series(1, 20) g;
 SET risky_migrations.lock_timeout = '111 ms';
 SELECT rm_start('days', 'v', 'date', 'v::date', batch => 5) = max(id) + 1 AS it FROM rm_migrations;
-CALL wait_for_worker(3);
+CALL wait_for_worker(5);
 SELECT * FROM stands;
-SELECT v, v_new FROM days WHERE id = 1;
+SELECT v_old, v FROM days WHERE id = 1;
 RESET ROLE;
 SELECT role::regrole, session_role::regrole = current_user::regrole AS session_user, background, batch,
 	'risky_migrations.lock_timeout=111' = ANY (settings) AS setting
@@ -144,7 +148,7 @@ BEGIN;
 SELECT rm_start('days', 'v', 'text', 'v') > :before AS it;
 SELECT * FROM stands;
 COMMIT;
-CALL wait_for_worker(3);
+CALL wait_for_worker(5);
 SELECT * FROM stands;
 CALL rm_rollback();
 -- its errors are in rm_migrations
@@ -157,7 +161,7 @@ CALL rm_rollback();
 CALL rm_add_column('days', 'v', 'text', 'v');
 SELECT * FROM stands;
 SELECT rm_resume() > :before AS it;
-CALL wait_for_worker(3);
+CALL wait_for_worker(5);
 SELECT * FROM stands;
 CALL rm_rollback();
 
@@ -177,7 +181,7 @@ SET client_min_messages = notice;
 SELECT rm_pause() = :id AS it;
 SET client_min_messages = warning;
 SELECT rm_resume() = :id AS it;
-CALL wait_for_worker(3);
+CALL wait_for_worker(5);
 SELECT * FROM stands;
 -- and can be taken back; what is taken back is not steered
 SELECT rm_pause() = :id AS it;

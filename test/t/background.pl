@@ -137,8 +137,8 @@ sub wait_for_row
 sub finishes
 {
 	my ($id, $name) = @_;
-	becomes("SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $id", '3|t', $name);
-	is(sql("SELECT count(*) FROM t WHERE v_new IS DISTINCT FROM v::int"), 0, "$name: every row is right");
+	becomes("SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $id", '5|t', $name);
+	is(sql("SELECT count(*) FROM t WHERE v IS DISTINCT FROM v_old::int"), 0, "$name: every row is right");
 	sql("CALL rm_rollback($id)");
 	return;
 }
@@ -344,7 +344,7 @@ foreach my $how ('the worker is terminated', 'the server is killed')
 	is(stands($id, 'run_state, steps_done, last_step_state, next_call'),
 		"not running|1|interrupted|SELECT rm_resume($id)", "$how: the view says so");
 	sql("SELECT rm_resume($id)");
-	becomes("SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $id", '3|t', "$how: resumed");
+	becomes("SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $id", '5|t', "$how: resumed");
 	is( sql("SELECT rows_changed FROM risky_migrations.step_log WHERE migration_id = $id AND step = 'backfill' AND state = 'done'"),
 		$rows - $done, "$how: it went on where it was");
 	finishes($id, $how);
@@ -373,7 +373,7 @@ $node->stop('immediate');
 $_->{run}->finish foreach $blocker, $second_blocker;
 $node->start;
 finishes($id, 'the server is killed: it goes on by itself');
-ok( $node->poll_query_until('second', "SELECT steps_done FROM rm_migrations WHERE id = $second", '3'),
+ok( $node->poll_query_until('second', "SELECT steps_done FROM rm_migrations WHERE id = $second", '5'),
 	'in the other database too');
 
 # what failed, is paused or cancelled, or was run in the foreground does not
@@ -401,7 +401,7 @@ becomes("SELECT running_pid IS NOT NULL FROM rm_migrations WHERE id = $seen", 't
 sql("SELECT pg_terminate_backend(running_pid) FROM rm_migrations WHERE id = $seen");
 logged(qr/migration $seen was interrupted and goes on/, 'and goes on');
 release($keeper);
-becomes("SELECT steps_done FROM rm_migrations WHERE id = $seen", '3', 'to its end');
+becomes("SELECT steps_done FROM rm_migrations WHERE id = $seen", '5', 'to its end');
 is(times_logged(qr/was interrupted and goes on/), 1, 'nothing else was started');
 is(sql("SELECT count(*) FROM risky_migrations.step_log WHERE migration_id = $id"), $steps, 'what failed is left to people');
 is(stands($id, 'next_call'), "SELECT rm_resume($id)", 'who are told what to call');
@@ -450,8 +450,8 @@ like($stderr, qr/25006/, 'nothing is steered on a standby');
 $node->stop('immediate');
 $blocker->{run}->finish;
 $standby->promote;
-ok( $standby->poll_query_until('postgres', "SELECT steps_done FROM rm_migrations WHERE id = $id", '3'),
+ok( $standby->poll_query_until('postgres', "SELECT steps_done FROM rm_migrations WHERE id = $id", '5'),
 	'after the promotion it goes on by itself');
-is($standby->safe_psql('postgres', 'SELECT count(*) FROM t WHERE v_new IS DISTINCT FROM v::int'), 0, 'every row is right');
+is($standby->safe_psql('postgres', 'SELECT count(*) FROM t WHERE v IS DISTINCT FROM v_old::int'), 0, 'every row is right');
 $standby->stop;
 done_testing();
