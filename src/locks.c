@@ -495,6 +495,40 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 }
 
 /*
+ * Processes that hold a lock which conflicts with one that this step takes by
+ * rm_lock_relation() or rm_lock_relations(); as a list of int, without repeats.
+ */
+List *
+rm_lock_blocking_pids(RmLockAccount *account)
+{
+	LockData   *data = GetLockStatusData();
+	List	   *pids = NIL;
+
+	for (int i = 0; i < data->nelements; i++)
+	{
+		LockInstanceData *lock = &data->locks[i];
+		ListCell   *lc;
+
+		if (lock->pid == MyProcPid || lock->pid == 0 || lock->holdMask == 0 ||
+			lock->locktag.locktag_type != LOCKTAG_RELATION ||
+			lock->locktag.locktag_field1 != MyDatabaseId)
+			continue;
+		foreach(lc, account->stats)
+		{
+			RmLockStat *stat = lfirst(lc);
+
+			if (!stat->explicit || stat->relid != lock->locktag.locktag_field2)
+				continue;
+			for (LOCKMODE held = AccessShareLock; held <= MaxLockMode; held++)
+				if ((lock->holdMask & LOCKBIT_ON(held)) &&
+					DoLockModesConflict(held, stat->mode))
+					pids = list_append_unique_int(pids, lock->pid);
+		}
+	}
+	return pids;
+}
+
+/*
  * Who holds a lock on the relation that conflicts with mode, as text for an
  * error's detail; NULL if nobody does (any more).
  */

@@ -153,6 +153,7 @@ struct RmRun
 	const char *top_level_what;
 	int			back_to;		/* reverting: steps that are done now, if fewer */
 	int			tries;			/* for a lock, in vain, since the last commit */
+	instr_time	first_try;		/* when the first of them had failed */
 	bool		may_hold;		/* nobody waits for what comes next */
 	bool		batch_ended;	/* with it: to rest for batch_pause */
 	const char *wait_kind;		/* why to rest, if worth telling */

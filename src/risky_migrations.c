@@ -59,6 +59,7 @@ int			rm_lock_retry_max_delay = 10000;
 int			rm_max_row_lock_time = 25;
 int			rm_snapshot_timeout = 3600000;
 bool		rm_accept_publications = false;
+int			rm_end_blockers_after = 0;
 int			rm_launcher_interval = 60;
 
 void
@@ -104,6 +105,13 @@ _PG_init(void)
 							"How long the swap waits for older snapshots.",
 							"After it the step fails; nothing is lost, call it again.",
 							&rm_snapshot_timeout, 3600000, 100, INT_MAX, PGC_USERSET,
+							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	/* only clients' sessions that the role may end, never a superuser's */
+	DefineCustomIntVariable("risky_migrations.end_blockers_after",
+							"Ends sessions that keep a lock from being had for this long.",
+							"0 means never.",
+							&rm_end_blockers_after, 0, 0, INT_MAX, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
 
 	/* a subscriber without the shadow column stops at the first row */

@@ -17,6 +17,7 @@ extern int	rm_lock_retry_max_delay;	/* milliseconds */
 extern int	rm_max_row_lock_time;	/* milliseconds */
 extern int	rm_snapshot_timeout;	/* milliseconds */
 extern bool rm_accept_publications;
+extern int	rm_end_blockers_after;	/* milliseconds, 0: never */
 
 extern int	rm_launcher_interval;	/* seconds */
 

@@ -62,6 +62,7 @@
 #include "throttle.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgrprotos.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/resowner.h"
@@ -737,6 +738,52 @@ tell_retry(RmRun *run, int tries)
 								 blockers ? blockers : "its holder is gone"));
 }
 
+/*
+ * Ends the sessions that hold what this step needs a lock on, where the user
+ * has asked for it: only those of clients that the current role may end by
+ * pg_terminate_backend(), and never a superuser's.
+ */
+static void
+end_blockers(void *arg)
+{
+	RmRun	   *run = arg;
+	Oid			types[] = {INT4ARRAYOID, OIDOID};
+	Datum		v[2];
+	List	   *pids = rm_lock_blocking_pids(&run->locks);
+	Datum	   *elems = palloc(sizeof(Datum) * Max(list_length(pids), 1));
+	int			n = 0;
+	ListCell   *lc;
+
+	foreach(lc, pids)
+		elems[n++] = Int32GetDatum(lfirst_int(lc));
+	v[0] = PointerGetDatum(construct_array(elems, n, INT4OID, sizeof(int32), true,
+										   TYPALIGN_INT));
+	v[1] = ObjectIdGetDatum(GetUserId());
+	rm_state_execute("SELECT a.pid::int8, a.usename::text, a.state"
+					 " FROM pg_catalog.pg_stat_activity a"
+					 " JOIN pg_catalog.pg_roles r ON r.oid = a.usesysid"
+					 " WHERE a.pid = ANY ($1) AND a.backend_type = 'client backend'"
+					 " AND NOT r.rolsuper"
+					 " AND (pg_catalog.pg_has_role($2, r.oid, 'MEMBER')"
+					 "  OR pg_catalog.pg_has_role($2, 'pg_signal_backend', 'MEMBER'))",
+					 2, types, v, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		int			pid = (int) rm_result_int64(i, 1);
+
+		if (!DatumGetBool(DirectFunctionCall2(pg_terminate_backend, Int32GetDatum(pid),
+											  Int64GetDatum(0))))
+			continue;
+		ereport(LOG,
+				(errmsg("migration %lld has ended process %d of role \"%s\" (%s), which held a lock on %s",
+						(long long) run->migration_id, pid, rm_result_text(i, 2),
+						rm_result_text(i, 3), run->relation)));
+		ereport(NOTICE,
+				(errmsg("step %s: process %d of role \"%s\" was ended, it was in the way for more than %d ms",
+						run->step->name, pid, rm_result_text(i, 2), rm_end_blockers_after)));
+	}
+}
+
 /* records the failure, if that can be done, and raises it */
 static void
 fail(RmRun *run, ErrorData *error)
@@ -812,6 +859,11 @@ after_failure(RmRun *run, ErrorData *error)
 		run->lock_retries++;
 		FreeErrorData(error);
 		error = tell_retry(run, run->tries);
+		if (run->tries == 1)
+			INSTR_TIME_SET_CURRENT(run->first_try);
+		else if (error == NULL && rm_end_blockers_after > 0 &&
+				 rm_elapsed_ms(run->first_try) >= rm_end_blockers_after)
+			error = rm_between(run, end_blockers, run);
 		if (error)
 			fail(run, error);
 		return retry_delay(run->tries - 1);
