@@ -1,8 +1,8 @@
 # What hangs on a column comes along: indexes, constraints, default, identity,
-# sequence, statistics, comments, grants.
+# sequence, statistics, comments, grants, views, rules, policies, triggers.
 #
-# Each scenario is a few tables in a schema.  Three databases hold them: in one
-# the column is changed by ALTER TABLE itself, in one by the three steps, swap
+# Each scenario is a few tables in a schema.  Databases of their own hold them:
+# in one the column is changed by ALTER TABLE itself, in one by the three steps, swap
 # and cleanup, in one by the three steps and swap and then taken back.  What
 # pg_dump -s says of the second must be what it says of the first, but for the
 # column's place in the table (and what ALTER TABLE itself forgets, "lost" here);
@@ -118,7 +118,38 @@ CREATE INDEX texts_v ON texts (v text_pattern_ops, id);
 CREATE INDEX texts_c ON texts (v COLLATE "C");
 CREATE INDEX texts_l ON texts (lower(v) varchar_pattern_ops);
 },
-	},);
+	},	{
+		name => 'what ALTER TABLE refuses to change: views on views, rules, policies, triggers',
+		table => 'fact', column => 'at', type => 'timestamp', using => 'at::timestamp', rows => 60,
+		setup => q{
+CREATE TABLE fact (id int PRIMARY KEY, at text NOT NULL, n int DEFAULT 3, CONSTRAINT "at and id" UNIQUE (at, id));
+INSERT INTO fact SELECT g, timestamp '2024-02-28' + g * interval '1 day', g FROM generate_series(1, 60) g;
+CREATE TABLE seen (id int, at text);
+CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+ALTER TABLE fact ENABLE ROW LEVEL SECURITY;
+},
+		# the same in all databases, but made after the ALTER TABLE in the first
+		around => q{
+CREATE VIEW by_day WITH (security_barrier) AS SELECT at, count(*) AS n FROM fact GROUP BY at;
+CREATE VIEW "Latest" AS SELECT max(at) AS "When" FROM by_day;
+CREATE VIEW whole AS SELECT f.id, f.at AS moment FROM fact f WHERE f.n > 0 WITH LOCAL CHECK OPTION;
+ALTER VIEW whole ALTER COLUMN id SET DEFAULT 17;
+CREATE VIEW grouped AS SELECT id, at FROM fact GROUP BY id;
+COMMENT ON VIEW whole IS 'all of them';
+COMMENT ON COLUMN whole.moment IS 'when';
+GRANT SELECT ON by_day TO reader WITH GRANT OPTION;
+GRANT UPDATE (moment) ON whole TO PUBLIC;
+CREATE RULE on_insert AS ON INSERT TO seen WHERE EXISTS (SELECT FROM fact WHERE fact.id = NEW.id AND fact.at IS NOT NULL) DO ALSO DELETE FROM seen WHERE seen.id < 0;
+CREATE TRIGGER noted BEFORE UPDATE OF at ON fact FOR EACH ROW WHEN (OLD.at IS DISTINCT FROM NEW.at) EXECUTE FUNCTION note();
+CREATE CONSTRAINT TRIGGER late AFTER INSERT ON fact DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (NEW.at IS NOT NULL) EXECUTE FUNCTION note();
+CREATE TRIGGER instead INSTEAD OF INSERT ON whole FOR EACH ROW EXECUTE FUNCTION note();
+ALTER TABLE fact DISABLE TRIGGER noted;
+COMMENT ON TRIGGER late ON fact IS 'at the end';
+CREATE POLICY recent ON fact FOR SELECT TO reader USING (at IS NOT NULL);
+CREATE POLICY elsewhere ON seen USING (id IN (SELECT fact.id FROM fact WHERE fact.at IS NOT NULL));
+},
+	},
+);
 
 $node->safe_psql('postgres', 'CREATE ROLE reader; CREATE ROLE keeper LOGIN; GRANT keeper TO CURRENT_USER');
 
@@ -148,7 +179,7 @@ sub without_order
 
 sub make
 {
-	my ($db, $s, $column) = @_;
+	my ($db, $s, $column, $around) = @_;
 	(my $setup = $s->{setup}) =~ s/\bTHE_COLUMN\b/$column/g;
 	$node->safe_psql('postgres', "CREATE DATABASE $db");
 	$node->safe_psql($db, qq{
@@ -156,7 +187,7 @@ CREATE EXTENSION risky_migrations;
 CREATE SCHEMA it AUTHORIZATION keeper;
 GRANT USAGE ON SCHEMA it TO reader;
 SET ROLE keeper; SET search_path = it;
-$setup});
+$setup} . ($around // ''));
 }
 
 # Runs the statements as the owner, who is no superuser; each by itself.
@@ -185,15 +216,17 @@ foreach my $s (@scenarios)
 	my @steps = ($add, 'CALL rm_backfill_batched()', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
 	$n++;
 
+	make("before_$n", $s, $ident, $s->{around});
 	make("alter_$n", $s, $ident);
-	my $before = dump_of("alter_$n");
+	my $before = dump_of("before_$n");
 	my $data = $node->safe_psql("alter_$n", "SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM it.$s->{table} t");
 	is(as_owner("alter_$n", "ALTER TABLE $s->{table} ALTER COLUMN $ident TYPE $s->{type}"
 		. ($s->{using} ? " USING $s->{using}" : ''),
 		@{ $s->{lost} // [] }), '', "$s->{name}: ALTER TABLE");
+	is(as_owner("alter_$n", $s->{around}), '', "$s->{name}: what ALTER TABLE would not have around it") if $s->{around};
 	my $altered = dump_of("alter_$n");
 
-	make("forth_$n", $s, $ident);
+	make("forth_$n", $s, $ident, $s->{around});
 	is(as_owner("forth_$n", @steps), '', "$s->{name}: the three steps and the swap, as the owner");
 	is($node->safe_psql("forth_$n", "SELECT count(*) FROM it.$s->{table}"), $s->{rows}, "$s->{name}: all rows");
 	is(as_owner("forth_$n", 'CALL rm_cleanup()'), '', "$s->{name}: cleanup");
@@ -201,8 +234,8 @@ foreach my $s (@scenarios)
 	is( $node->safe_psql("forth_$n", q{SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^rm_[no]_'}),
 		'', "$s->{name}: nothing is left lying about");
 
-	make("back_$n", $s, $ident);
-	is(dump_of("back_$n"), $before, "$s->{name}: the same to begin with") if $n == 1;
+	make("back_$n", $s, $ident, $s->{around});
+	is(dump_of("back_$n"), $before, "$s->{name}: the same to begin with");
 	is(as_owner("back_$n", @steps, 'CALL rm_rollback()'), '', "$s->{name}: there and back");
 	is(dump_of("back_$n"), $before, "$s->{name}: as before, to the letter");
 	is($node->safe_psql("back_$n", "SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM it.$s->{table} t"),
