@@ -65,7 +65,7 @@ foreach my $owner ([ 'app', 'SET search_path = app, public;' ],
 	# all steps in the background, as the owner: who may log in is the session's role
 	my $started = as($role, "$set SELECT rm_start('large_record', 'created_at', 'timestamp', 'created_at::timestamp')");
 	as($role, "$set SELECT rm_pause($started); SELECT rm_resume($started)");
-	$node->poll_query_until('postgres', "SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $started", '3|t')
+	$node->poll_query_until('postgres', "SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $started", '5|t')
 	  or die 'the worker does not come to its end';
 	is( as($superuser, qq{SELECT DISTINCT owner::regrole FROM risky_migrations.step_log WHERE migration_id = $started}),
 		$role eq 'app' ? 'app' : 'keeper', "$name does it in the background");
