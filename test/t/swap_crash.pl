@@ -103,9 +103,10 @@ sub start_writers
 
 sub stop_writers
 {
-	my ($pgbench) = @_;
+	my ($pgbench, $name) = @_;
 	sql(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgbench'});
 	$pgbench->finish;
+	unlike(slurp_file("$dir/pgbench.err"), qr/ERROR:/, "$name: no write was refused");
 	return;
 }
 
@@ -156,7 +157,7 @@ my $started = Time::HiRes::time();
 my $call = start_calls(@forth, 'CALL rm_cleanup()');
 ok($call->{handle}->finish, 'undisturbed: it runs beside the writers') or diag $call->{err};
 my $seconds = Time::HiRes::time() - $started;
-stop_writers($writers);
+stop_writers($writers, 'undisturbed');
 is(sql($shape), $altered, 'undisturbed: as after ALTER TABLE');
 
 my %killed;
@@ -171,6 +172,7 @@ for my $round (1 .. $rounds)
 	$node->stop('immediate');
 	eval { $call->{handle}->finish };
 	$writers->finish;
+	unlike(slurp_file("$dir/pgbench.err"), qr/ERROR:/, 'no write was refused before');
 	$node->start;
 
 	my $at = sql(q{SELECT coalesce((SELECT last_step || ' ' || last_direction || ' ' || last_step_state
@@ -184,7 +186,7 @@ for my $round (1 .. $rounds)
 	}
 	$writers = start_writers();
 	my $end = go_on($back);
-	stop_writers($writers);
+	stop_writers($writers, $name);
 
 	my $done = $end eq 'done';
 	like($end, qr/^(done|rolled back)$/, "$name: comes to an end");
