@@ -431,14 +431,19 @@ BEGIN ATOMIC
 	SELECT DISTINCT (pg_catalog.pg_identify_object(d.classid, d.objid, 0)).identity
 	FROM pg_catalog.pg_depend d
 	LEFT JOIN pg_catalog.pg_trigger g ON d.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = d.objid
+	LEFT JOIN pg_catalog.pg_attrdef a ON d.classid = 'pg_catalog.pg_attrdef'::regclass AND a.oid = d.objid
 	WHERE d.refclassid = 'pg_catalog.pg_class'::regclass
 		AND d.refobjid = column_left_behind.relid AND d.refobjsubid = column_left_behind.attnum
-		AND d.classid IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass, 'pg_catalog.pg_policy'::regclass)
+		AND (d.classid IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass, 'pg_catalog.pg_policy'::regclass,
+				'pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_publication_rel'::regclass)
+			-- generated columns
+			OR a.adnum <> column_left_behind.attnum
+			OR d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = column_left_behind.relid AND d.objsubid > 0)
 		AND g.tgisinternal IS NOT TRUE
 		AND NOT (g.tgname ~ '^~rm_sync_' AND g.tgfoid = 'risky_migrations.sync()'::regprocedure) IS TRUE;
 END;
 COMMENT ON FUNCTION risky_migrations.column_left_behind(oid, smallint) IS
-	'views (by their rule), rules, triggers and policies that still refer to a column; after the swap there must be none on the old one';
+	'views (by their rule), rules, triggers, policies, functions, publications and generated columns that still refer to a column; after the swap there must be none on the old one';
 
 CREATE FUNCTION risky_migrations.column_relations(relid oid, attnum smallint) RETURNS SETOF oid
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
@@ -1227,10 +1232,27 @@ BEGIN ATOMIC
 		UNION ALL SELECT format('d%s/%s', d.oid, d.xmin) FROM pg_attrdef d WHERE d.adrelid = relid
 		UNION ALL SELECT format('s%s/%s', s.oid, s.xmin) FROM pg_statistic_ext s WHERE s.stxrelid = relid
 		UNION ALL SELECT format('a%s/%s', a.attnum, a.xmin) FROM pg_attribute a WHERE a.attrelid = relid
-		UNION ALL SELECT format('t%s/%s', t.oid, t.xmin) FROM pg_trigger t WHERE t.tgrelid = relid) f (line);
+		UNION ALL SELECT format('t%s/%s', t.oid, t.xmin) FROM pg_trigger t WHERE t.tgrelid = relid
+		-- names and options; a rename leaves pg_index as it is
+		UNION ALL SELECT format('c%s %I.%I %s %s', c.oid, n.nspname, c.relname, c.reltablespace, c.reloptions)
+		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE c.oid = relid OR c.oid IN (SELECT x.indexrelid FROM pg_index x WHERE x.indrelid = relid)
+			OR c.oid IN (SELECT unnest(ARRAY[k.conrelid, k.confrelid]) FROM pg_constraint k
+				WHERE k.contype = 'f' AND relid IN (k.conrelid, k.confrelid))
+		UNION ALL SELECT format('o%s/%s/%s/%s', d.objid, d.refobjsubid, d.deptype, q.xmin)
+		FROM pg_depend d JOIN pg_sequence q ON q.seqrelid = d.objid
+		WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
+			AND d.refobjid = relid AND d.refobjsubid > 0
+		UNION ALL SELECT format('e%s/%s/%s/%s', e.classoid, e.objoid, e.objsubid, e.xmin) FROM pg_description e
+		WHERE e.classoid = 'pg_class'::regclass AND (e.objoid = relid
+				OR e.objoid IN (SELECT x.indexrelid FROM pg_index x WHERE x.indrelid = relid))
+			OR e.classoid = 'pg_constraint'::regclass AND e.objoid IN (SELECT k.oid FROM pg_constraint k
+				WHERE relid IN (k.conrelid, k.confrelid))
+			OR e.classoid = 'pg_statistic_ext'::regclass AND e.objoid IN (SELECT s.oid FROM pg_statistic_ext s
+				WHERE s.stxrelid = relid)) f (line);
 END;
 COMMENT ON FUNCTION risky_migrations.catalog_fingerprint(oid) IS
-	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers';
+	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers, their names, options and comments';
 
 -----------------------------------------------------------------------
 -- Steer
@@ -1299,7 +1321,7 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 		ELSE format('CALL rm_cleanup(%s)', m.id)
 	END AS next_call,
 	CASE WHEN NOT m.swapped OR m.state <> 'open' THEN NULL
-		WHEN m.reverse_tree IS NULL THEN 'closed: no cast back, and no reverse_expr was given'
+		WHEN m.reverse_tree IS NULL THEN 'closed: no cast leads back, and no reverse_expr was given'
 		WHEN EXISTS (SELECT FROM risky_migrations.conversion_error e
 			WHERE e.migration_id = m.id AND e.way_back)
 			THEN 'closed: values that do not fit the old type, see rm_conversion_errors'

@@ -156,9 +156,10 @@ make_twin(const RmMigration *m, bool new_side, const char *build_column)
 	if (m->new_attnum > 0)
 		rm_execute(psprintf("ALTER TABLE %s DROP COLUMN %s", twin,
 							quote_identifier(get_attname(m->relid, m->new_attnum, false))));
+	/* no rows: the expression does not matter, and its columns may be renamed */
 	if (new_side)
-		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING (%s)", twin,
-							column, m->new_type, m->using_expr));
+		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING (NULL::%s)", twin,
+							column, m->new_type, m->new_type));
 	rm_execute(psprintf("ALTER TABLE %s RENAME COLUMN %s TO %s", twin, column,
 						quote_identifier(build_column)));
 	return get_relname_relid(name, nspid);
@@ -280,6 +281,36 @@ static bool
 same_text(const char *a, const char *b)
 {
 	return a == NULL || b == NULL ? a == b : strcmp(a, b) == 0;
+}
+
+/*
+ * The list without those whose definition was another one before: under their
+ * names something else may have been built.
+ */
+List *
+rm_dependents_unchanged(List *before, List *now)
+{
+	List	   *result = NIL;
+	ListCell   *ln;
+	ListCell   *lb;
+
+	foreach(ln, now)
+	{
+		RmDependent *d = lfirst(ln);
+		bool		changed = false;
+
+		foreach(lb, before)
+		{
+			RmDependent *b = lfirst(lb);
+
+			if (d->build_name && same_text(d->build_name, b->build_name) &&
+				!same_text(d->build_sql, b->build_sql))
+				changed = true;
+		}
+		if (!changed)
+			result = lappend(result, d);
+	}
+	return result;
 }
 
 /* are these the same things with the same definitions? */
@@ -422,14 +453,14 @@ rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
 
 /*
  * Refuses what cannot be carried over, all of it in one error (0A000), before
- * anything is changed.
+ * anything is changed; publications only if asked.
  */
 void
-rm_dependents_refuse(Oid relid, AttrNumber attnum)
+rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications)
 {
 	Oid			types[] = {OIDOID, INT2OID, BOOLOID};
 	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum),
-	BoolGetDatum(rm_accept_publications)};
+	BoolGetDatum(!publications)};
 	StringInfoData detail;
 	StringInfoData hint;
 

@@ -28,12 +28,13 @@ typedef struct RmDependent
 	char	   *drop_sql;		/* puts the one in force out of it, or NULL */
 } RmDependent;
 
-extern void rm_dependents_refuse(Oid relid, AttrNumber attnum);
+extern void rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications);
 extern List *rm_dependents_derive(const RmMigration *m, bool new_side,
 								  MemoryContext cxt);
 extern void rm_dependents_save(const RmMigration *m, bool new_side, List *list);
 extern List *rm_dependents_load(const RmMigration *m, bool new_side,
 								MemoryContext cxt);
+extern List *rm_dependents_unchanged(List *before, List *now);
 extern bool rm_dependents_equal(List *a, List *b);
 extern bool rm_dependent_is_built(const RmMigration *m, const RmDependent *d,
 								  bool *invalid, bool *unvalidated);

@@ -213,7 +213,7 @@ rm_migration_save(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID, TEXTOID, INT8OID, INT8OID, INT8OID, BOOLOID,
 	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, BOOLOID,
-	TEXTOID, TEXTOID};
+	TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -236,12 +236,16 @@ rm_migration_save(const RmMigration *m)
 	v[i++] = BoolGetDatum(m->swapped);
 	v[i] = text_or_null(m->reverse_tree, &n[i]), i++;
 	v[i] = text_or_null(m->fingerprint, &n[i]), i++;
+	v[i++] = CStringGetTextDatum(m->relation);
+	v[i++] = CStringGetTextDatum(m->column);
+	v[i] = text_or_null(m->new_column, &n[i]), i++;
 	rm_state_execute("UPDATE risky_migrations.migration SET state = $2,"
 					 " steps_done = $3, phase = $4, new_attnum = $5, enforced = $6,"
 					 " relfilenode = $7::oid, next_block = $8, end_block = $9,"
 					 " rows_done = $10, rows_estimated = $11, inexact_rows = $12,"
 					 " trigger_xmin = $13, swapped = $14, reverse_tree = $15,"
-					 " fingerprint = $16"
+					 " fingerprint = $16, relation = $17, column_name = $18,"
+					 " new_column = $19"
 					 " WHERE id = $1",
 					 lengthof(types), types, v, n);
 }
@@ -348,10 +352,15 @@ rm_is_built_name(const RmMigration *m, bool new_side, const char *name)
 	return strncmp(name, prefix, strlen(prefix)) == 0;
 }
 
-/* has the step after the last one that is done left anything behind? */
+/*
+ * Has the step after the last one that is done left anything behind?  A cleanup
+ * cannot: a phase that is noted there is that of a way back which was interrupted.
+ */
 bool
 rm_step_begun(const RmMigration *m)
 {
+	if (m->method == &rm_method_three_step && m->steps_done == RM_CLEANUP)
+		return false;
 	return m->phase != 0 ||
 		(m->method == &rm_method_three_step && m->steps_done == RM_BACKFILL &&
 		 (m->rows_done > 0 || m->next_block > 0));
@@ -411,14 +420,69 @@ rm_trigger_xmin(const RmMigration *m)
 	return (int64) mark;
 }
 
-/* does the expression, kept as text in a catalog, use the column? */
-static bool
-uses_column(const char *tree, AttrNumber attnum)
+/* columns that an expression, kept as text, reads: as of pull_varattnos() */
+static Bitmapset *
+columns_of(const char *tree)
 {
 	Bitmapset  *attnos = NULL;
 
 	pull_varattnos(stringToNode(tree), 1, &attnos);
-	return bms_is_member(attnum - FirstLowInvalidHeapAttributeNumber, attnos);
+	return attnos;
+}
+
+static bool
+uses_column(const char *tree, AttrNumber attnum)
+{
+	return bms_is_member(attnum - FirstLowInvalidHeapAttributeNumber, columns_of(tree));
+}
+
+/* does the migration's expression read other columns than the one that changes? */
+bool
+rm_reads_other_columns(const RmMigration *m)
+{
+	Bitmapset  *attnos = columns_of(m->tree);
+
+	return bms_num_members(attnos) > 1 ||
+		(!bms_is_empty(attnos) &&
+		 !bms_is_member(m->attnum - FirstLowInvalidHeapAttributeNumber, attnos));
+}
+
+/*
+ * Refuses (55006) a column that another open migration of the table reads, has
+ * made, or changes while the expression reads it: of two sync triggers one sees
+ * what the other one has not written yet, and after a swap the column of that
+ * name is another one.  Needs SPI.
+ */
+void
+rm_refuse_entangled(Oid relid, AttrNumber attnum, const char *tree)
+{
+	Oid			types[] = {OIDOID, INT8OID};
+	Datum		v[] = {ObjectIdGetDatum(relid), Int64GetDatum(PG_VERSION_NUM / 10000)};
+
+	rm_state_execute("SELECT id, attnum::int8, new_attnum::int8, conversion_tree, reverse_tree"
+					 " FROM risky_migrations.migration WHERE state = 'open'"
+					 " AND method = 'three_step' AND steps_done > 0 AND relid = $1"
+					 " AND server_version = $2 ORDER BY id", 2, types, v, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		AttrNumber	its = rm_result_int64(i, 2);
+		AttrNumber	its_new = rm_result_int64(i, 3);
+		char	   *reverse = rm_result_text(i, 5);
+
+		if (its == attnum)
+			continue;			/* the same migration, or refused elsewhere */
+		if (its_new == attnum || uses_column(rm_result_text(i, 4), attnum) ||
+			(reverse && uses_column(reverse, attnum)) || uses_column(tree, its) ||
+			(its_new > 0 && uses_column(tree, its_new)))
+			ereport(ERROR,
+					(errcode(ERRCODE_OBJECT_IN_USE),
+					 errmsg("migration %lld of the same table is open",
+							(long long) rm_result_int64(i, 1)),
+					 errdetail("One of the two migrations reads a column that the other one changes."),
+					 errhint("Take that one to its end first, with CALL rm_cleanup(%lld) or CALL rm_rollback(%lld).",
+							 (long long) rm_result_int64(i, 1),
+							 (long long) rm_result_int64(i, 1))));
+	}
 }
 
 /*

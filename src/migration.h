@@ -36,7 +36,7 @@ typedef struct RmMigration
 	int			phase;			/* of the step under way; 0 at its beginning */
 	Oid			owner;			/* the role that started it */
 	Oid			relid;
-	char	   *relation;		/* qualified name when it started */
+	char	   *relation;		/* qualified name when it started, or was last planned */
 	AttrNumber	attnum;
 	char	   *column;
 	char	   *old_type;		/* as told to people */
@@ -192,6 +192,8 @@ extern char *rm_built_prefix(const RmMigration *m, bool new_side);
 extern bool rm_is_built_name(const RmMigration *m, bool new_side,
 							 const char *name);
 extern bool rm_step_begun(const RmMigration *m);
+extern bool rm_reads_other_columns(const RmMigration *m);
+extern void rm_refuse_entangled(Oid relid, AttrNumber attnum, const char *tree);
 extern void rm_check_ground(const RmMigration *m, Relation rel);
 extern RmConversion *rm_migration_conversion(const RmMigration *m, Relation rel,
 											 MemoryContext cxt);

@@ -294,7 +294,8 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 	if (spec->new_column)
 	{
 		rm_three_step_refuse(rel, def, spec->new_column);
-		rm_dependents_refuse(spec->relid, def->attnum);
+		rm_refuse_entangled(spec->relid, def->attnum, def->tree);
+		rm_dependents_refuse(spec->relid, def->attnum, !rm_accept_publications);
 	}
 
 	oldcxt = MemoryContextSwitchTo(cxt);

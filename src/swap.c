@@ -61,6 +61,7 @@
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "utils/builtins.h"
+#include "utils/datum.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -77,7 +78,8 @@ enum
 	PHASE_ANALYZE,
 	PHASE_CHECK,				/* is it still what is needed? */
 	PHASE_WAIT,					/* for older snapshots */
-	PHASE_EXCHANGE
+	PHASE_EXCHANGE,
+	PHASE_LOOK					/* the way back: not all rows are looked at */
 };
 
 /* how often a waiting swap looks whether the snapshots are gone, milliseconds */
@@ -106,6 +108,84 @@ get_work(RmRun *run)
 	return run->work;
 }
 
+/* of these OIDs those of relations that have not been dropped */
+static List *
+relations_that_exist(List *relids)
+{
+	List	   *result = NIL;
+	ListCell   *lc;
+
+	foreach(lc, relids)
+		if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(lfirst_oid(lc))))
+			result = lappend_oid(result, lfirst_oid(lc));
+	return result;
+}
+
+/*
+ * Is it an index that another migration has built, and needs no more?  While it
+ * does, ours has to take it along, for it may hold our column too.
+ */
+static bool
+is_stale(const RmMigration *m, const RmDependent *d)
+{
+	char		side;
+	long long	id;
+	unsigned int oid;
+	Oid			types[] = {INT8OID, BOOLOID};
+	Datum		v[2];
+
+	if (sscanf(d->name, "rm_%c_%lld_%u", &side, &id, &oid) != 3 || id == m->id)
+		return false;
+	v[0] = Int64GetDatum(id);
+	v[1] = BoolGetDatum(side == 'o');
+	rm_state_execute("SELECT FROM risky_migrations.migration"
+					 " WHERE id = $1 AND swapped = $2 AND state = 'open'", 2, types, v, NULL);
+	return SPI_processed == 0;
+}
+
+/*
+ * What was planned for that side, without foreign keys and sequences whose
+ * other end has been dropped since.
+ */
+static List *
+load_present(const RmMigration *m, bool new_side)
+{
+	List	   *result = NIL;
+	ListCell   *lc;
+
+	foreach(lc, rm_dependents_load(m, new_side, CurrentMemoryContext))
+	{
+		RmDependent *d = lfirst(lc);
+		List	   *ends = list_make1_oid(d->relid);
+
+		if (OidIsValid(d->peer))
+			ends = lappend_oid(ends, d->peer);
+		if (list_length(relations_that_exist(ends)) == list_length(ends) && !is_stale(m, d))
+			result = lappend(result, d);
+	}
+	return result;
+}
+
+/* 55000 if the new column may differ from what the expression gives */
+static void
+refuse_unverified(const RmMigration *m)
+{
+	if (m->trigger_xmin == rm_trigger_xmin(m))
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 m->trigger_xmin == 0 ?
+			 errmsg("the new column of migration %lld has not been verified since the columns changed places again",
+					(long long) m->id) :
+			 errmsg("the sync trigger of migration %lld has been switched off for a while",
+					(long long) m->id),
+			 m->trigger_xmin == 0 ?
+			 errdetail("What was written into it meanwhile may not be what the expression gives for the old one.") :
+			 errdetail("Rows may have been written without being converted."),
+			 errhint("CALL rm_enforce_not_null(%lld) verifies and mends every row again, then CALL rm_swap(%lld).",
+					 (long long) m->id, (long long) m->id)));
+}
+
 /*-------------------------------------------------------------------------
  * build
  *-------------------------------------------------------------------------
@@ -119,26 +199,43 @@ ask_worker(RmRun *run, const char *sql, const char *what)
 	run->top_level_what = MemoryContextStrdup(run->cxt, what);
 }
 
-/* what is needed, for both directions; the table's definition stands still */
+/* the names that the table and its columns have now: commands are made of them */
+static void
+take_names(RmMigration *m)
+{
+	m->relation = pstrdup(rm_relation_sql(m->relid));
+	m->column = get_attname(m->relid, m->attnum, false);
+	m->new_column = get_attname(m->relid, m->new_attnum, false);
+}
+
+/*
+ * What is needed, for both directions; the table's definition stands still.
+ * What was built for an earlier plan goes, unless it still is what is needed.
+ */
 static void
 plan(RmRun *run)
 {
 	RmMigration *m = run->m;
+	List	   *before = rm_dependents_load(m, true, CurrentMemoryContext);
 	List	   *wanted;
 	List	   *leftovers;
 	ListCell   *lc;
 
+	refuse_unverified(m);
+	/* somebody may have added something since the migration began */
+	rm_dependents_refuse(m->relid, m->attnum, false);
+	take_names(m);
 	wanted = rm_dependents_derive(m, true, CurrentMemoryContext);
-	rm_dependents_save(m, true, wanted);
-	rm_dependents_save(m, false, rm_dependents_derive(m, false, CurrentMemoryContext));
-	leftovers = rm_dependents_leftovers(m, true, wanted);
+	leftovers = rm_dependents_leftovers(m, true, rm_dependents_unchanged(before, wanted));
 	if (leftovers != NIL)
 	{
-		/* of things that were needed for an earlier plan */
-		rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+		rm_lock_relations(&run->locks, relations_that_exist(rm_dependents_relations(m, before)),
+						  AccessExclusiveLock, run->tries);
 		foreach(lc, leftovers)
 			rm_execute(lfirst(lc));
 	}
+	rm_dependents_save(m, true, wanted);
+	rm_dependents_save(m, false, rm_dependents_derive(m, false, CurrentMemoryContext));
 	get_work(run)->planned = true;
 	m->phase = PHASE_MAKE;
 }
@@ -188,10 +285,9 @@ make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
 static RmDependent *
 find_missing(RmRun *run, bool new_side, bool *invalid, bool *unvalidated)
 {
-	List	   *list = rm_dependents_load(run->m, new_side, CurrentMemoryContext);
 	ListCell   *lc;
 
-	foreach(lc, list)
+	foreach(lc, load_present(run->m, new_side))
 	{
 		RmDependent *d = lfirst(lc);
 
@@ -293,7 +389,7 @@ static void
 drop_built(RmRun *run, bool new_side)
 {
 	RmMigration *m = run->m;
-	List	   *list = rm_dependents_load(m, new_side, CurrentMemoryContext);
+	List	   *list = load_present(m, new_side);
 	ListCell   *lc;
 
 	rm_lock_relations(&run->locks, rm_dependents_relations(m, list), AccessExclusiveLock,
@@ -383,9 +479,10 @@ wait_for_snapshots(RmRun *run)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_IN_USE),
 				 errmsg("an older snapshot keeps the columns from being exchanged"),
-				 errdetail("Process %d has held it for more than %d s; with it, it would find no values in the new column.",
+				 errdetail("Process %d has held it for more than %d s; with it, it would find rows without a value in the column that takes the place.",
 						   oldest ? oldest->pid : 0, rm_snapshot_timeout / 1000),
-				 errhint("End that transaction, or raise risky_migrations.snapshot_timeout; then CALL rm_swap(%lld) again.",
+				 errhint("End that transaction, or raise risky_migrations.snapshot_timeout; then CALL %s(%lld) again.",
+						 run->revert ? "rm_rollback" : "rm_swap",
 						 (long long) run->migration_id)));
 	if (rm_notice_due(run))
 		ereport(NOTICE,
@@ -526,7 +623,10 @@ exchange(RmRun *run, List *list, bool forward)
 	if (forward)
 		rm_release_shadow_column(m);
 	else
+	{
 		rm_bind_shadow_column(m);
+		m->trigger_xmin = 0;	/* what was verified before is worth nothing now */
+	}
 	/* the sync trigger of every session must read its direction again */
 	CacheInvalidateRelcacheByRelid(m->relid);
 }
@@ -618,16 +718,9 @@ swap_apply(RmRun *run)
 		return RM_STEP_AGAIN;
 	}
 
-	list = rm_dependents_load(m, true, CurrentMemoryContext);
+	list = load_present(m, true);
 	lock_for_exchange(run, list, true);
-	if (m->trigger_xmin != rm_trigger_xmin(m))
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("the sync trigger of migration %lld has been switched off for a while",
-						(long long) m->id),
-				 errdetail("Rows may have been written without being converted."),
-				 errhint("CALL rm_enforce_not_null(%lld) verifies and mends every row again, then CALL rm_swap(%lld).",
-						 (long long) m->id, (long long) m->id)));
+	refuse_unverified(m);
 	if (m->fingerprint == NULL ||
 		strcmp(m->fingerprint, rm_catalog_fingerprint(m->relid, CurrentMemoryContext)) != 0)
 	{
@@ -683,50 +776,83 @@ forget_misfits(const RmMigration *m)
 					 " WHERE migration_id = $1 AND way_back", 1, types, v, NULL);
 }
 
-/* records the row in hand if its new value does not fit the old type */
-static bool
-note_misfit(RmRows *rows)
+/* one transaction's look at the way back */
+typedef struct Look
 {
+	RmRows	   *rows;
+	RmConversion *forth;		/* what the new value was made with */
+	int64		unfit;
+	int64		mended;
+} Look;
+
+/* gives the row in hand its old value again */
+static void
+mend_row(Look *look, Datum value)
+{
+	RmRows	   *rows = look->rows;
+	bool		hot;
+
+	(void) rm_row_make(rows, value, false);
+	switch (rm_row_store(rows, false, &hot))
+	{
+		case TM_Ok:
+			look->mended++;
+			break;
+		case TM_Updated:
+		case TM_Deleted:
+			break;				/* the trigger has seen to its successor */
+		default:
+			ereport(ERROR,
+					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+					 errmsg("row %s of %s is locked by another transaction",
+							rm_row_key(rows->rel, rows->slot), rows->m->relation),
+					 errdetail("It has to be mended, and is not waited for while others are locked."),
+					 errhint("Call it again when that transaction has ended.")));
+	}
+}
+
+/*
+ * Is the row in hand without the old value that it should have?  A NULL that
+ * gives the new value is right.  Otherwise the old value is made now, if that can
+ * be done (what was in the way then may be gone), or the row is recorded.
+ */
+static void
+look_at_row(Look *look)
+{
+	RmRows	   *rows = look->rows;
 	RmMigration *m = rows->m;
+	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rows->rel), m->new_attnum - 1);
+	Datum		now;
 	Datum		value;
 	bool		isnull;
 	ErrorData  *error;
 
 	(void) slot_getattr(rows->slot, m->attnum, &isnull);
 	if (!isnull)
-		return false;
-	(void) slot_getattr(rows->slot, m->new_attnum, &isnull);
-	if (isnull || rm_row_convert(rows, true, &value, &isnull, &error))
-		return false;
-	rm_row_record_failure(rows, error);
-	return true;
+		return;
+	now = slot_getattr(rows->slot, m->new_attnum, &isnull);
+	if (isnull)
+		return;
+	if (rm_conversion_try(look->forth, rows->slot, rows->row_cxt, &value, &isnull, &error) &&
+		!isnull && datum_image_eq(value, now, att->attbyval, att->attlen))
+		return;
+	if (!rm_row_convert(rows, true, &value, &isnull, &error))
+	{
+		rm_row_record_failure(rows, error);
+		look->unfit++;
+	}
+	else if (!isnull)
+		mend_row(look, value);
 }
 
-/*
- * Records are hints, since rows may have been mended or deleted: looks at a
- * range of the rows themselves.  Those that are there at the beginning are
- * deleted (their rows are visible to us then), and made again for each row that
- * does not fit; what writers add meanwhile stays.  True at the end of the table.
- */
-static bool
-look_for_misfits(RmRun *run)
+/* looks at the rows of some pages; returns the page to go on with */
+static BlockNumber
+look_at_pages(Look *look, BlockNumber block, BlockNumber end)
 {
-	RmMigration *m = run->m;
-	Swap	   *s = get_work(run);
-	Relation	rel;
-	RmRows	   *rows;
-	BlockNumber end;
-	BlockNumber stop;
-	bool		done;
+	BlockNumber stop = Min((int64) end, (int64) block + CHECK_PAGES);
 
-	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
-	if (s->next_block == 0)
-		forget_misfits(m);
-	rel = table_open(m->relid, NoLock);
-	rows = rm_rows_open(m, rel, RM_ROWS_READ);
-	end = RelationGetNumberOfBlocks(rel);
-	stop = Min((int64) end, (int64) s->next_block + CHECK_PAGES);
-	for (; s->next_block < stop; s->next_block++)
+	/* a row that was mended is locked: commit soon */
+	while (block < stop && look->mended == 0)
 	{
 		OffsetNumber offsets[MaxHeapTuplesPerPage];
 		Buffer		buf;
@@ -734,20 +860,65 @@ look_for_misfits(RmRun *run)
 		int			dead;
 
 		CHECK_FOR_INTERRUPTS();
-		buf = ReadBuffer(rel, s->next_block);
-		n = rm_rows_on_page(rows, buf, false, offsets, &dead);
+		buf = ReadBuffer(look->rows->rel, block++);
+		n = rm_rows_on_page(look->rows, buf, false, offsets, &dead);
 		for (int i = 0; i < n; i++)
 		{
-			rm_row_get(rows, buf, offsets[i]);
-			if (note_misfit(rows))
-				s->unfit++;
+			rm_row_get(look->rows, buf, offsets[i]);
+			look_at_row(look);
 		}
 		ReleaseBuffer(buf);
 	}
-	done = s->next_block >= end;
-	rm_rows_close(rows);
+	return block;
+}
+
+/*
+ * Records are hints, since rows may have been mended or deleted: looks at a
+ * range of the rows themselves.  Those that are there at the beginning are
+ * deleted (their rows are visible to us then), and made again for each row that
+ * does not fit; what writers add meanwhile stays.  True at the end of the table.
+ * Until all has been seen the phase says so: a later run must begin again.
+ */
+static bool
+look_for_misfits(RmRun *run)
+{
+	RmMigration *m = run->m;
+	RmMigration forth = *m;
+	Swap	   *s = get_work(run);
+	Look		look = {0};
+	Relation	rel;
+	BlockNumber end;
+
+	m->phase = PHASE_LOOK;
+	rm_lock_relation(&run->locks, m->relid, RowExclusiveLock);
+	if (s->next_block == 0)
+		forget_misfits(m);
+	rel = table_open(m->relid, NoLock);
+	rm_check_ground(m, rel);
+	look.rows = rm_rows_open(m, rel, RM_ROWS_MANY);
+	forth.swapped = false;
+	look.forth = rm_migration_conversion(&forth, rel, CurrentMemoryContext);
+	look.forth->settings_fixed = true;
+	end = RelationGetNumberOfBlocks(rel);
+	s->next_block = look_at_pages(&look, s->next_block, end);
+	s->unfit += look.unfit;
+	FreeExprContext(look.forth->econtext, true);
+	rm_rows_close(look.rows);
 	table_close(rel, NoLock);
-	return done;
+	return s->next_block >= end;
+}
+
+static void
+refuse_way_back(const RmMigration *m, const char *reason, bool can_be_mended)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("the way back of migration %lld is closed", (long long) m->id),
+			 errdetail("%s", reason),
+			 can_be_mended ?
+			 errhint("Mend the rows that SELECT * FROM rm_conversion_errors shows, then call it again; or stay with the new column: CALL rm_cleanup(%lld).",
+					 (long long) m->id) :
+			 errhint("Stay with the new column: CALL rm_cleanup(%lld).", (long long) m->id)));
 }
 
 /* 55000 with the reason if there is no way back */
@@ -756,23 +927,36 @@ refuse_closed_way(RmRun *run)
 {
 	RmMigration *m = run->m;
 	Swap	   *s = get_work(run);
-	const char *reason = NULL;
 
 	if (m->reverse_tree == NULL)
-		reason = psprintf("There is no cast from %s to %s, and no reverse_expr was given.",
-						  m->new_type, m->old_type);
-	else if (m->trigger_xmin != rm_trigger_xmin(m))
-		reason = "The sync trigger has been switched off for a while: the old column may have missed values.";
-	else if (s->unfit > 0)
-		reason = psprintf("%lld rows of %s hold a value that does not fit the type %s.",
-						  (long long) s->unfit, m->relation, m->old_type);
-	if (reason)
+		refuse_way_back(m, rm_reads_other_columns(m) && m->reverse_expr == NULL ?
+						psprintf("%s reads other columns too, and no reverse_expr was given.",
+								 m->using_expr) :
+						psprintf("There is no cast from %s to %s, and no reverse_expr was given.",
+								 m->new_type, m->old_type), false);
+	if (m->trigger_xmin != rm_trigger_xmin(m))
+		refuse_way_back(m, "The sync trigger has been dropped or switched off for a while, or a function of the expression replaced: the old column may have missed values.", false);
+	if (s->unfit > 0)
+		refuse_way_back(m, psprintf("%lld rows of %s hold a value that does not fit the type %s.",
+									(long long) s->unfit, m->relation, m->old_type), true);
+}
+
+/* 55000 if names have changed since the swap: what was planned then uses them */
+static void
+refuse_renamed(const RmMigration *m)
+{
+	char	   *now = psprintf("%s with the columns %s and %s", rm_relation_sql(m->relid),
+							   quote_identifier(get_attname(m->relid, m->new_attnum, false)),
+							   quote_identifier(get_attname(m->relid, m->attnum, false)));
+	char	   *then = psprintf("%s with the columns %s and %s", m->relation,
+								quote_identifier(m->column), quote_identifier(m->old_column));
+
+	if (strcmp(now, then) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("the way back of migration %lld is closed", (long long) m->id),
-				 errdetail("%s", reason),
-				 errhint("Mend the rows that SELECT * FROM rm_conversion_errors shows, then call it again; or stay with the new column: CALL rm_cleanup(%lld).",
-						 (long long) m->id)));
+				 errmsg("names have changed since the swap of migration %lld", (long long) m->id),
+				 errdetail("It was %s, and is %s.", then, now),
+				 errhint("Give them the names that they had, call it again, and rename them then.")));
 }
 
 /* what hangs on the new column now but did not hang on the old one */
@@ -793,7 +977,9 @@ refuse_new_dependents(RmRun *run, List *list)
 	v[3] = CStringGetTextDatum(rm_built_prefix(m, true));
 	if (SPI_execute_with_args("SELECT string_agg(pg_catalog.format('%s %s', kind, name), ', ')"
 							  " FROM risky_migrations.dependents($1, $2, 0::smallint, $1, $2, '', '', $4)"
-							  " WHERE build_name IS NOT NULL AND kind <> 'not null' AND name <> ALL ($3)",
+							  " WHERE build_name IS NOT NULL AND kind <> 'not null' AND name <> ALL ($3)"
+							  /* what another migration keeps for its own way back */
+							  " AND name !~ '^rm_[no]_[0-9]+_[0-9]+$'",
 							  4, types, v, NULL, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not read the dependents");
 	if (!rm_result_isnull(0, 1))
@@ -812,14 +998,16 @@ way_back_is_open(RmRun *run)
 	Swap	   *s = get_work(run);
 
 	rm_check_owner(m->relid, m->relation);
-	if (m->reverse_tree && (s->next_block > 0 || misfits_recorded(m)) &&
-		!s->looked)
+	if (m->reverse_tree == NULL || m->trigger_xmin != rm_trigger_xmin(m))
+		refuse_closed_way(run);
+	if (!s->looked && (m->phase == PHASE_LOOK || misfits_recorded(m)))
 	{
 		s->looked = look_for_misfits(run);
 		return false;			/* refused, if at all, when the records are committed */
 	}
 	refuse_closed_way(run);
 	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
+	refuse_renamed(m);
 	s->planned = true;
 	m->phase = PHASE_MAKE;
 	return true;
@@ -830,6 +1018,7 @@ swap_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
 	List	   *list;
+	ListCell   *lc;
 
 	run->back_to = RM_BUILD;	/* what was built on the new column is not there any more */
 	if (!m->swapped)
@@ -842,13 +1031,16 @@ swap_revert(RmRun *run)
 	if (m->phase != PHASE_EXCHANGE)
 	{
 		rm_check_owner(m->relid, m->relation);
-		if (!make_next(run, false))
+		/* who has an old snapshot would find no value in rows that were mended */
+		if (!make_next(run, false) &&
+			(!get_work(run)->looked || wait_for_snapshots(run)))
 			m->phase = PHASE_EXCHANGE;
 		return RM_STEP_AGAIN;
 	}
 
-	list = rm_dependents_load(m, false, CurrentMemoryContext);
+	list = load_present(m, false);
 	lock_for_exchange(run, list, false);
+	refuse_renamed(m);
 	if (m->trigger_xmin != rm_trigger_xmin(m) || misfits_recorded(m))
 	{
 		/* since we looked: look again, without the lock */
@@ -857,8 +1049,69 @@ swap_revert(RmRun *run)
 	}
 	run->old_storage = rm_relation_storage(m->relid);
 	exchange(run, list, false);
+	/* what was kept on the old column and is not needed any more */
+	foreach(lc, rm_dependents_leftovers(m, false, NIL))
+		rm_execute(lfirst(lc));
 	forget_misfits(m);
 	return RM_STEP_DONE;
+}
+
+/*
+ * The way back has failed while the new column is in force: what was built for
+ * the old one and could refuse a write goes again, plain indexes stay.  What a
+ * crash leaves of it goes when rm_rollback() or rm_cleanup() is called.
+ */
+static void
+disarm_way_back(void *arg)
+{
+	RmRun	   *run = arg;
+	RmMigration *m = rm_migration_load(run->migration_id, true, CurrentMemoryContext);
+	List	   *list = load_present(m, false);
+	List	   *harmless = NIL;
+	List	   *commands;
+	ListCell   *lc;
+
+	rm_lock_bound_waits();
+	if (!m->swapped || !SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
+		return;
+	foreach(lc, list)
+	{
+		RmDependent *d = lfirst(lc);
+
+		if (strcmp(d->kind, "statistics") == 0 ||
+			(d->by_worker && strncmp(d->build_sql, "CREATE UNIQUE", 13) != 0))
+			harmless = lappend(harmless, d);
+	}
+	commands = rm_dependents_leftovers(m, false, harmless);
+	if (commands == NIL)
+		return;
+	rm_lock_relations(&run->locks, rm_dependents_relations(m, list), AccessExclusiveLock,
+					  run->tries);
+	foreach(lc, commands)
+		rm_execute(lfirst(lc));
+}
+
+static void
+swap_explain(RmRun *run, ErrorData *error)
+{
+	ErrorData  *failure = NULL;
+
+	if (!run->revert)
+		return;
+	for (run->tries = 0; run->tries <= rm_lock_retries; run->tries++)
+	{
+		failure = rm_between(run, disarm_way_back, run);
+		if (failure == NULL || failure->sqlerrcode != ERRCODE_LOCK_NOT_AVAILABLE)
+			break;
+		if (rm_rest(run, SNAPSHOT_LOOK) != NULL)
+			break;
+	}
+	if (error->hint == NULL)
+		error->hint = MemoryContextStrdup(run->cxt,
+										  psprintf("Mend what is in the way, then CALL rm_rollback(%lld) again; or stay with the new column: CALL rm_cleanup(%lld).%s",
+												   (long long) run->migration_id,
+												   (long long) run->migration_id,
+												   failure ? "  Until then constraints that were built for the way back may refuse writes." : ""));
 }
 
 const RmStep rm_step_swap = {
@@ -866,6 +1119,7 @@ const RmStep rm_step_swap = {
 	.apply = swap_apply,
 	.revert = swap_revert,
 	.committed = swap_committed,
+	.explain = swap_explain,
 };
 
 /*-------------------------------------------------------------------------
@@ -879,11 +1133,19 @@ cleanup_apply(RmRun *run)
 	RmMigration *m = run->m;
 	const char *rel_sql;
 	HeapTuple	att;
+	List	   *commands;
+	ListCell   *lc;
 
-	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	/* a way back that was interrupted may have left foreign keys of others */
+	rm_lock_relations(&run->locks, m->phase == 0 ? list_make1_oid(m->relid) :
+					  rm_dependents_relations(m, load_present(m, false)),
+					  AccessExclusiveLock, run->tries);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
 	rel_sql = rm_relation_sql(m->relid);
+	commands = rm_dependents_leftovers(m, false, NIL);
+	foreach(lc, commands)
+		rm_execute(lfirst(lc));
 	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
 						quote_identifier(rm_trigger_name(m->id)), rel_sql));
 	att = SearchSysCacheAttNum(m->relid, m->attnum);	/* NULL if dropped */

@@ -30,6 +30,7 @@
 
 #include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/sysattr.h"
 #include "access/table.h"
 #include "access/xact.h"
 #include "catalog/pg_type.h"
@@ -38,6 +39,7 @@
 #include "executor/spi.h"
 #include "fmgr.h"
 #include "migration.h"
+#include "optimizer/optimizer.h"
 #include "rows.h"
 #include "state.h"
 #include "utils/builtins.h"
@@ -72,6 +74,7 @@ typedef struct SyncState
 	ErrorData  *error;			/* ... this happened: record it for each row */
 	TupleTableSlot *slot;
 	MemoryContext value_cxt;
+	Bitmapset  *reads;			/* columns that the conversion reads */
 } SyncState;
 
 static HTAB *sync_entries = NULL;
@@ -255,6 +258,7 @@ prepare_conversion(SyncState *state, SyncEntry *entry, MemoryContext cxt)
 	conv->seen_valid = false;
 	rm_conversion_prepare(conv, cxt);
 	state->conv = conv;
+	pull_varattnos((Node *) conv->expr, 1, &state->reads);
 }
 
 /* are values that do not convert to be refused? */
@@ -326,29 +330,41 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 	return state;
 }
 
-/*
- * After the swap the old column is only kept for the way back: it is left as
- * it is where the new one does not change, so that what was there before comes
- * back to the letter.
- */
+/* has an UPDATE changed that column? */
 static bool
-nothing_to_do(SyncState *state, TriggerData *trigdata)
+column_changed(TriggerData *trigdata, AttrNumber attnum)
 {
 	TupleDesc	desc = RelationGetDescr(trigdata->tg_relation);
-	AttrNumber	attnum = state->m.new_attnum;
-	Form_pg_attribute att;
+	Form_pg_attribute att = TupleDescAttr(desc, attnum - 1);
 	Datum		before;
 	Datum		after;
 	bool		before_isnull;
 	bool		after_isnull;
 
-	if (!state->m.swapped || !TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event))
-		return false;
-	att = TupleDescAttr(desc, attnum - 1);
 	before = heap_getattr(trigdata->tg_trigtuple, attnum, desc, &before_isnull);
 	after = heap_getattr(trigdata->tg_newtuple, attnum, desc, &after_isnull);
-	return before_isnull == after_isnull &&
-		(before_isnull || datum_image_eq(before, after, att->attbyval, att->attlen));
+	return before_isnull != after_isnull ||
+		(!before_isnull && !datum_image_eq(before, after, att->attbyval, att->attlen));
+}
+
+/*
+ * After the swap the old column is only kept for the way back: it is left as
+ * it is where nothing changes that its value is made of, so that what was there
+ * before comes back to the letter.
+ */
+static bool
+nothing_to_do(SyncState *state, TriggerData *trigdata)
+{
+	int			i = -1;
+
+	if (!state->m.swapped || !TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event))
+		return false;
+	if (column_changed(trigdata, state->m.new_attnum))
+		return false;
+	while ((i = bms_next_member(state->reads, i)) >= 0)
+		if (column_changed(trigdata, i + FirstLowInvalidHeapAttributeNumber))
+			return false;
+	return true;
 }
 
 /* writes the failure down in the writer's transaction */
@@ -378,7 +394,8 @@ record_failure(SyncState *state, Relation rel, ErrorData *error)
  * rm_sync() returns trigger
  *
  * Gives NEW's shadow column the value that the migration's expression has for
- * NEW; after the swap the old column that of the expression for the way back.  Errors: 39P01 if it is not called as such a trigger; those of the
+ * NEW; after the swap the old column that of the expression for the way back.
+ * Errors: 39P01 if it is not called as such a trigger; those of the
  * conversion once the new column's constraints are in force.
  */
 Datum

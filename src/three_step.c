@@ -58,7 +58,7 @@
 #include "executor/executor.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
-#include "nodes/nodes.h"
+#include "nodes/nodeFuncs.h"
 #include "parser/parse_func.h"
 #include "rewrite/prs2lock.h"
 #include "risky_migrations.h"
@@ -275,6 +275,22 @@ record_dependencies(const RmMigration *m)
 										DEPENDENCY_NORMAL, DEPENDENCY_NORMAL, false);
 }
 
+/*
+ * It also depends on what the expression for the way back reads: if that went
+ * away unnoticed the old column would not be kept in step any more.
+ */
+static void
+record_reverse_dependencies(const RmMigration *m)
+{
+	ObjectAddress trigger;
+
+	if (m->reverse_tree == NULL || m->server_version != PG_VERSION_NUM / 10000)
+		return;
+	ObjectAddressSet(trigger, TriggerRelationId, trigger_oid(m));
+	recordDependencyOnSingleRelExpr(&trigger, stringToNode(m->reverse_tree), m->relid,
+									DEPENDENCY_NORMAL, DEPENDENCY_NORMAL, false);
+}
+
 /* shadow column and sync trigger, in this one transaction */
 static void
 make_column_and_trigger(RmRun *run)
@@ -357,6 +373,10 @@ parse_reverse(void *arg)
 	Relation	rel;
 	char	   *tree;
 
+	/* a cast of the one value does not tell what was in the others */
+	if (m->reverse_expr == NULL && m->server_version == PG_VERSION_NUM / 10000 &&
+		rm_reads_other_columns(m))
+		return;
 	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rel_sql,
 						quote_identifier(m->column), quote_identifier(m->old_column)));
 	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rel_sql,
@@ -398,6 +418,9 @@ add_column_apply(RmRun *run)
 	if (error)
 		ReThrowError(error);
 	m->reverse_tree = reverse.tree;
+	if (m->reverse_tree)
+		rm_refuse_entangled(m->relid, m->attnum, m->reverse_tree);
+	record_reverse_dependencies(m);
 	rm_swap_rehearse(run);
 	return RM_STEP_DONE;
 }
@@ -413,6 +436,22 @@ add_column_revert(RmRun *run)
 	return RM_STEP_DONE;
 }
 
+/* the shadow column has got another number: its own in the tree follows */
+static bool
+renumber_walker(Node *node, void *context)
+{
+	AttrNumber *numbers = context;
+
+	if (node == NULL)
+		return false;
+	if (IsA(node, Var) && ((Var *) node)->varattno == numbers[0])
+	{
+		((Var *) node)->varattno = numbers[1];
+		((Var *) node)->varattnosyn = numbers[1];
+	}
+	return expression_tree_walker(node, renumber_walker, context);
+}
+
 /*
  * Back to the empty shadow column.  Dropping and adding it takes milliseconds
  * whatever the size; setting every row to NULL would be another backfill.
@@ -420,12 +459,24 @@ add_column_revert(RmRun *run)
 RmStepResult
 rm_backfill_revert(RmRun *run)
 {
+	RmMigration *m = run->m;
+	AttrNumber	numbers[2] = {m->new_attnum, 0};
+
 	rm_lock_relation(&run->locks, run->m->relid, AccessExclusiveLock);
 	rm_check_owner(run->m->relid, run->m->relation);
 	run->old_storage = rm_relation_storage(run->m->relid);
 	drop_column_and_trigger(run);
 	forget_rows(run->m);
 	make_column_and_trigger(run);
+	if (m->reverse_tree && m->server_version == PG_VERSION_NUM / 10000)
+	{
+		Node	   *tree = stringToNode(m->reverse_tree);
+
+		numbers[1] = m->new_attnum;
+		(void) renumber_walker(tree, numbers);
+		m->reverse_tree = nodeToString(tree);
+	}
+	record_reverse_dependencies(m);
 	return RM_STEP_DONE;
 }
 
