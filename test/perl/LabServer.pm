@@ -16,21 +16,30 @@ use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-our @EXPORT = qw(start_lab sql wait_for becomes start_call finish_call ends_well start_pgbench end_pgbench);
+our @EXPORT = qw(start_server start_lab sql wait_for becomes start_call finish_call ends_well start_pgbench end_pgbench);
 
 my $node;
 
-# Starts a server of that name with these settings, the extension, and the lab
-# with so many rows.  Returns the node; the other functions here are about it.
-sub start_lab
+# Starts a server of that name with these settings and the extension.  Returns
+# the node; the other functions here are about it.
+sub start_server
 {
-	my ($name, $rows, $settings) = @_;
+	my ($name, $settings) = @_;
 
 	$node = PostgreSQL::Test::Cluster->new($name);
 	$node->init(allows_streaming => 1);
 	$node->append_conf('postgresql.conf', "client_min_messages = warning\nlog_statement = none\n$settings");
 	$node->start;
 	sql('CREATE EXTENSION risky_migrations');
+	return $node;
+}
+
+# The same with the lab in it, with so many rows.
+sub start_lab
+{
+	my ($name, $rows, $settings) = @_;
+
+	start_server($name, $settings);
 	sql(q{CALL rm_migrate('0001')});
 	sql("SELECT rm_seed($rows)");
 	return $node;
