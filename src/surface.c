@@ -295,6 +295,8 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 	{
 		rm_three_step_refuse(rel, def, spec->new_column);
 		rm_dependents_refuse(spec->relid, def->attnum);
+		if (spec->all_steps)
+			rm_swap_refuse(spec->relid);
 	}
 
 	oldcxt = MemoryContextSwitchTo(cxt);
