@@ -47,6 +47,7 @@ CREATE TABLE risky_migrations.migration (
 	server_version integer NOT NULL,
 	enforced boolean NOT NULL DEFAULT false,
 	trigger_xmin bigint NOT NULL DEFAULT 0,
+	leaf oid NOT NULL DEFAULT 0,
 	relfilenode oid NOT NULL DEFAULT 0,
 	next_block bigint NOT NULL DEFAULT 0,
 	end_block bigint NOT NULL DEFAULT 0,
@@ -80,6 +81,17 @@ CREATE TABLE risky_migrations.steering (
 	launch_mark text
 );
 COMMENT ON TABLE risky_migrations.steering IS 'how a migration is to be run, and what is wanted of its runner; no row for one that is run step by step and left alone';
+
+CREATE TABLE risky_migrations.leaf (
+	migration_id bigint NOT NULL REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	relid oid NOT NULL,
+	relfilenode oid NOT NULL DEFAULT 0,
+	end_block bigint NOT NULL DEFAULT 0,
+	trigger_xmin bigint NOT NULL DEFAULT 0,
+	done boolean NOT NULL DEFAULT false,
+	PRIMARY KEY (migration_id, relid)
+);
+COMMENT ON TABLE risky_migrations.leaf IS 'partitions of a partitioned table that are filled or verified, one row each; the one under way is in the migration''s row';
 
 CREATE TABLE risky_migrations.skipped_row (
 	migration_id bigint NOT NULL,
@@ -754,9 +766,9 @@ BEGIN ATOMIC
 		SELECT 'typed table', 'pg_catalog.pg_type'::regclass, t.reloftype, 0, 'its columns are those of the type'
 		FROM target t WHERE t.reloftype <> 0
 		UNION ALL
-		SELECT 'partitioned table', 'pg_catalog.pg_class'::regclass, t.oid, 0,
-			CASE WHEN t.relispartition THEN 'it is a partition' ELSE 'it is partitioned' END
-		FROM target t WHERE t.relispartition OR t.relkind = 'p'
+		SELECT 'partition', 'pg_catalog.pg_class'::regclass, t.oid, 0,
+			'it is a partition'
+		FROM target t WHERE t.relispartition
 		UNION ALL
 		SELECT 'partition key', 'pg_catalog.pg_class'::regclass, t.oid, t.attnum, 'its values say where a row is stored'
 		FROM target t JOIN pg_catalog.pg_partitioned_table p ON p.partrelid = t.oid
@@ -897,7 +909,7 @@ BEGIN ATOMIC
 		('row constructor', 'Write it without the row type of the table.'),
 		('generated column', 'Drop it, and add it again after the migration.'),
 		('typed table', 'Make it an ordinary table with ALTER TABLE ... NOT OF.'),
-		('partitioned table', 'Partitioned tables are not supported yet.'),
+		('partition', 'Name the partitioned table that it belongs to.'),
 		('partition key', 'Copy the rows into a table that is partitioned by the new type.'),
 		('inheritance', 'Inheritance is not supported yet.'),
 		('row type', 'Drop it, or give it a type of its own.'),

@@ -48,6 +48,9 @@
  *	When a transaction fails, the pages are as they were but our memory of
  *	them is not: everything remembered about a window is thrown away then.
  *
+ *	A partitioned table is filled leaf by leaf, each like a table of its own,
+ *	with its own last page and its own locked rows; see leaves.c.
+ *
  *	Page numbers mean something for one relfilenode only.  After VACUUM FULL,
  *	CLUSTER or TRUNCATE we begin again at page 0.
  *
@@ -63,6 +66,7 @@
 #include "access/xlog.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "risky_migrations.h"
 #include "rows.h"
@@ -99,6 +103,7 @@ typedef struct PageState
 /* the window, and the batch it is counted in; lives across transactions */
 typedef struct Backfill
 {
+	Oid			leaf;			/* of a partitioned table: whose window it is */
 	BlockNumber start;			/* window, [start, end) */
 	BlockNumber end;
 	PageState	pages[WINDOW_PAGES];
@@ -555,19 +560,26 @@ visit_skipped_row(RmRun *run, Relation rel)
 	return false;
 }
 
+static void
+forget_skipped_rows(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("DELETE FROM risky_migrations.skipped_row WHERE migration_id = $1",
+					 1, types, v, NULL);
+}
+
 /* pages have other numbers now: begin again */
 static void
 start_over(RmRun *run, Relation rel)
 {
 	RmMigration *m = run->m;
-	Oid			types[] = {INT8OID};
-	Datum		v[] = {Int64GetDatum(m->id)};
 
 	ereport(NOTICE,
 			(errmsg("table %s has been rewritten or truncated meanwhile, the backfill starts again at its first page",
-					m->relation)));
-	rm_state_execute("DELETE FROM risky_migrations.skipped_row WHERE migration_id = $1",
-					 1, types, v, NULL);
+					OidIsValid(m->leaf) ? rm_relation_sql(m->leaf) : m->relation)));
+	forget_skipped_rows(m);
 	rm_backfill_fix_end(m, rel);
 	m->phase = 0;
 }
@@ -624,12 +636,66 @@ note_progress(RmRun *run)
 	RmMigration *m = run->m;
 	int64		done = m->phase == 0 ? m->next_block : m->end_block;
 
+	if (rm_is_parted(m) && !OidIsValid(m->leaf))
+		return;					/* between two leaves */
 	for (int i = 0; m->phase == 0 && i < WINDOW_PAGES; i++)
 		done += b->pages[i].done;
 	run->progress.blocks_done = Min(done, m->end_block);
 	run->progress.blocks_total = m->end_block;
 	run->progress.rows_done = m->rows_done;
 	run->progress.rows_total = Max(m->rows_estimated, m->rows_done);
+	rm_leaves_progress(run);
+	b->blocks_done = (m->phase == 0 ? b->next : m->end_block) + run->other_blocks_done;
+	b->blocks = m->end_block + run->other_blocks;
+}
+
+/* the books of a transaction, at its end */
+static RmStepResult
+end_transaction(RmRun *run, RmStepResult result)
+{
+	RmMigration *m = run->m;
+	Backfill   *b = run->work;
+
+	m->rows_done += b->xact_rows;
+	run->rows_changed += b->xact_rows;
+	run->rows_hot += b->xact_hot;
+	run->async_commit = true;
+	b->batch_complete = b->batch_rows + b->xact_rows + b->xact_failed >= run->batch;
+	if ((b->batch_complete || result == RM_STEP_DONE) &&
+		b->batch_rows + b->xact_rows > 0)
+		run->batches++;
+	b->rows_done = m->rows_done;
+	b->rows_estimated = m->rows_estimated;
+	note_progress(run);
+	if (b->xact_rows + b->xact_failed > 0)
+		b->worked_ms = rm_elapsed_ms(b->first_row);
+	run->may_hold = true;		/* nothing is held in between */
+	run->batch_ended = b->batch_complete;
+	return result;
+}
+
+/* a partitioned table: the window is one of the leaf under way */
+static void
+change_leaf(RmRun *run)
+{
+	Backfill   *b = run->work;
+
+	if (b->leaf == run->m->leaf)
+		return;
+	b->leaf = run->m->leaf;
+	reset_window(b, run->m->next_block, run->m->end_block);
+}
+
+/* has a partitioned table another leaf to be filled? */
+static RmStepResult
+next_leaf(RmRun *run)
+{
+	RmMigration *m = run->m;
+
+	(void) begin_work(run);
+	forget_skipped_rows(m);		/* of a leaf that is none any more */
+	m->phase = 0;
+	return end_transaction(run, rm_leaves_choose(run) ? RM_STEP_AGAIN : RM_STEP_DONE);
 }
 
 static RmStepResult
@@ -640,10 +706,13 @@ backfill_apply(RmRun *run)
 	Backfill   *b;
 	Relation	rel;
 
-	rm_lock_relation(&run->locks, m->relid, RowExclusiveLock);
-	rel = table_open(m->relid, NoLock);
-	rm_check_ground(m, rel);
+	if (rm_is_parted(m) && !OidIsValid(m->leaf))
+		return next_leaf(run);
+	rel = rm_leaf_open(run, RowExclusiveLock);
 	b = begin_work(run);
+	if (rel == NULL)
+		return RM_STEP_AGAIN;
+	change_leaf(run);
 	if (m->relfilenode != rel->rd_rel->relfilenode)
 	{
 		start_over(run, rel);
@@ -662,27 +731,14 @@ backfill_apply(RmRun *run)
 			m->phase = 1;
 	}
 	else if (visit_skipped_row(run, rel))
-		result = RM_STEP_DONE;
-
-	m->rows_done += b->xact_rows;
-	run->rows_changed += b->xact_rows;
-	run->rows_hot += b->xact_hot;
-	run->async_commit = true;
-	b->batch_complete = b->batch_rows + b->xact_rows + b->xact_failed >= run->batch;
-	if ((b->batch_complete || result == RM_STEP_DONE) &&
-		b->batch_rows + b->xact_rows > 0)
-		run->batches++;
-	b->rows_done = m->rows_done;
-	b->rows_estimated = m->rows_estimated;
-	b->blocks_done = m->phase == 0 ? b->next : m->end_block;
-	b->blocks = m->end_block;
-	note_progress(run);
-	if (b->xact_rows + b->xact_failed > 0)
-		b->worked_ms = rm_elapsed_ms(b->first_row);
-	run->may_hold = true;		/* nothing is held in between */
-	run->batch_ended = b->batch_complete;
+	{
+		if (OidIsValid(m->leaf))
+			rm_leaf_done(m);
+		else
+			result = RM_STEP_DONE;
+	}
 	table_close(rel, NoLock);
-	return result;
+	return end_transaction(run, result);
 }
 
 static void

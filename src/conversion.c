@@ -49,6 +49,7 @@
 #include "compat.h"
 #include "conversion.h"
 #include "fmgr.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "nodes/nodeFuncs.h"
@@ -569,12 +570,13 @@ columns_unchanged_walker(Node *node, Relation rel)
 }
 
 /*
- * Loads a conversion into cxt.  NULL if a column that it reads has been
- * dropped or has another type by now.
+ * Loads a conversion of the table root into cxt, for the rows of rel, which is
+ * root or a partition of it.  NULL if a column that it reads has been dropped or
+ * has another type by now.
  */
 RmConversion *
 rm_conversion_load(const char *tree, int server_version,
-				   const char *using_expr, Relation rel, Oid type,
+				   const char *using_expr, Oid root, Relation rel, Oid type,
 				   int32 typmod, AttrNumber target, List *settings,
 				   MemoryContext cxt)
 {
@@ -586,7 +588,7 @@ rm_conversion_load(const char *tree, int server_version,
 	ListCell   *lc;
 
 	if (server_version == PG_VERSION_NUM / 10000)
-		expr = stringToNode(tree);
+		expr = rm_leaf_expression(stringToNode(tree), root, rel);
 	else
 		expr = analyze_expression(rel, using_expr, type, typmod);
 	if (columns_unchanged_walker(expr, rel))

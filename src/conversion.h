@@ -79,7 +79,7 @@ extern char *rm_conversion_parse_reverse(Relation rel, const char *column,
 										 int32 old_typmod);
 extern void rm_conversion_check_text(const char *text, const char *what);
 extern RmConversion *rm_conversion_load(const char *tree, int server_version,
-										const char *using_expr, Relation rel,
+										const char *using_expr, Oid root, Relation rel,
 										Oid type, int32 typmod,
 										AttrNumber target, List *settings,
 										MemoryContext cxt);

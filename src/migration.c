@@ -29,6 +29,7 @@
 #include "common/hashfn.h"
 #include "compat.h"
 #include "executor/spi.h"
+#include "leaves.h"
 #include "migration.h"
 #include "miscadmin.h"
 #include "nodes/nodeFuncs.h"
@@ -85,7 +86,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 					 " new_attnum::int8, new_column, using_expr,"
 					 " reverse_expr, exact_check, reverse_check, settings, conversion_tree,"
 					 " server_version::int8, enforced::int::int8, trigger_xmin,"
-					 " relfilenode::int8,"
+					 " leaf::int8, relfilenode::int8,"
 					 " next_block, end_block, rows_done, rows_estimated, inexact_rows,"
 					 " old_column, swapped::int::int8, reverse_tree, fingerprint,"
 					 " null_on_error::int::int8,"
@@ -131,6 +132,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 	m->server_version = rm_result_int64(0, ++col);
 	m->enforced = rm_result_int64(0, ++col) != 0;
 	m->trigger_xmin = rm_result_int64(0, ++col);
+	m->leaf = rm_result_int64(0, ++col);
 	m->relfilenode = rm_result_int64(0, ++col);
 	m->next_block = rm_result_int64(0, ++col);
 	m->end_block = rm_result_int64(0, ++col);
@@ -213,7 +215,7 @@ rm_migration_save(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID, TEXTOID, INT8OID, INT8OID, INT8OID, BOOLOID,
 	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, BOOLOID,
-	TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID};
+	TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, OIDOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -239,13 +241,14 @@ rm_migration_save(const RmMigration *m)
 	v[i++] = CStringGetTextDatum(m->relation);
 	v[i++] = CStringGetTextDatum(m->column);
 	v[i] = text_or_null(m->new_column, &n[i]), i++;
+	v[i++] = ObjectIdGetDatum(m->leaf);
 	rm_state_execute("UPDATE risky_migrations.migration SET state = $2,"
 					 " steps_done = $3, phase = $4, new_attnum = $5, enforced = $6,"
 					 " relfilenode = $7::oid, next_block = $8, end_block = $9,"
 					 " rows_done = $10, rows_estimated = $11, inexact_rows = $12,"
 					 " trigger_xmin = $13, swapped = $14, reverse_tree = $15,"
 					 " fingerprint = $16, relation = $17, column_name = $18,"
-					 " new_column = $19"
+					 " new_column = $19, leaf = $20"
 					 " WHERE id = $1",
 					 lengthof(types), types, v, n);
 }
@@ -391,13 +394,13 @@ add_functions_walker(Node *node, void *context)
 }
 
 /*
- * A mark of what gives a row its new value: the transactions that have last
- * written the sync trigger's row in pg_trigger (another one after every DISABLE,
- * ENABLE and re-creation) and the functions that the expression calls.  0 if
- * there is no such trigger.
+ * A mark of what gives a row of a leaf its new value: the transactions that have
+ * last written the sync trigger's row in pg_trigger (another one after every
+ * DISABLE, ENABLE and re-creation) and the functions that the expression calls.
+ * 0 if there is no such trigger.
  */
 int64
-rm_trigger_xmin(const RmMigration *m)
+rm_trigger_xmin_of(const RmMigration *m, Oid relid)
 {
 	Relation	pg_trigger = table_open(TriggerRelationId, AccessShareLock);
 	ScanKeyData keys[2];
@@ -406,7 +409,7 @@ rm_trigger_xmin(const RmMigration *m)
 	uint64		mark = 0;
 
 	ScanKeyInit(&keys[0], Anum_pg_trigger_tgrelid, BTEqualStrategyNumber, F_OIDEQ,
-				ObjectIdGetDatum(m->relid));
+				ObjectIdGetDatum(relid));
 	ScanKeyInit(&keys[1], Anum_pg_trigger_tgname, BTEqualStrategyNumber, F_NAMEEQ,
 				CStringGetDatum(rm_trigger_name(m->id)));
 	scan = systable_beginscan(pg_trigger, TriggerRelidNameIndexId, true, NULL, 2, keys);
@@ -417,6 +420,26 @@ rm_trigger_xmin(const RmMigration *m)
 	table_close(pg_trigger, AccessShareLock);
 	if (mark != 0 && m->server_version == PG_VERSION_NUM / 10000)
 		(void) add_functions_walker(stringToNode(m->tree), &mark);
+	return (int64) mark;
+}
+
+/*
+ * The same for all rows of the table.  Of a partitioned one it also changes when
+ * a partition comes or goes.
+ */
+int64
+rm_trigger_xmin(const RmMigration *m)
+{
+	uint64		mark = 0;
+	ListCell   *lc;
+
+	if (!rm_is_parted(m))
+		return rm_trigger_xmin_of(m, m->relid);
+	foreach(lc, rm_leaves(m->relid))
+	{
+		mark = hash_combine64(mark, lfirst_oid(lc));
+		mark = hash_combine64(mark, (uint64) rm_trigger_xmin_of(m, lfirst_oid(lc)));
+	}
 	return (int64) mark;
 }
 
@@ -587,12 +610,13 @@ rm_migration_conversion(const RmMigration *m, Relation rel, MemoryContext cxt)
 	RmConversion *conv = NULL;
 
 	if (!m->swapped)
-		conv = rm_conversion_load(m->tree, m->server_version, m->using_expr, rel,
+		conv = rm_conversion_load(m->tree, m->server_version, m->using_expr,
+								  m->relid, rel,
 								  m->new_type_id, m->new_typmod, m->new_attnum,
 								  m->settings, cxt);
 	else if (m->reverse_tree)
 		conv = rm_conversion_load(m->reverse_tree, m->server_version,
-								  m->reverse_expr, rel, m->old_type_id,
+								  m->reverse_expr, m->relid, rel, m->old_type_id,
 								  TupleDescAttr(RelationGetDescr(rel), m->attnum - 1)->atttypmod,
 								  m->attnum, m->settings, cxt);
 	if (conv == NULL)

@@ -59,6 +59,7 @@ typedef struct RmMigration
 	int			server_version;
 	bool		enforced;		/* the new column's constraints hold */
 	int64		trigger_xmin;	/* rm_trigger_xmin() when verification began */
+	Oid			leaf;			/* whose rows are under way; 0: the table's own */
 	Oid			relfilenode;	/* to which block numbers belong */
 	int64		next_block;		/* below it everything is done */
 	int64		end_block;		/* fixed when the work began */
@@ -160,6 +161,9 @@ struct RmRun
 	const char *wait_reason;
 
 	RmProgress	progress;		/* kept up by the step, where it can tell */
+	Oid			summed_leaf;	/* to which these two belong: pages of the others */
+	int64		other_blocks_done;
+	int64		other_blocks;
 	RmThrottle *throttle;		/* throttle.c's own */
 
 	/* sums for the step log */
@@ -187,6 +191,7 @@ extern void rm_check_owner(Oid relid, const char *relation);
 extern char *rm_trigger_name(int64 id);
 extern const char *rm_relation_sql(Oid relid);
 extern int64 rm_trigger_xmin(const RmMigration *m);
+extern int64 rm_trigger_xmin_of(const RmMigration *m, Oid relid);
 extern char *rm_check_name(const RmMigration *m);
 extern char *rm_built_prefix(const RmMigration *m, bool new_side);
 extern bool rm_is_built_name(const RmMigration *m, bool new_side,

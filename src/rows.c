@@ -37,6 +37,7 @@
 #include "catalog/index.h"
 #include "compat.h"
 #include "executor/executor.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "rows.h"
 #include "storage/bufmgr.h"
@@ -61,6 +62,7 @@ rm_rows_open(RmMigration *m, Relation rel, RmRowsMode mode)
 	RmRows	   *rows = palloc0(sizeof(RmRows));
 	int			natts = RelationGetDescr(rel)->natts;
 
+	m = rm_migration_on(m, rel);
 	/* whatever of the owner's runs from here on runs as the owner */
 	GetUserIdAndSecContext(&rows->save_userid, &rows->save_sec_context);
 	SetUserIdAndSecContext(rel->rd_rel->relowner,
@@ -314,7 +316,10 @@ column_text(Relation rel, TupleTableSlot *slot, AttrNumber attnum)
 	return OidOutputFunctionCall(out, d);
 }
 
-/* the row's primary key as "(id)=(17)", or its place if it has none */
+/*
+ * The row's primary key as "(id)=(17)", or its place if it has none; of a
+ * partition with that one's name.
+ */
 char *
 rm_row_key(Relation rel, TupleTableSlot *slot)
 {
@@ -324,7 +329,9 @@ rm_row_key(Relation rel, TupleTableSlot *slot)
 
 	list_free(RelationGetIndexList(rel));
 	if (!OidIsValid(rel->rd_pkindex))
-		return psprintf("ctid=(%u,%u)",
+		return psprintf("%s%sctid=(%u,%u)",
+						rel->rd_rel->relispartition ? rm_relation_sql(RelationGetRelid(rel)) : "",
+						rel->rd_rel->relispartition ? " " : "",
 						ItemPointerGetBlockNumberNoCheck(&slot->tts_tid),
 						ItemPointerGetOffsetNumberNoCheck(&slot->tts_tid));
 	initStringInfo(&names);

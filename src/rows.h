@@ -26,7 +26,7 @@ typedef enum RmRowsMode
 /* access to the rows of one table during one transaction */
 typedef struct RmRows
 {
-	RmMigration *m;
+	RmMigration *m;				/* with the numbers of rel's columns */
 	Relation	rel;
 	AttrNumber	target;			/* column that is written */
 	RmConversion *conv;

@@ -47,10 +47,12 @@
 #include "access/table.h"
 #include "access/transam.h"
 #include "access/xact.h"
+#include "catalog/pg_class.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
 #include "dependents.h"
 #include "executor/spi.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "risky_migrations.h"
 #include "rows.h"
@@ -326,6 +328,19 @@ hold_definition(RmRun *run)
 	table_close(rel, NoLock);
 }
 
+/* tables whose columns cannot be exchanged, though they can be filled */
+void
+rm_swap_refuse(Oid relid)
+{
+	if (get_rel_relkind(relid) == RELKIND_PARTITIONED_TABLE)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("three_step cannot exchange a column of the partitioned table %s",
+						rm_relation_sql(relid)),
+				 errdetail("What hangs on the column of a partitioned table cannot be built yet."),
+				 errhint("The steps up to rm_enforce_not_null() work; exchange the columns by hand after them, or give it up with rm_rollback().")));
+}
+
 /* one transaction's worth of building on the new column; true when all is there */
 static bool
 build(RmRun *run)
@@ -334,6 +349,7 @@ build(RmRun *run)
 	bool		invalid;
 	bool		unvalidated;
 
+	rm_swap_refuse(m->relid);
 	if (!get_work(run)->planned)
 		m->phase = PHASE_PLAN;	/* a new run: what was planned may be old */
 	run->may_hold = true;
@@ -566,7 +582,7 @@ check_nothing_left_behind(const RmMigration *m, AttrNumber attnum)
 static void
 rename_column(const RmMigration *m, const char *from, const char *to)
 {
-	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rm_relation_sql(m->relid),
+	rm_execute(psprintf("%s RENAME COLUMN %s TO %s", rm_alter_sql(m),
 						quote_identifier(from), quote_identifier(to)));
 }
 

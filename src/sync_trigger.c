@@ -38,6 +38,7 @@
 #include "compat.h"
 #include "executor/spi.h"
 #include "fmgr.h"
+#include "leaves.h"
 #include "migration.h"
 #include "optimizer/optimizer.h"
 #include "rows.h"
@@ -55,11 +56,17 @@
 
 PG_FUNCTION_INFO_V1(rm_sync);
 
-/* what the trigger of one migration has to do; kept for the session */
+/* the trigger of one migration on one table */
+typedef struct SyncKey
+{
+	int64		id;
+	int64		relid;			/* as wide as id: no padding in a hash key */
+} SyncKey;
+
+/* what it has to do; kept for the session */
 typedef struct SyncEntry
 {
-	int64		id;				/* hash key */
-	Oid			relid;
+	SyncKey		key;
 	bool		valid;
 	MemoryContext cxt;			/* of all below, NULL if there is nothing to do */
 	RmMigration m;				/* only what the trigger needs */
@@ -88,7 +95,7 @@ relation_changed(Datum arg, Oid relid)
 
 	hash_seq_init(&seq, sync_entries);
 	while ((entry = hash_seq_search(&seq)) != NULL)
-		if (relid == InvalidOid || relid == entry->relid)
+		if (relid == InvalidOid || relid == entry->key.relid)
 			entry->valid = false;
 }
 
@@ -102,7 +109,7 @@ function_changed(Datum arg, int cacheid, uint32 hashvalue)
 static void
 make_cache(void)
 {
-	HASHCTL		ctl = {.keysize = sizeof(int64),.entrysize = sizeof(SyncEntry)};
+	HASHCTL		ctl = {.keysize = sizeof(SyncKey),.entrysize = sizeof(SyncEntry)};
 
 	if (sync_entries)
 		return;
@@ -153,7 +160,7 @@ load_conversion(SyncEntry *entry, Relation rel, HeapTuple tup, TupleDesc desc)
 	entry->conv =
 		rm_conversion_load(tree, DatumGetInt32(attribute(tup, desc, "server_version")),
 						   text_attribute(tup, desc, m->swapped ? "reverse_expr" : "using_expr"),
-						   rel, att->atttypid, att->atttypmod, target,
+						   m->relid, rel, att->atttypid, att->atttypmod, target,
 						   rm_settings_list(attribute(tup, desc, "settings")),
 						   entry->cxt);
 }
@@ -174,7 +181,7 @@ read_migration(SyncEntry *entry, Relation rel)
 	state = table_open(state_relid, AccessShareLock);
 	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	ScanKeyInit(&key, SPI_fnumber(RelationGetDescr(state), "id"),
-				BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(entry->id));
+				BTEqualStrategyNumber, F_INT8EQ, Int64GetDatum(entry->key.id));
 	list_free(RelationGetIndexList(state));
 	scan = systable_beginscan(state, state->rd_pkindex, OidIsValid(state->rd_pkindex),
 							  snapshot, 1, &key);
@@ -185,14 +192,18 @@ read_migration(SyncEntry *entry, Relation rel)
 		MemoryContext oldcxt = MemoryContextSwitchTo(entry->cxt);
 		RmMigration *m = &entry->m;
 
-		m->id = entry->id;
+		m->id = entry->key.id;
 		m->relid = DatumGetObjectId(attribute(tup, desc, "relid"));
 		m->attnum = DatumGetInt16(attribute(tup, desc, "attnum"));
 		m->new_attnum = DatumGetInt16(attribute(tup, desc, "new_attnum"));
 		m->enforced = DatumGetBool(attribute(tup, desc, "enforced"));
 		m->swapped = DatumGetBool(attribute(tup, desc, "swapped"));
-		if (m->relid == entry->relid)
+		if (rm_is_leaf_of(rel, m->relid))
+		{
+			m->attnum = rm_leaf_attnum(m->relid, m->attnum, entry->key.relid);
+			m->new_attnum = rm_leaf_attnum(m->relid, m->new_attnum, entry->key.relid);
 			load_conversion(entry, rel, tup, desc);
+		}
 		MemoryContextSwitchTo(oldcxt);
 	}
 	systable_endscan(scan);
@@ -204,17 +215,18 @@ read_migration(SyncEntry *entry, Relation rel)
 static SyncEntry *
 get_entry(int64 id, Relation rel)
 {
+	SyncKey		key = {.id = id,.relid = RelationGetRelid(rel)};
 	SyncEntry  *entry;
 	bool		found;
 
 	make_cache();
-	entry = hash_search(sync_entries, &id, HASH_ENTER, &found);
+	entry = hash_search(sync_entries, &key, HASH_ENTER, &found);
 	if (!found)
 	{
 		entry->valid = false;
 		entry->cxt = NULL;
 	}
-	if (entry->valid && entry->relid == RelationGetRelid(rel))
+	if (entry->valid)
 		return entry;
 
 	if (entry->cxt)
@@ -222,7 +234,6 @@ get_entry(int64 id, Relation rel)
 	else
 		entry->cxt = AllocSetContextCreate(CacheMemoryContext, "rm sync trigger",
 										   ALLOCSET_SMALL_SIZES);
-	entry->relid = RelationGetRelid(rel);
 	memset(&entry->m, 0, sizeof(entry->m));
 	entry->conv = NULL;
 	/* an invalidation while we read must not be overlooked */
@@ -304,7 +315,8 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 	}
 	PG_CATCH();
 	{
-		SyncEntry  *entry = hash_search(sync_entries, &id, HASH_FIND, NULL);
+		SyncKey		key = {.id = id,.relid = RelationGetRelid(trigdata->tg_relation)};
+		SyncEntry  *entry = hash_search(sync_entries, &key, HASH_FIND, NULL);
 
 		MemoryContextSwitchTo(flinfo->fn_mcxt);
 		state->error = rm_conversion_caught(flinfo->fn_mcxt);

@@ -41,10 +41,12 @@
 #include "access/genam.h"
 #include "access/heapam.h"
 #include "access/htup_details.h"
+#include "access/sysattr.h"
 #include "access/table.h"
 #include "access/xact.h"
 #include "catalog/catalog.h"
 #include "catalog/dependency.h"
+#include "catalog/partition.h"
 #include "catalog/pg_am.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_constraint.h"
@@ -57,6 +59,7 @@
 #include "compat.h"
 #include "executor/executor.h"
 #include "executor/spi.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "nodes/nodeFuncs.h"
 #include "parser/parse_func.h"
@@ -146,6 +149,95 @@ refuse_triggers(Relation rel)
 	}
 }
 
+/* a row's place may not depend on what changes */
+static void
+refuse_partition_key(Relation rel, AttrNumber attnum)
+{
+	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE &&
+		has_partition_attrs(rel, bms_make_singleton(attnum - FirstLowInvalidHeapAttributeNumber), NULL))
+		refuse(rel, psprintf("The column \"%s\" is part of its partition key.",
+							 get_attname(RelationGetRelid(rel), attnum, false)),
+			   "Copy the rows into a table that is partitioned by the new type.");
+}
+
+/* tables whose rows cannot be filled in place */
+static void
+refuse_storage(Relation rel)
+{
+	if (rel->rd_rel->relam != HEAP_TABLE_AM_OID)
+		refuse(rel, "Its table access method is not heap.",
+			   "Only tables of the access method heap can be filled in place.");
+	if (RelationUsesLocalBuffers(rel))
+		refuse(rel, "It is a temporary table.",
+			   "Nobody else can be waiting for it: use ALTER TABLE.");
+	if (rel->rd_rel->relhassubclass ||
+		(!rel->rd_rel->relispartition && has_superclass(RelationGetRelid(rel))))
+		refuse(rel, "It has parents or children by inheritance.",
+			   "Inheritance is not supported yet.");
+	CheckCmdReplicaIdentity(rel, CMD_UPDATE);
+}
+
+/* may the caller make indexes on it? */
+static void
+refuse_schema(Relation rel)
+{
+	if (!rm_may_create_in(RelationGetNamespace(rel), GetUserId()))
+		ereport(ERROR,
+				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+				 errmsg("permission denied for schema %s",
+						get_namespace_name(RelationGetNamespace(rel))),
+				 errdetail("Indexes on the new column are made in the schema of the table."),
+				 errhint("GRANT CREATE on the schema to the role that runs the migration.")));
+}
+
+/* one partition, at any level, of a table whose column is att */
+static void
+refuse_partition(Relation part, Relation root, Form_pg_attribute att)
+{
+	AttrNumber	attnum = get_attnum(RelationGetRelid(part), NameStr(att->attname));
+	Form_pg_attribute own = TupleDescAttr(RelationGetDescr(part), attnum - 1);
+
+	if (part->rd_rel->relkind == RELKIND_RELATION)
+		refuse_storage(part);
+	else if (part->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
+		refuse(part, psprintf("It is a partition of \"%s\", and no ordinary table.",
+							  RelationGetRelationName(root)),
+			   "Detach it first; its column is changed where it is stored.");
+	if (part->rd_rel->relowner != root->rd_rel->relowner)
+		refuse(part, psprintf("It is a partition of \"%s\", and has another owner.",
+							  RelationGetRelationName(root)),
+			   "Give both the same owner.");
+	if (own->attnotnull != att->attnotnull)
+		refuse(part, psprintf("Its column \"%s\" is NOT NULL, which that of \"%s\" is not.",
+							  NameStr(att->attname), RelationGetRelationName(root)),
+			   "SET NOT NULL for the partitioned table, or DROP NOT NULL for the partition.");
+	refuse_schema(part);
+	refuse_triggers(part);
+	refuse_partition_key(part, attnum);
+}
+
+/*
+ * What is refused of a partitioned table's partitions.  They are opened with a
+ * lock that whoever refuses before anything begins may wait for; in the step
+ * that adds the column all of them are locked already.
+ */
+static void
+refuse_partitions(Relation rel, Form_pg_attribute att)
+{
+	ListCell   *lc;
+
+	foreach(lc, rm_members(RelationGetRelid(rel)))
+	{
+		Relation	part;
+
+		if (lfirst_oid(lc) == RelationGetRelid(rel))
+			continue;
+		part = relation_open(lfirst_oid(lc), AccessShareLock);
+		refuse_partition(part, rel, att);
+		relation_close(part, NoLock);
+	}
+}
+
 /*
  * Refuses every table and column that three_step cannot change, before
  * anything is changed.  The caller holds a lock on rel.
@@ -157,23 +249,17 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), def->attnum - 1);
 	Oid			state_nspid = get_rel_namespace(rm_state_relid("migration", false));
 
-	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE || rel->rd_rel->relispartition)
-		refuse(rel, "It is partitioned or a partition.",
-			   "Partitioned tables are not supported yet.");
-	if (rel->rd_rel->relkind != RELKIND_RELATION)
+	if (rel->rd_rel->relispartition)
+		refuse(rel, "It is a partition.", "Name the partitioned table that it belongs to.");
+	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+		refuse_partitions(rel, att);
+	else if (rel->rd_rel->relkind != RELKIND_RELATION)
 		refuse(rel, "It is not an ordinary table.", "Name an ordinary table.");
+	else
+		refuse_storage(rel);
 	if (IsCatalogRelation(rel) || RelationGetNamespace(rel) == state_nspid)
 		refuse(rel, "It is a system catalog, or belongs to this extension.",
 			   "Name a table of your own.");
-	if (rel->rd_rel->relam != HEAP_TABLE_AM_OID)
-		refuse(rel, "Its table access method is not heap.",
-			   "Only tables of the access method heap can be filled in place.");
-	if (RelationUsesLocalBuffers(rel))
-		refuse(rel, "It is a temporary table.",
-			   "Nobody else can be waiting for it: use ALTER TABLE.");
-	if (rel->rd_rel->relhassubclass || has_superclass(RelationGetRelid(rel)))
-		refuse(rel, "It has parents or children by inheritance.",
-			   "Inheritance is not supported yet.");
 	if (att->attgenerated)
 		refuse(rel, psprintf("The column \"%s\" is generated.", NameStr(att->attname)),
 			   "Change the columns that it is generated from.");
@@ -181,7 +267,6 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 		refuse(rel, psprintf("The type %s is a domain with constraints, and adding a column of it would rewrite the table.",
 							 format_type_be(def->type)),
 			   "Use the domain's base type, or ALTER TABLE where nobody is waiting.");
-	CheckCmdReplicaIdentity(rel, CMD_UPDATE);
 	if (get_attnum(RelationGetRelid(rel), new_column) != InvalidAttrNumber)
 		ereport(ERROR,
 				(errcode(ERRCODE_DUPLICATE_COLUMN),
@@ -197,14 +282,9 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 						RelationGetRelationName(rel)),
 				 errdetail("It is the name that the column would get by the swap."),
 				 errhint("Rename that column first.")));
-	if (!rm_may_create_in(RelationGetNamespace(rel), GetUserId()))
-		ereport(ERROR,
-				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
-				 errmsg("permission denied for schema %s",
-						get_namespace_name(RelationGetNamespace(rel))),
-				 errdetail("Indexes on the new column are made in the schema of the table."),
-				 errhint("GRANT CREATE on the schema to the role that runs the migration.")));
+	refuse_schema(rel);
 	refuse_triggers(rel);
+	refuse_partition_key(rel, def->attnum);
 }
 
 /*-------------------------------------------------------------------------
@@ -235,15 +315,19 @@ sync_function(void)
 void
 rm_release_shadow_column(const RmMigration *m)
 {
-	(void) deleteDependencyRecordsForSpecific(RelationRelationId, m->relid,
-											  DEPENDENCY_NORMAL,
-											  ProcedureRelationId, sync_function());
+	ListCell   *lc;
+
+	foreach(lc, rm_members(m->relid))
+		(void) deleteDependencyRecordsForSpecific(RelationRelationId, lfirst_oid(lc),
+												  DEPENDENCY_NORMAL,
+												  ProcedureRelationId, sync_function());
 }
 
 /*
  * The shadow column depends on the trigger's function: DROP EXTENSION ...
  * CASCADE, which takes the trigger, takes the column too.  Left behind as NOT
- * NULL, without its trigger, it would make every INSERT fail.
+ * NULL, without its trigger, it would make every INSERT fail.  Columns of
+ * partitions do not go with their parent's that way: each depends by itself.
  */
 void
 rm_bind_shadow_column(const RmMigration *m)
@@ -251,9 +335,15 @@ rm_bind_shadow_column(const RmMigration *m)
 	ObjectAddress column;
 	ObjectAddress function;
 
-	ObjectAddressSubSet(column, RelationRelationId, m->relid, m->new_attnum);
+	ListCell   *lc;
+
 	ObjectAddressSet(function, ProcedureRelationId, sync_function());
-	recordDependencyOn(&column, &function, DEPENDENCY_NORMAL);
+	foreach(lc, rm_members(m->relid))
+	{
+		ObjectAddressSubSet(column, RelationRelationId, lfirst_oid(lc),
+							rm_leaf_attnum(m->relid, m->new_attnum, lfirst_oid(lc)));
+		recordDependencyOn(&column, &function, DEPENDENCY_NORMAL);
+	}
 }
 
 /*
@@ -296,25 +386,29 @@ static void
 make_column_and_trigger(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *rel_sql = rm_relation_sql(m->relid);
+	const char *alter = rm_alter_sql(m);
 	const char *trigger = quote_identifier(rm_trigger_name(m->id));
 	Relation	rel;
 
-	rm_execute(psprintf("ALTER TABLE ONLY %s ADD COLUMN %s %s", rel_sql,
+	rm_execute(psprintf("%s ADD COLUMN %s %s", alter,
 						quote_identifier(m->new_column), m->new_type));
 	m->new_attnum = get_attnum(m->relid, m->new_column);
 	rm_execute(psprintf("CREATE TRIGGER %s BEFORE INSERT OR UPDATE ON %s"
 						" FOR EACH ROW EXECUTE FUNCTION " RM_SCHEMA ".sync(%lld)",
-						trigger, rel_sql, (long long) m->id));
-	rm_execute(psprintf("ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %s", rel_sql,
-						trigger));
+						trigger, rm_relation_sql(m->relid), (long long) m->id));
+	rm_execute(psprintf("%s ENABLE ALWAYS TRIGGER %s", alter, trigger));
 	record_dependencies(m);
 	CommandCounterIncrement();
 
+	m->rows_done = 0;
+	if (rm_is_parted(m))
+	{
+		rm_leaves_begin(m);
+		return;
+	}
 	rel = table_open(m->relid, NoLock);
 	rm_backfill_fix_end(m, rel);
 	table_close(rel, NoLock);
-	m->rows_done = 0;
 }
 
 /* both gone again; what somebody else has dropped already is no error */
@@ -330,7 +424,7 @@ drop_column_and_trigger(RmRun *run)
 	att = SearchSysCacheAttNum(m->relid, m->new_attnum);	/* NULL if dropped */
 	if (HeapTupleIsValid(att))
 	{
-		rm_execute(psprintf("ALTER TABLE ONLY %s DROP COLUMN %s", rel_sql,
+		rm_execute(psprintf("%s DROP COLUMN %s", rm_alter_sql(m),
 							quote_identifier(NameStr(((Form_pg_attribute) GETSTRUCT(att))->attname))));
 		ReleaseSysCache(att);
 	}
@@ -368,7 +462,7 @@ parse_reverse(void *arg)
 {
 	Reverse    *r = arg;
 	const RmMigration *m = r->m;
-	const char *rel_sql = rm_relation_sql(m->relid);
+	const char *alter = rm_alter_sql(m);
 	Form_pg_attribute att;
 	Relation	rel;
 	char	   *tree;
@@ -377,9 +471,9 @@ parse_reverse(void *arg)
 	if (m->reverse_expr == NULL && m->server_version == PG_VERSION_NUM / 10000 &&
 		rm_reads_other_columns(m))
 		return;
-	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rel_sql,
+	rm_execute(psprintf("%s RENAME COLUMN %s TO %s", alter,
 						quote_identifier(m->column), quote_identifier(m->old_column)));
-	rm_execute(psprintf("ALTER TABLE ONLY %s RENAME COLUMN %s TO %s", rel_sql,
+	rm_execute(psprintf("%s RENAME COLUMN %s TO %s", alter,
 						quote_identifier(m->new_column), quote_identifier(m->column)));
 	CommandCounterIncrement();
 	rel = table_open(m->relid, NoLock);
@@ -391,6 +485,26 @@ parse_reverse(void *arg)
 		r->tree = MemoryContextStrdup(r->cxt, tree);
 }
 
+static int64
+estimate_rows(const RmMigration *m)
+{
+	ListCell   *lc;
+	double		sum = 0;
+
+	foreach(lc, rm_leaves(m->relid))
+	{
+		Relation	rel = table_open(lfirst_oid(lc), NoLock);
+		BlockNumber pages;
+		double		tuples;
+		double		allvisfrac;
+
+		table_relation_estimate_size(rel, NULL, &pages, &tuples, &allvisfrac);
+		sum += tuples;
+		table_close(rel, NoLock);
+	}
+	return (int64) sum;
+}
+
 static RmStepResult
 add_column_apply(RmRun *run)
 {
@@ -399,19 +513,15 @@ add_column_apply(RmRun *run)
 	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id};
 	Reverse		reverse = {.m = m,.cxt = CurrentMemoryContext};
 	ErrorData  *error;
-	BlockNumber pages;
-	double		tuples;
-	double		allvisfrac;
 
-	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	rm_lock_tree(run, AccessExclusiveLock);
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
 	rm_check_owner(m->relid, m->relation);
 	rm_three_step_refuse(rel, &def, m->new_column);
 	run->old_storage = rm_relation_storage(m->relid);
-	table_relation_estimate_size(rel, NULL, &pages, &tuples, &allvisfrac);
-	m->rows_estimated = (int64) tuples;
 	table_close(rel, NoLock);
+	m->rows_estimated = estimate_rows(m);
 
 	make_column_and_trigger(run);
 	error = rm_rehearse(parse_reverse, &reverse, CurrentMemoryContext);
@@ -428,11 +538,12 @@ add_column_apply(RmRun *run)
 static RmStepResult
 add_column_revert(RmRun *run)
 {
-	rm_lock_relation(&run->locks, run->m->relid, AccessExclusiveLock);
+	rm_lock_tree(run, AccessExclusiveLock);
 	rm_check_owner(run->m->relid, run->m->relation);
 	run->old_storage = rm_relation_storage(run->m->relid);
 	drop_column_and_trigger(run);
 	forget_rows(run->m);
+	rm_leaves_forget(run->m);
 	return RM_STEP_DONE;
 }
 
@@ -462,7 +573,7 @@ rm_backfill_revert(RmRun *run)
 	RmMigration *m = run->m;
 	AttrNumber	numbers[2] = {m->new_attnum, 0};
 
-	rm_lock_relation(&run->locks, run->m->relid, AccessExclusiveLock);
+	rm_lock_tree(run, AccessExclusiveLock);
 	rm_check_owner(run->m->relid, run->m->relation);
 	run->old_storage = rm_relation_storage(run->m->relid);
 	drop_column_and_trigger(run);
@@ -510,11 +621,11 @@ typedef struct Enforce
 	int64		xact_mended;
 } Enforce;
 
-/* OID of our CHECK constraint if it is there; valid tells whether it is proven */
+/* OID of our CHECK constraint on relid if it is there; is it proven? */
 static Oid
-find_check(const RmMigration *m, bool *valid)
+find_check_of(const RmMigration *m, Oid relid, bool *valid)
 {
-	Oid			oid = get_relation_constraint_oid(m->relid, rm_check_name(m), true);
+	Oid			oid = get_relation_constraint_oid(relid, rm_check_name(m), true);
 	HeapTuple	tup;
 
 	*valid = false;
@@ -525,6 +636,42 @@ find_check(const RmMigration *m, bool *valid)
 		return InvalidOid;
 	*valid = ((Form_pg_constraint) GETSTRUCT(tup))->convalidated;
 	ReleaseSysCache(tup);
+	return oid;
+}
+
+/* a leaf where it is not proven yet */
+static Oid
+find_unproven(const RmMigration *m)
+{
+	ListCell   *lc;
+	bool		valid;
+
+	foreach(lc, rm_leaves(m->relid))
+		if (OidIsValid(find_check_of(m, lfirst_oid(lc), &valid)) && !valid)
+			return lfirst_oid(lc);
+	return InvalidOid;
+}
+
+/* the same of the table; proven only if all its leaves' are */
+static Oid
+find_check(const RmMigration *m, bool *valid)
+{
+	ListCell   *lc;
+	Oid			oid = InvalidOid;
+
+	*valid = true;
+	foreach(lc, rm_leaves(m->relid))
+	{
+		bool		leaf_valid;
+
+		oid = find_check_of(m, lfirst_oid(lc), &leaf_valid);
+		if (!OidIsValid(oid))
+			break;
+		*valid &= leaf_valid;
+	}
+	/* a partitioned table may have no leaves at all */
+	if (rm_is_parted(m) && (oid != InvalidOid || rm_leaves(m->relid) == NIL))
+		oid = get_relation_constraint_oid(m->relid, rm_check_name(m), true);
 	return oid;
 }
 
@@ -689,11 +836,57 @@ static void
 set_enforced(RmMigration *m, bool enforced)
 {
 	m->enforced = enforced;
-	CacheInvalidateRelcacheByRelid(m->relid);
+	rm_invalidate_tree(m);
+}
+
+/* from the first row on; nothing that was verified before counts */
+static void
+begin_verification(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Enforce    *e = run->work;
+
+	e->nullable = !attribute_not_null(m->relid, m->attnum);
+	m->trigger_xmin = rm_trigger_xmin(m);
+	forget_rows(m);
+	if (rm_is_parted(m))
+		rm_leaves_reset(m);
+	e->checked = e->failures = e->nulled = e->mended = 0;
+	m->phase = ENFORCE_VERIFY;
+}
+
+/* what was verified is not enough, look again: all of it, or the leaves concerned */
+static void
+verify_again(RmMigration *m)
+{
+	if (!rm_is_parted(m))
+	{
+		m->phase = ENFORCE_BEGIN;
+		return;
+	}
+	rm_leaves_check_again(m);
+	m->leaf = InvalidOid;
+	m->phase = ENFORCE_VERIFY;
+}
+
+/*
+ * Of a partitioned table, whose tree is locked: has each leaf been verified with
+ * the trigger that it has now?
+ */
+static bool
+leaves_verified(RmMigration *m)
+{
+	if (!rm_is_parted(m))
+		return true;
+	rm_leaves_check_again(m);
+	if (!rm_leaves_done(m))
+		return false;
+	m->trigger_xmin = rm_trigger_xmin(m);
+	return true;
 }
 
 /* the part without strong locks: every row equals the expression's value */
-static RmStepResult
+static void
 verify(RmRun *run, Relation rel)
 {
 	RmMigration *m = run->m;
@@ -701,28 +894,75 @@ verify(RmRun *run, Relation rel)
 	BlockNumber end;
 
 	if (m->relfilenode != rel->rd_rel->relfilenode)
-		m->phase = ENFORCE_BEGIN;	/* rewritten: pages have other numbers */
+	{
+		/* rewritten: pages have other numbers */
+		if (OidIsValid(m->leaf))
+			rm_backfill_fix_end(m, rel);
+		else
+			m->phase = ENFORCE_BEGIN;
+	}
 	if (m->phase == ENFORCE_BEGIN)
 	{
-		e->nullable = !attribute_not_null(m->relid, m->attnum);
-		m->trigger_xmin = rm_trigger_xmin(m);
-		forget_rows(m);
+		begin_verification(run);
 		rm_backfill_fix_end(m, rel);
-		e->checked = e->failures = e->nulled = e->mended = 0;
-		m->phase = ENFORCE_VERIFY;
 	}
 	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
 	if (m->next_block < end)
 		verify_range(run, rel, end);
-	if (m->next_block >= end)
-		m->phase = ENFORCE_ADD_CHECK;
-	run->rows_changed += e->xact_mended;
-	run->may_hold = m->phase == ENFORCE_VERIFY;
 	run->progress.blocks_done = m->next_block;
 	run->progress.blocks_total = m->end_block;
 	run->progress.rows_done = e->checked + e->xact_checked;
 	run->progress.rows_total = Max(m->rows_estimated, run->progress.rows_done);
-	return RM_STEP_AGAIN;
+	rm_leaves_progress(run);
+	if (m->next_block >= end)
+	{
+		if (OidIsValid(m->leaf))
+			rm_leaf_done(m);
+		else
+			m->phase = ENFORCE_ADD_CHECK;
+	}
+	run->rows_changed += e->xact_mended;
+	run->may_hold = m->phase == ENFORCE_VERIFY;
+}
+
+/*
+ * One transaction's worth of it.  Of a partitioned table the leaves come one
+ * after the other; a transaction in between chooses the next.
+ */
+static void
+verify_some(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Relation	rel;
+
+	if (rm_is_parted(m) && (m->phase == ENFORCE_BEGIN || !OidIsValid(m->leaf)))
+	{
+		if (m->phase == ENFORCE_BEGIN)
+			begin_verification(run);
+		if (!rm_leaves_choose(run))
+			m->phase = ENFORCE_ADD_CHECK;
+		return;
+	}
+	rel = rm_leaf_open(run, RowExclusiveLock);
+	if (rel == NULL)
+		return;					/* no leaf any more: choose another */
+	rm_check_owner(m->relid, m->relation);
+	/* the trigger was switched off for a moment before we had the lock */
+	if (OidIsValid(m->leaf) && m->trigger_xmin != rm_trigger_xmin_of(m, m->leaf))
+		m->leaf = InvalidOid;
+	else
+		verify(run, rel);
+	table_close(rel, NoLock);
+}
+
+/* is the trigger the one that was there when the verification began? */
+static bool
+trigger_unchanged(const RmMigration *m)
+{
+	if (!rm_is_parted(m))
+		return m->trigger_xmin == rm_trigger_xmin(m);
+	/* until all leaves are verified, each has its own */
+	return m->phase <= ENFORCE_ADD_CHECK || m->trigger_xmin == rm_trigger_xmin(m);
 }
 
 static RmStepResult
@@ -731,47 +971,56 @@ enforce_apply(RmRun *run)
 	RmMigration *m = run->m;
 	Enforce    *e = run->work;
 	RmStepResult result = RM_STEP_AGAIN;
-	const char *rel_sql;
+	const char *alter;
 	Relation	rel;
 	bool		valid;
-	LOCKMODE	mode;
+	bool		here;
+	Oid			leaf = InvalidOid;	/* where the CHECK is to be proven */
 
 	if (e == NULL)
 		e = run->work = MemoryContextAllocZero(run->cxt, sizeof(Enforce));
 	/* a new run, also after a crash: what was verified then is not enough */
 	if (!e->begun && m->phase < ENFORCE_VALIDATE)
 		m->phase = ENFORCE_BEGIN;
-	/* nor is it if the trigger was switched off for a moment */
-	if (m->phase != ENFORCE_BEGIN && m->trigger_xmin != rm_trigger_xmin(m))
-		m->phase = ENFORCE_BEGIN;
 	e->xact_checked = e->xact_failures = e->xact_nulled = e->xact_mended = 0;
-
-	mode = e->invalid ? AccessExclusiveLock :
-		m->phase <= ENFORCE_VERIFY ? RowExclusiveLock :
-		m->phase == ENFORCE_VALIDATE ? ShareUpdateExclusiveLock : AccessExclusiveLock;
-	rm_lock_relation(&run->locks, m->relid, mode);
-	rm_check_owner(m->relid, m->relation);
-	rel = table_open(m->relid, NoLock);
-	rm_check_ground(m, rel);
-	if (mode == RowExclusiveLock)
-		result = verify(run, rel);
-	table_close(rel, NoLock);	/* ALTER TABLE wants it closed, but locked */
-	if (mode == RowExclusiveLock)
-		return result;
-
-	if (m->trigger_xmin != rm_trigger_xmin(m))
+	/* nor is it if the trigger was switched off for a moment */
+	if (m->phase != ENFORCE_BEGIN && !trigger_unchanged(m))
+		verify_again(m);
+	if (m->phase <= ENFORCE_VERIFY && !e->invalid)
 	{
-		m->phase = ENFORCE_BEGIN;	/* just now, before we had the lock */
+		verify_some(run);
 		return RM_STEP_AGAIN;
 	}
-	rel_sql = rm_relation_sql(m->relid);
-	if (mode == AccessExclusiveLock)
+
+	if (m->phase == ENFORCE_VALIDATE && !e->invalid)
+	{
+		leaf = find_unproven(m);
+		if (!OidIsValid(leaf))
+			leaf = m->relid;
+		rm_lock_relation(&run->locks, leaf, ShareUpdateExclusiveLock);
+	}
+	else
+		rm_lock_tree(run, AccessExclusiveLock);
+	rm_check_owner(m->relid, m->relation);
+	rel = table_open(OidIsValid(leaf) ? leaf : m->relid, NoLock);
+	here = rm_is_leaf_of(rel, m->relid);
+	if (here)
+		rm_check_ground(rm_migration_on(m, rel), rel);
+	table_close(rel, NoLock);	/* ALTER TABLE wants it closed, but locked */
+
+	if (!here || !trigger_unchanged(m))
+	{
+		verify_again(m);		/* just now, before we had the lock */
+		return RM_STEP_AGAIN;
+	}
+	alter = rm_alter_sql(m);
+	if (!OidIsValid(leaf))
 		run->old_storage = rm_relation_storage(m->relid);
 	if (e->invalid)
 	{
 		/* a row without a value has come in: take the CHECK back, look again */
 		if (OidIsValid(find_check(m, &valid)))
-			rm_execute(psprintf("ALTER TABLE ONLY %s DROP CONSTRAINT %s", rel_sql,
+			rm_execute(psprintf("%s DROP CONSTRAINT %s", alter,
 								quote_identifier(rm_check_name(m))));
 		set_enforced(m, false);
 		m->phase = ENFORCE_BEGIN;
@@ -780,6 +1029,11 @@ enforce_apply(RmRun *run)
 	switch (m->phase)
 	{
 		case ENFORCE_ADD_CHECK:
+			if (!leaves_verified(m))
+			{
+				verify_again(m);	/* one was attached since we passed by */
+				break;
+			}
 			refuse_wrong_rows(run);
 			if (accepts_null(run))
 				return RM_STEP_DONE;	/* and no write fails later, either */
@@ -792,8 +1046,8 @@ enforce_apply(RmRun *run)
 			if (e->nullable)
 				return RM_STEP_DONE;
 			if (!OidIsValid(find_check(m, &valid)))
-				rm_execute(psprintf("ALTER TABLE ONLY %s ADD CONSTRAINT %s CHECK (%s IS NOT NULL) NOT VALID",
-									rel_sql, quote_identifier(rm_check_name(m)),
+				rm_execute(psprintf("%s ADD CONSTRAINT %s CHECK (%s IS NOT NULL) NOT VALID",
+									alter, quote_identifier(rm_check_name(m)),
 									column_sql(m, m->new_attnum)));
 			m->phase = ENFORCE_VALIDATE;
 			break;
@@ -806,11 +1060,12 @@ enforce_apply(RmRun *run)
 				break;
 			}
 			e->validating = true;
-			if (!valid)
+			if (leaf == find_unproven(m))
 				rm_execute(psprintf("ALTER TABLE ONLY %s VALIDATE CONSTRAINT %s",
-									rel_sql, quote_identifier(rm_check_name(m))));
+									rm_relation_sql(leaf), quote_identifier(rm_check_name(m))));
 			e->validating = false;
-			m->phase = ENFORCE_SET_NOT_NULL;
+			if (!OidIsValid(find_unproven(m)))
+				m->phase = ENFORCE_SET_NOT_NULL;
 			break;
 
 		case ENFORCE_SET_NOT_NULL:
@@ -820,9 +1075,9 @@ enforce_apply(RmRun *run)
 				set_enforced(m, false);
 				break;
 			}
-			rm_execute(psprintf("ALTER TABLE ONLY %s ALTER COLUMN %s SET NOT NULL",
-								rel_sql, column_sql(m, m->new_attnum)));
-			rm_execute(psprintf("ALTER TABLE ONLY %s DROP CONSTRAINT %s", rel_sql,
+			rm_execute(psprintf("%s ALTER COLUMN %s SET NOT NULL",
+								alter, column_sql(m, m->new_attnum)));
+			rm_execute(psprintf("%s DROP CONSTRAINT %s", alter,
 								quote_identifier(rm_check_name(m))));
 			result = RM_STEP_DONE;
 			break;
@@ -891,19 +1146,19 @@ static RmStepResult
 enforce_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *rel_sql;
+	const char *alter;
 	bool		valid;
 
-	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	rm_lock_tree(run, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
-	rel_sql = rm_relation_sql(m->relid);
+	alter = rm_alter_sql(m);
 	if (OidIsValid(find_check(m, &valid)))
-		rm_execute(psprintf("ALTER TABLE ONLY %s DROP CONSTRAINT %s", rel_sql,
+		rm_execute(psprintf("%s DROP CONSTRAINT %s", alter,
 							quote_identifier(rm_check_name(m))));
 	if (attribute_not_null(m->relid, m->new_attnum))
-		rm_execute(psprintf("ALTER TABLE ONLY %s ALTER COLUMN %s DROP NOT NULL",
-							rel_sql, column_sql(m, m->new_attnum)));
+		rm_execute(psprintf("%s ALTER COLUMN %s DROP NOT NULL",
+							alter, column_sql(m, m->new_attnum)));
 	set_enforced(m, false);
 	return RM_STEP_DONE;
 }

@@ -293,7 +293,7 @@ CALL rm_add_column('a_composite', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('a_foreign_table', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
-CALL rm_add_column('parted', 'v', 'int', 'v::int');
+CALL rm_add_column('parted', 'id', 'bigint');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('part', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE

@@ -1,0 +1,447 @@
+/*-------------------------------------------------------------------------
+ *
+ * leaves.c
+ *	  The tables that hold a table's rows: itself, or its partitions.
+ *
+ * A migration is one of one table, the root.  Where that is partitioned, the
+ * statements that change its definition go to the root, and PostgreSQL takes
+ * them down to everything below; all of that is locked first, at once.  Rows
+ * are another matter: they are filled and verified leaf by leaf, each with a
+ * lock on that leaf only.
+ *
+ * The row of state says where the leaf under way stands (leaf, relfilenode,
+ * next_block, end_block), as it does for a plain table, which has no leaf but
+ * itself.  The table risky_migrations.leaf says which leaves there are, and
+ * which are done.  It is compared with the catalogs each time that another one
+ * is chosen: a leaf that was attached meanwhile is added, one that was detached
+ * or dropped is left out.
+ *
+ * Easy to get wrong: a leaf's columns have other numbers than the root's, and
+ * so the migration that is known to whoever works on its rows is a copy with
+ * the leaf's own (rm_migration_on()).  Columns of root and leaf have the same
+ * names; these are looked up without a lock on the root, since whoever writes
+ * a leaf must not begin to wait for one.  That is safe: to rename or drop a
+ * column of the root one has to lock the leaf too, which the caller has locked.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/attmap.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "catalog/partition.h"
+#include "catalog/pg_inherits.h"
+#include "catalog/pg_type.h"
+#include "executor/spi.h"
+#include "leaves.h"
+#include "rewrite/rewriteManip.h"
+#include "state.h"
+#include "steps.h"
+#include "storage/bufmgr.h"
+#include "utils/array.h"
+#include "utils/builtins.h"
+#include "utils/inval.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/syscache.h"
+
+/*-------------------------------------------------------------------------
+ * The tree
+ *-------------------------------------------------------------------------
+ */
+
+bool
+rm_is_parted(const RmMigration *m)
+{
+	return get_rel_relkind(m->relid) == RELKIND_PARTITIONED_TABLE;
+}
+
+/* OIDs of the table and, if it is partitioned, of all below it; no locks */
+List *
+rm_members(Oid relid)
+{
+	if (get_rel_relkind(relid) != RELKIND_PARTITIONED_TABLE)
+		return list_make1_oid(relid);
+	return find_all_inheritors(relid, NoLock, NULL);
+}
+
+/* OIDs of those that hold rows, likewise */
+List *
+rm_leaves(Oid relid)
+{
+	List	   *leaves = NIL;
+	ListCell   *lc;
+
+	foreach(lc, rm_members(relid))
+		if (get_rel_relkind(lfirst_oid(lc)) != RELKIND_PARTITIONED_TABLE)
+			leaves = lappend_oid(leaves, lfirst_oid(lc));
+	return leaves;
+}
+
+/*
+ * The beginning of an ALTER TABLE that concerns the table and its partitions,
+ * but not what inherits from an ordinary table.
+ */
+const char *
+rm_alter_sql(const RmMigration *m)
+{
+	return psprintf("ALTER TABLE %s%s", rm_is_parted(m) ? "" : "ONLY ",
+					rm_relation_sql(m->relid));
+}
+
+/*
+ * Locks the table and all its partitions, as rm_lock_relations() does.  After
+ * that the tree stays as it is: whoever attaches or detaches locks the parent.
+ */
+void
+rm_lock_tree(RmRun *run, LOCKMODE mode)
+{
+	RmMigration *m = run->m;
+	List	   *relids = rm_members(m->relid);
+
+	rm_lock_relations(&run->locks, relids, mode, run->tries);
+	if (rm_is_parted(m) && list_difference_oid(rm_members(m->relid), relids) != NIL)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("%s has just got another partition", m->relation)));
+}
+
+/* the sync trigger of every session must read the migration again */
+void
+rm_invalidate_tree(const RmMigration *m)
+{
+	ListCell   *lc;
+
+	foreach(lc, rm_members(m->relid))
+		CacheInvalidateRelcacheByRelid(lfirst_oid(lc));
+}
+
+/*-------------------------------------------------------------------------
+ * Columns of a leaf
+ *-------------------------------------------------------------------------
+ */
+
+/* does rel, which is locked, hold rows of the table root? */
+bool
+rm_is_leaf_of(Relation rel, Oid root)
+{
+	if (RelationGetRelid(rel) == root)
+		return true;
+	return rel->rd_rel->relispartition &&
+		list_member_oid(get_partition_ancestors(RelationGetRelid(rel)), root);
+}
+
+/*
+ * Number of the root's column in the leaf; one that no table has if either does
+ * not have it.
+ */
+AttrNumber
+rm_leaf_attnum(Oid root, AttrNumber attnum, Oid leaf)
+{
+	HeapTuple	tup;
+	AttrNumber	result = MaxHeapAttributeNumber + 1;
+
+	if (root == leaf || attnum <= 0)
+		return attnum;
+	tup = SearchSysCacheAttNum(root, attnum);	/* NULL if dropped */
+	if (HeapTupleIsValid(tup))
+	{
+		result = get_attnum(leaf, NameStr(((Form_pg_attribute) GETSTRUCT(tup))->attname));
+		ReleaseSysCache(tup);
+	}
+	return result;
+}
+
+static int
+number_of_columns(Oid relid)
+{
+	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	int			n;
+
+	if (!HeapTupleIsValid(tup))
+		elog(ERROR, "cache lookup failed for relation %u", relid);
+	n = ((Form_pg_class) GETSTRUCT(tup))->relnatts;
+	ReleaseSysCache(tup);
+	return n;
+}
+
+/*
+ * An expression over the root's columns as one over those of rel.
+ */
+Node *
+rm_leaf_expression(Node *expr, Oid root, Relation rel)
+{
+	AttrMap    *map;
+	bool		whole_row;
+
+	if (root == RelationGetRelid(rel))
+		return expr;
+	map = make_attrmap(number_of_columns(root));
+	for (int i = 0; i < map->maplen; i++)
+		map->attnums[i] = rm_leaf_attnum(root, i + 1, RelationGetRelid(rel));
+	expr = map_variable_attnos(expr, 1, 0, map, InvalidOid, &whole_row);
+	free_attrmap(map);
+	return expr;
+}
+
+/*
+ * The migration with the numbers that its columns have in rel, a leaf: itself,
+ * or a copy for work on rows.  Only the root's is ever saved.
+ */
+RmMigration *
+rm_migration_on(RmMigration *m, Relation rel)
+{
+	RmMigration *copy;
+
+	if (RelationGetRelid(rel) == m->relid)
+		return m;
+	copy = palloc(sizeof(RmMigration));
+	*copy = *m;
+	copy->attnum = rm_leaf_attnum(m->relid, m->attnum, RelationGetRelid(rel));
+	copy->new_attnum = rm_leaf_attnum(m->relid, m->new_attnum, RelationGetRelid(rel));
+	return copy;
+}
+
+/*-------------------------------------------------------------------------
+ * Which leaves are done
+ *-------------------------------------------------------------------------
+ */
+
+static Datum
+oid_array(List *oids)
+{
+	Datum	   *elems = palloc(sizeof(Datum) * Max(list_length(oids), 1));
+	int			n = 0;
+	ListCell   *lc;
+
+	foreach(lc, oids)
+		elems[n++] = ObjectIdGetDatum(lfirst_oid(lc));
+	return PointerGetDatum(construct_array(elems, n, OIDOID, sizeof(Oid), true,
+										   TYPALIGN_INT));
+}
+
+/* no leaf is known, none is under way */
+void
+rm_leaves_forget(RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("DELETE FROM risky_migrations.leaf WHERE migration_id = $1",
+					 1, types, v, NULL);
+	m->leaf = InvalidOid;
+	m->relfilenode = InvalidOid;
+	m->next_block = m->end_block = 0;
+}
+
+/* nothing is done in any of them; their ends are fixed as they are begun */
+void
+rm_leaves_reset(RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("UPDATE risky_migrations.leaf SET done = false, relfilenode = 0"
+					 " WHERE migration_id = $1", 1, types, v, NULL);
+	m->leaf = InvalidOid;
+}
+
+/*
+ * Fixes the amount of work: the pages that all leaves have now.  The caller
+ * holds locks on them that keep writers away.
+ */
+void
+rm_leaves_begin(RmMigration *m)
+{
+	Oid			types[] = {INT8OID, OIDOID, OIDOID, INT8OID};
+	ListCell   *lc;
+
+	rm_leaves_forget(m);
+	foreach(lc, rm_leaves(m->relid))
+	{
+		Relation	rel = table_open(lfirst_oid(lc), NoLock);
+		Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(lfirst_oid(lc)),
+			ObjectIdGetDatum(rel->rd_rel->relfilenode),
+		Int64GetDatum(RelationGetNumberOfBlocks(rel))};
+
+		table_close(rel, NoLock);
+		rm_state_execute("INSERT INTO risky_migrations.leaf (migration_id, relid, relfilenode, end_block)"
+						 " VALUES ($1, $2, $3, $4)", 4, types, v, NULL);
+	}
+}
+
+/* tells that a table with the shadow column is not a partition any more */
+static void
+notice_left_out(const RmMigration *m, Oid relid)
+{
+	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		ereport(NOTICE,
+				(errmsg("migration %lld: %s is no partition of %s any more, it is left as it is now",
+						(long long) m->id, rm_relation_sql(relid), m->relation),
+				 errhint("It may have a column of the migration, which is yours to drop.")));
+}
+
+/* compares the list with the catalogs: what is new is to be done */
+static void
+refresh(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID, OIDARRAYOID};
+	Datum		v[] = {Int64GetDatum(m->id), oid_array(rm_leaves(m->relid))};
+
+	rm_state_execute("DELETE FROM risky_migrations.leaf"
+					 " WHERE migration_id = $1 AND relid <> ALL ($2) RETURNING relid",
+					 2, types, v, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		notice_left_out(m, DatumGetObjectId(rm_result_datum(i, 1)));
+	rm_state_execute("INSERT INTO risky_migrations.leaf (migration_id, relid)"
+					 " SELECT $1, r FROM pg_catalog.unnest($2) r"
+					 " ON CONFLICT DO NOTHING", 2, types, v, NULL);
+}
+
+/*
+ * Of the verification: a leaf whose trigger was switched off, dropped or made
+ * again since it was verified is to be done again.
+ */
+void
+rm_leaves_check_again(RmMigration *m)
+{
+	Oid			types[] = {INT8OID, OIDARRAYOID};
+	Datum		v[] = {Int64GetDatum(m->id), 0};
+	List	   *again = NIL;
+
+	refresh(m);
+	rm_state_execute("SELECT relid, trigger_xmin FROM risky_migrations.leaf"
+					 " WHERE migration_id = $1 AND done", 1, types, v, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		Oid			relid = DatumGetObjectId(rm_result_datum(i, 1));
+
+		if (rm_result_int64(i, 2) != rm_trigger_xmin_of(m, relid))
+			again = lappend_oid(again, relid);
+	}
+	if (again == NIL)
+		return;
+	v[1] = oid_array(again);
+	rm_state_execute("UPDATE risky_migrations.leaf SET done = false, relfilenode = 0"
+					 " WHERE migration_id = $1 AND relid = ANY ($2)", 2, types, v, NULL);
+}
+
+/* are all leaves done?  The list is as it was at the last look */
+bool
+rm_leaves_done(RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("SELECT FROM risky_migrations.leaf WHERE migration_id = $1"
+					 " AND NOT done LIMIT 1", 1, types, v, NULL);
+	return SPI_processed == 0;
+}
+
+/*
+ * Chooses the next leaf to be done; false if there is none.  It is begun when
+ * it is opened.
+ */
+bool
+rm_leaves_choose(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+	Relation	root;
+
+	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
+	rm_check_owner(m->relid, m->relation);
+	root = table_open(m->relid, NoLock);
+	rm_check_ground(m, root);
+	table_close(root, NoLock);
+	refresh(m);
+	rm_state_execute("SELECT relid, relfilenode, end_block FROM risky_migrations.leaf"
+					 " WHERE migration_id = $1 AND NOT done ORDER BY relid LIMIT 1",
+					 1, types, v, NULL);
+	m->leaf = m->relfilenode = InvalidOid;
+	m->next_block = m->end_block = 0;
+	if (SPI_processed == 0)
+		return false;
+	m->leaf = DatumGetObjectId(rm_result_datum(0, 1));
+	m->relfilenode = DatumGetObjectId(rm_result_datum(0, 2));
+	m->end_block = rm_result_int64(0, 3);
+	m->trigger_xmin = rm_trigger_xmin_of(m, m->leaf);
+	return true;
+}
+
+/*
+ * Locks and opens what holds the rows: the table, or the leaf under way.  NULL
+ * if that is no leaf of the table any more; then another is to be chosen.
+ */
+Relation
+rm_leaf_open(RmRun *run, LOCKMODE mode)
+{
+	RmMigration *m = run->m;
+	Oid			relid = OidIsValid(m->leaf) ? m->leaf : m->relid;
+	Relation	rel = NULL;
+
+	if (relid == m->relid || SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+	{
+		rm_lock_relation(&run->locks, relid, mode);
+		rel = table_open(relid, NoLock);
+	}
+	if (rel && !rm_is_leaf_of(rel, m->relid))
+	{
+		table_close(rel, NoLock);
+		rel = NULL;
+	}
+	if (rel == NULL)
+		m->leaf = InvalidOid;
+	else
+		rm_check_ground(rm_migration_on(m, rel), rel);
+	if (rel && OidIsValid(m->leaf) && !OidIsValid(m->relfilenode))
+		rm_backfill_fix_end(m, rel);	/* one that was attached meanwhile */
+	return rel;
+}
+
+/* the leaf under way is done */
+void
+rm_leaf_done(RmMigration *m)
+{
+	Oid			types[] = {INT8OID, OIDOID, INT8OID, OIDOID, INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(m->leaf),
+	Int64GetDatum(m->trigger_xmin), ObjectIdGetDatum(m->relfilenode), Int64GetDatum(m->end_block)};
+
+	rm_state_execute("UPDATE risky_migrations.leaf SET done = true, trigger_xmin = $3,"
+					 " relfilenode = $4, end_block = $5"
+					 " WHERE migration_id = $1 AND relid = $2", 5, types, v, NULL);
+	m->leaf = InvalidOid;
+	m->relfilenode = InvalidOid;
+	m->next_block = m->end_block = 0;
+}
+
+/*
+ * For rm_progress: what was said of the leaf under way becomes true of the
+ * table.  The other leaves are added up once for each leaf.
+ */
+void
+rm_leaves_progress(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Oid			types[] = {INT8OID, OIDOID};
+	Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(m->leaf)};
+
+	if (!OidIsValid(m->leaf))
+		return;
+	if (run->summed_leaf != m->leaf)
+	{
+		rm_state_execute("SELECT coalesce(sum(end_block) FILTER (WHERE done), 0)::bigint,"
+						 " coalesce(sum(end_block), 0)::bigint"
+						 " FROM risky_migrations.leaf WHERE migration_id = $1 AND relid <> $2",
+						 2, types, v, NULL);
+		run->other_blocks_done = rm_result_int64(0, 1);
+		run->other_blocks = rm_result_int64(0, 2);
+		run->summed_leaf = m->leaf;
+	}
+	run->progress.blocks_done += run->other_blocks_done;
+	run->progress.blocks_total += run->other_blocks;
+}
