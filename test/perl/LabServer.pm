@@ -15,8 +15,9 @@ use IPC::Run;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(usleep);
 
-our @EXPORT = qw(start_server start_lab sql wait_for becomes start_call finish_call ends_well start_pgbench end_pgbench);
+our @EXPORT = qw(start_server start_lab sql wait_for becomes comes_back start_call finish_call ends_well start_pgbench end_pgbench);
 
 my $node;
 
@@ -67,6 +68,21 @@ sub becomes
 	my ($condition, $name) = @_;
 	ok($node->poll_query_until('postgres', "SELECT coalesce(($condition), false)"), $name);
 	return;
+}
+
+# Waits until a server that restarts by itself takes sessions again.  The query
+# is not written to psql, which would not read it before it is refused.
+sub comes_back
+{
+	my ($server) = @_;
+	for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+	{
+		return 1
+		  if IPC::Run::run([ 'psql', '-XAtq', '-c', 'SELECT', '-d', $server->connstr('postgres') ],
+			'<', File::Spec->devnull, '>', File::Spec->devnull, '2>', File::Spec->devnull);
+		usleep(100_000);
+	}
+	return 0;
 }
 
 # Starts the statements, each as its own command, in a session of that

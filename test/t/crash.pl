@@ -111,8 +111,10 @@ sub restart
 sub kill_backend
 {
 	my ($pid) = @_;
+	my $from = -s $node->logfile;
 	kill 'KILL', $pid;
-	$node->poll_query_until('postgres', 'SELECT true') or die 'the server does not come back';
+	$node->wait_for_log(qr/reinitializing/, $from);
+	comes_back($node) or die 'the server does not come back';
 	return;
 }
 
