@@ -359,6 +359,18 @@ rm_lock_bound_waits(void)
 	snprintf(value, sizeof(value), "%d", rm_lock_timeout);
 	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_LOCAL, true, 0, false);
+	rm_lock_yield_in_deadlocks();
+}
+
+/*
+ * From here to the end of the transaction we look for a deadlock earlier than
+ * others do: whoever finds it is the one who has to give up (40P01).
+ */
+void
+rm_lock_yield_in_deadlocks(void)
+{
+	char		value[32];
+
 	snprintf(value, sizeof(value), "%d",
 			 Max(1, Min(DeadlockTimeout, rm_lock_timeout / 2)));
 	(void) set_config_option("deadlock_timeout", value, PGC_SUSET, PGC_S_SESSION,

@@ -52,6 +52,7 @@ extern void rm_lock_account_end(RmLockAccount *account);
 extern List *rm_relation_storage(Oid relid);
 
 extern void rm_lock_bound_waits(void);
+extern void rm_lock_yield_in_deadlocks(void);
 extern void rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode);
 extern void rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode,
 							  int tries);

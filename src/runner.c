@@ -804,9 +804,14 @@ run_top_level(void *arg)
 {
 	RmRun	   *run = arg;
 
-	/* such a statement may wait for others: it blocks nobody meanwhile */
+	/*
+	 * Such a statement may wait for others: it blocks no reader or writer
+	 * meanwhile.  But whoever runs ANALYZE stands behind it with a snapshot,
+	 * for which CREATE INDEX CONCURRENTLY waits; ours is the one to give up.
+	 */
 	(void) set_config_option("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_LOCAL, true, 0, false);
+	rm_lock_yield_in_deadlocks();
 	rm_worker_run(run->top_level, run->top_level_what);
 }
 
