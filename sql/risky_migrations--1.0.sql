@@ -1365,6 +1365,7 @@ SELECT m.id AS migration, m.relation, l.step, l.direction, l.pid, l.started_at,
 	CASE WHEN w.mode IS NOT NULL THEN
 		format('%s on %s, held or asked for before by %s', w.mode, w.object,
 			coalesce('process ' || nullif(array_to_string(pg_blocking_pids(l.pid), ', '), ''), 'nobody any more'))
+		WHEN l.wait_kind = 'worker' THEN l.wait_reason || coalesce(': ' || c.phase, '')
 		ELSE l.wait_reason END AS waiting_reason,
 	CASE WHEN w.mode IS NOT NULL THEN w.waitstart ELSE l.wait_since END AS waiting_since,
 	l.lock_retries, a.wait_event_type, a.wait_event,
@@ -1382,6 +1383,16 @@ LEFT JOIN LATERAL (
 	SELECT k.mode, k.waitstart,
 		CASE WHEN k.relation IS NULL THEN 'a ' || k.locktype ELSE k.relation::regclass::text END AS object
 	FROM pg_catalog.pg_locks k WHERE k.pid = l.pid AND NOT k.granted LIMIT 1) w ON true
+LEFT JOIN LATERAL (
+	SELECT i.phase || CASE WHEN i.current_locker_pid > 0 THEN format(' (process %s)', i.current_locker_pid)
+		WHEN i.blocks_total > 0 THEN format(' (%s %%)', 100 * i.blocks_done / i.blocks_total)
+		WHEN i.tuples_total > 0 THEN format(' (%s %%)', 100 * i.tuples_done / i.tuples_total) ELSE '' END AS phase
+	FROM pg_catalog.pg_stat_progress_create_index i WHERE i.relid = l.relid AND i.datname = current_database()
+	UNION ALL
+	SELECT n.phase || CASE WHEN n.sample_blks_total > 0 THEN format(' (%s %%)',
+		100 * n.sample_blks_scanned / n.sample_blks_total) ELSE '' END
+	FROM pg_catalog.pg_stat_progress_analyze n WHERE n.relid = l.relid AND n.datname = current_database()
+	LIMIT 1) c ON l.wait_kind = 'worker'
 LEFT JOIN pg_catalog.pg_stat_activity a ON a.pid = l.pid
 WHERE risky_migrations.may_see(m.relid, m.owner)
 	-- what a crash has left as running has no runner
@@ -1390,7 +1401,7 @@ WHERE risky_migrations.may_see(m.relid, m.owner)
 		AND k.database = (SELECT d.oid FROM pg_catalog.pg_database d WHERE d.datname = current_database())
 		AND (k.classid::bigint << 32) | k.objid::bigint = m.id);
 COMMENT ON VIEW rm_progress IS
-	'the steps that are running: pages and rows done and total, rows per second and end estimated from the whole call, and why it waits right now (lock, row lock, snapshot, pause, replica lag, slot, archive, query, wraparound vacuum)';
+	'the steps that are running: pages and rows done and total, rows per second and end estimated from the whole call, and what it waits for right now (lock, row lock, snapshot, worker, constraint, pause, replica lag, slot, archive, query, wraparound vacuum)';
 
 CREATE VIEW rm_conversion_errors WITH (security_barrier) AS
 SELECT DISTINCT ON (e.migration_id, e.row_key)

@@ -457,22 +457,23 @@ static void
 log_wait(void *arg)
 {
 	Wait	   *wait = arg;
-	Oid			types[] = {INT8OID, TEXTOID, TEXTOID};
-	Datum		v[3];
-	const char *n = wait->kind ? NULL : " nn";
+	Oid			types[] = {INT8OID, TEXTOID, TEXTOID, INT8OID};
+	Datum		v[4];
+	const char *n = wait->kind ? NULL : " nn ";
 
 	v[0] = Int64GetDatum(wait->run->log_id);
 	v[1] = wait->kind ? CStringGetTextDatum(wait->kind) : (Datum) 0;
 	v[2] = wait->kind ? CStringGetTextDatum(wait->reason) : (Datum) 0;
+	v[3] = Int64GetDatum(wait->run->lock_retries);
 	/* nobody's work: to be seen, not to be kept */
 	(void) set_config_option("synchronous_commit", "off", PGC_USERSET,
 							 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 	rm_state_execute("UPDATE risky_migrations.step_log SET wait_kind = $2,"
 					 " wait_reason = $3, wait_since = CASE WHEN $2 IS NULL THEN NULL"
 					 " WHEN wait_kind = $2 THEN wait_since"
-					 " ELSE pg_catalog.clock_timestamp() END"
+					 " ELSE pg_catalog.clock_timestamp() END, lock_retries = $4"
 					 " WHERE id = $1",
-					 3, types, v, n);
+					 4, types, v, n);
 }
 
 /* what is known only after the commit: the locks' holds, the whole duration */
@@ -975,7 +976,8 @@ rm_become_runner(const RmMigration *m)
 				 errmsg("migration %lld is already running in another session",
 						(long long) m->id),
 				 errdetail("Process %d runs it.", pid),
-				 errhint("Wait for it, or end it with pg_cancel_backend(%d).", pid)));
+				 errhint("Wait for it, or stop it with SELECT rm_cancel(%lld).",
+						 (long long) m->id)));
 }
 
 /*

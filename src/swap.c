@@ -86,6 +86,8 @@ enum
 
 /* how often a waiting swap looks whether the snapshots are gone, milliseconds */
 #define SNAPSHOT_LOOK 200
+/* and how often whether a background worker is free */
+#define WORKER_LOOK 1000
 /* pages that one look for closed ways back goes through */
 #define CHECK_PAGES 4096
 
@@ -96,10 +98,17 @@ typedef struct Swap
 	VirtualTransactionId *waiting;	/* whose snapshots may be too old */
 	int			nwaiting;
 	TimestampTz wait_began;
-	int64		built;			/* things, for the notice */
 	BlockNumber next_block;		/* of the look at the way back */
 	bool		looked;
 	int64		unfit;			/* rows that do not fit the old type */
+	bool		announced;		/* what comes next is shown in rm_progress */
+	bool		asked;			/* a worker, by the last transaction */
+	bool		asked_index;	/* ... for an index */
+	int			worker_tries;	/* in vain */
+	bool		no_worker;		/* rest before the next try */
+	ErrorData  *failed;			/* why an index could not be built ... */
+	bool		remains_done;	/* ... and what is left of it is dropped, if possible */
+	bool		raised;
 } Swap;
 
 static Swap *
@@ -193,12 +202,15 @@ refuse_unverified(const RmMigration *m)
  *-------------------------------------------------------------------------
  */
 
-/* has a statement run by a worker after this transaction's commit */
+/* has a statement run by a worker after this transaction's commit; name may be NULL */
 static void
-ask_worker(RmRun *run, const char *sql, const char *what)
+ask_worker(RmRun *run, const char *sql, const char *what, const char *name)
 {
 	run->top_level = MemoryContextStrdup(run->cxt, sql);
 	run->top_level_what = MemoryContextStrdup(run->cxt, what);
+	run->wait_kind = "worker";
+	run->wait_reason = name ? psprintf("%s %s", what, quote_identifier(name)) : what;
+	get_work(run)->asked = true;
 }
 
 /* the names that the table and its columns have now: commands are made of them */
@@ -242,26 +254,46 @@ plan(RmRun *run)
 	m->phase = PHASE_MAKE;
 }
 
+/* shows in rm_progress what the next transaction will do; false if that was done */
+static bool
+announce(RmRun *run, const char *what)
+{
+	Swap	   *s = get_work(run);
+
+	s->announced = !s->announced;
+	if (s->announced)
+	{
+		run->wait_kind = "constraint";
+		run->wait_reason = what;
+	}
+	return s->announced;
+}
+
 /* makes one thing, or has it made; its state is looked up again afterwards */
 static void
 make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
 {
 	RmMigration *m = run->m;
 
-	get_work(run)->built++;
 	if (d->by_worker)
 	{
 		const char *name = quote_qualified_identifier(get_namespace_name(get_rel_namespace(m->relid)),
 													  d->build_name);
 
 		if (invalid)
-			ask_worker(run, psprintf("DROP INDEX CONCURRENTLY %s", name), "DROP INDEX CONCURRENTLY");
+			ask_worker(run, psprintf("DROP INDEX CONCURRENTLY %s", name),
+					   "DROP INDEX CONCURRENTLY", d->build_name);
 		else
-			ask_worker(run, d->build_sql, "CREATE INDEX CONCURRENTLY");
+		{
+			ask_worker(run, d->build_sql, "CREATE INDEX CONCURRENTLY", d->name);
+			get_work(run)->asked_index = true;
+		}
 	}
 	else if (unvalidated)
 	{
 		/* a scan under a lock that lets everybody read and write */
+		if (announce(run, psprintf("VALIDATE CONSTRAINT %s", quote_identifier(d->name))))
+			return;
 		rm_lock_relation(&run->locks, d->relid, ShareUpdateExclusiveLock);
 		rm_execute(d->validate_sql);
 	}
@@ -314,6 +346,119 @@ make_next(RmRun *run, bool new_side)
 	return d != NULL;
 }
 
+/*-------------------------------------------------------------------------
+ * What a worker could not do
+ *-------------------------------------------------------------------------
+ */
+
+/*
+ * True to go on: where no worker was free (a parallel query may have them all
+ * for a moment), and to drop what is left of an index that could not be built.
+ * It would be looked after by every write until somebody calls the step again,
+ * and a unique one would refuse writes that are right in the old column.
+ */
+static bool
+build_retry(RmRun *run, ErrorData *error)
+{
+	Swap	   *s = run->work;
+	MemoryContext oldcxt;
+
+	if (s == NULL || s->raised)
+		return false;
+	if (s->asked && error->sqlerrcode == ERRCODE_INSUFFICIENT_RESOURCES)
+	{
+		s->no_worker = s->worker_tries++ < rm_lock_retries;
+		return s->no_worker;
+	}
+	if (s->failed)
+	{
+		s->remains_done = true; /* they stay: the error is what matters */
+		return true;
+	}
+	if (!s->asked_index ||
+		ERRCODE_TO_CATEGORY(error->sqlerrcode) == ERRCODE_TO_CATEGORY(ERRCODE_QUERY_CANCELED))
+		return false;
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	s->failed = palloc0(sizeof(ErrorData));
+	s->failed->sqlerrcode = error->sqlerrcode;
+	s->failed->message = pstrdup(error->message);
+	s->failed->detail = error->detail ? pstrdup(error->detail) : NULL;
+	s->failed->hint = error->hint ? pstrdup(error->hint) : NULL;
+	s->failed->context = error->context ? pstrdup(error->context) : NULL;
+	MemoryContextSwitchTo(oldcxt);
+	run->may_hold = false;
+	return true;
+}
+
+/* drops the index that is there but not valid, at once */
+static void
+drop_remains(RmRun *run, bool new_side)
+{
+	RmMigration *m = run->m;
+	bool		invalid;
+	bool		unvalidated;
+	RmDependent *d = find_missing(run, new_side, &invalid, &unvalidated);
+
+	if (d == NULL || !d->by_worker || !invalid)
+		return;
+	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	rm_check_owner(m->relid, m->relation);
+	rm_execute(psprintf("DROP INDEX IF EXISTS %s",
+						quote_qualified_identifier(get_namespace_name(get_rel_namespace(m->relid)),
+												   d->build_name)));
+}
+
+/* at the beginning of a transaction that builds: true if it is for this alone */
+static bool
+after_worker_failure(RmRun *run, bool new_side)
+{
+	Swap	   *s = get_work(run);
+
+	s->asked = s->asked_index = false;
+	if (s->no_worker)
+	{
+		s->no_worker = false;
+		run->pause_ms = WORKER_LOOK;
+		run->wait_kind = "worker";
+		run->wait_reason = "no background worker is free, all max_worker_processes are in use";
+		return true;
+	}
+	if (s->failed == NULL)
+		return false;
+	if (!s->remains_done)
+	{
+		drop_remains(run, new_side);
+		s->remains_done = true;
+		return true;
+	}
+	s->raised = true;
+	ereport(ERROR,
+			(errcode(s->failed->sqlerrcode),
+			 errmsg_internal("%s", s->failed->message),
+			 s->failed->detail ? errdetail_internal("%s", s->failed->detail) : 0,
+			 s->failed->hint ? errhint("%s", s->failed->hint) : 0,
+			 s->failed->context ? errcontext("%s", s->failed->context) : 0));
+	return true;				/* not reached */
+}
+
+/* how to go on when something could not be built */
+static void
+build_explain(RmRun *run, ErrorData *error)
+{
+	Swap	   *s = run->work;
+	MemoryContext oldcxt;
+
+	if (s == NULL || !s->raised || error->hint)
+		return;
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	error->hint =
+		psprintf(error->sqlerrcode == ERRCODE_UNIQUE_VIOLATION ?
+				 "Rows that differ in the old type are equal in the new one: mend them, then call it again (next_call in rm_migrations); or take everything back with CALL rm_rollback(%lld)." :
+				 "When the cause is gone call it again (next_call in rm_migrations), it goes on where it is; or take everything back with CALL rm_rollback(%lld).",
+				 (long long) run->migration_id);
+	MemoryContextSwitchTo(oldcxt);
+}
+
 /* locks the table so that its definition stands still, and looks at it */
 static void
 hold_definition(RmRun *run)
@@ -350,9 +495,11 @@ build(RmRun *run)
 	bool		unvalidated;
 
 	rm_swap_refuse(m->relid);
+	run->may_hold = true;
+	if (after_worker_failure(run, true))
+		return false;
 	if (!get_work(run)->planned)
 		m->phase = PHASE_PLAN;	/* a new run: what was planned may be old */
-	run->may_hold = true;
 	switch (m->phase)
 	{
 		case PHASE_PLAN:
@@ -367,7 +514,7 @@ build(RmRun *run)
 			return false;
 
 		case PHASE_ANALYZE:
-			ask_worker(run, psprintf("ANALYZE %s", rm_relation_sql(m->relid)), "ANALYZE");
+			ask_worker(run, psprintf("ANALYZE %s", rm_relation_sql(m->relid)), "ANALYZE", NULL);
 			m->phase = PHASE_CHECK;
 			return false;
 
@@ -430,6 +577,8 @@ const RmStep rm_step_build = {
 	.apply = build_apply,
 	.revert = build_revert,
 	.committed = build_committed,
+	.retry = build_retry,
+	.explain = build_explain,
 };
 
 /*-------------------------------------------------------------------------
@@ -1046,6 +1195,8 @@ swap_revert(RmRun *run)
 	}
 	if (m->phase != PHASE_EXCHANGE)
 	{
+		if (after_worker_failure(run, false))
+			return RM_STEP_AGAIN;
 		rm_check_owner(m->relid, m->relation);
 		/* who has an old snapshot would find no value in rows that were mended */
 		if (!make_next(run, false) &&
@@ -1113,7 +1264,10 @@ swap_explain(RmRun *run, ErrorData *error)
 	ErrorData  *failure = NULL;
 
 	if (!run->revert)
+	{
+		build_explain(run, error);
 		return;
+	}
 	for (run->tries = 0; run->tries <= rm_lock_retries; run->tries++)
 	{
 		failure = rm_between(run, disarm_way_back, run);
@@ -1135,6 +1289,7 @@ const RmStep rm_step_swap = {
 	.apply = swap_apply,
 	.revert = swap_revert,
 	.committed = swap_committed,
+	.retry = build_retry,
 	.explain = swap_explain,
 };
 

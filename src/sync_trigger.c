@@ -18,6 +18,12 @@
  * the shadow column is NULL.  Once the shadow column's own constraints exist
  * (enforced), the write fails as it would on the changed table.
  *
+ * After the swap an INSERT without a list of columns gives to the old column,
+ * whose position it still is, what was meant for the new one.  The trigger
+ * would write over it, and the value would be lost without a word: so the new
+ * column gets what the expression makes of it, and where it has a value already
+ * the INSERT is refused.
+ *
  * Easy to get wrong: a trigger can outlive what it belongs to (restored from
  * a dump into a database without the migration's row, a source column that
  * was dropped with CASCADE).  Then it leaves the row as it is.
@@ -71,6 +77,7 @@ typedef struct SyncEntry
 	MemoryContext cxt;			/* of all below, NULL if there is nothing to do */
 	RmMigration m;				/* only what the trigger needs */
 	RmConversion *conv;			/* not prepared */
+	RmConversion *forward;		/* from old to new, after the swap; likewise */
 } SyncEntry;
 
 /* the same for one statement */
@@ -79,6 +86,7 @@ typedef struct SyncState
 	RmMigration m;
 	RmConversion *conv;			/* NULL: leave rows as they are, unless ... */
 	ErrorData  *error;			/* ... this happened: record it for each row */
+	RmConversion *forward;		/* after the swap, where rows are inserted */
 	TupleTableSlot *slot;
 	MemoryContext value_cxt;
 	Bitmapset  *reads;			/* columns that the conversion reads */
@@ -142,27 +150,25 @@ target_column(const RmMigration *m)
 	return m->swapped ? m->attnum : m->new_attnum;
 }
 
-/* the conversion that the row describes, unless its columns are gone */
-static void
-load_conversion(SyncEntry *entry, Relation rel, HeapTuple tup, TupleDesc desc)
+/* the conversion that is kept in the named columns; NULL if it or its target is gone */
+static RmConversion *
+load_conversion(SyncEntry *entry, Relation rel, HeapTuple tup, TupleDesc desc,
+				AttrNumber target, const char *tree_name, const char *expr_name)
 {
-	RmMigration *m = &entry->m;
-	AttrNumber	target = target_column(m);
-	char	   *tree = text_attribute(tup, desc, m->swapped ? "reverse_tree" : "conversion_tree");
+	char	   *tree = text_attribute(tup, desc, tree_name);
 	Form_pg_attribute att;
 
 	if (tree == NULL || target <= 0 || target > RelationGetDescr(rel)->natts ||
-		m->new_attnum > RelationGetDescr(rel)->natts)
-		return;
+		entry->m.new_attnum > RelationGetDescr(rel)->natts)
+		return NULL;
 	att = TupleDescAttr(RelationGetDescr(rel), target - 1);
 	if (att->attisdropped)
-		return;
-	entry->conv =
-		rm_conversion_load(tree, DatumGetInt32(attribute(tup, desc, "server_version")),
-						   text_attribute(tup, desc, m->swapped ? "reverse_expr" : "using_expr"),
-						   m->relid, rel, att->atttypid, att->atttypmod, target,
-						   rm_settings_list(attribute(tup, desc, "settings")),
-						   entry->cxt);
+		return NULL;
+	return rm_conversion_load(tree, DatumGetInt32(attribute(tup, desc, "server_version")),
+							  text_attribute(tup, desc, expr_name),
+							  entry->m.relid, rel, att->atttypid, att->atttypmod, target,
+							  rm_settings_list(attribute(tup, desc, "settings")),
+							  entry->cxt);
 }
 
 /* fills the entry from the migration's row; conv stays NULL if it has none */
@@ -202,7 +208,16 @@ read_migration(SyncEntry *entry, Relation rel)
 		{
 			m->attnum = rm_leaf_attnum(m->relid, m->attnum, entry->key.relid);
 			m->new_attnum = rm_leaf_attnum(m->relid, m->new_attnum, entry->key.relid);
-			load_conversion(entry, rel, tup, desc);
+			if (!m->swapped)
+				entry->conv = load_conversion(entry, rel, tup, desc, m->new_attnum,
+											  "conversion_tree", "using_expr");
+			else
+			{
+				entry->conv = load_conversion(entry, rel, tup, desc, m->attnum,
+											  "reverse_tree", "reverse_expr");
+				entry->forward = load_conversion(entry, rel, tup, desc, m->new_attnum,
+												 "conversion_tree", "using_expr");
+			}
 		}
 		MemoryContextSwitchTo(oldcxt);
 	}
@@ -235,7 +250,7 @@ get_entry(int64 id, Relation rel)
 		entry->cxt = AllocSetContextCreate(CacheMemoryContext, "rm sync trigger",
 										   ALLOCSET_SMALL_SIZES);
 	memset(&entry->m, 0, sizeof(entry->m));
-	entry->conv = NULL;
+	entry->conv = entry->forward = NULL;
 	/* an invalidation while we read must not be overlooked */
 	entry->valid = true;
 	PG_TRY();
@@ -255,21 +270,20 @@ get_entry(int64 id, Relation rel)
  * The conversion, copied (the entry may be thrown away while the statement
  * runs) and ready for use.
  */
-static void
-prepare_conversion(SyncState *state, SyncEntry *entry, MemoryContext cxt)
+static RmConversion *
+prepare_conversion(const RmConversion *source, MemoryContext cxt)
 {
 	RmConversion *conv = palloc(sizeof(RmConversion));
 	ListCell   *lc;
 
-	*conv = *entry->conv;
-	conv->expr = copyObject(entry->conv->expr);
+	*conv = *source;
+	conv->expr = copyObject(source->expr);
 	conv->settings = NIL;
-	foreach(lc, entry->conv->settings)
+	foreach(lc, source->settings)
 		conv->settings = lappend(conv->settings, pstrdup(lfirst(lc)));
 	conv->seen_valid = false;
 	rm_conversion_prepare(conv, cxt);
-	state->conv = conv;
-	pull_varattnos((Node *) conv->expr, 1, &state->reads);
+	return conv;
 }
 
 /* are values that do not convert to be refused? */
@@ -310,7 +324,12 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 		state->m = entry->m;
 		state->m.new_type = NULL;
 		if (entry->conv)
-			prepare_conversion(state, entry, flinfo->fn_mcxt);
+		{
+			state->conv = prepare_conversion(entry->conv, flinfo->fn_mcxt);
+			pull_varattnos((Node *) state->conv->expr, 1, &state->reads);
+		}
+		if (entry->forward && TRIGGER_FIRED_BY_INSERT(trigdata->tg_event))
+			state->forward = prepare_conversion(entry->forward, flinfo->fn_mcxt);
 		ReleaseCurrentSubTransaction();
 	}
 	PG_CATCH();
@@ -324,13 +343,13 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 			state->m = entry->m;
 		if (state->m.new_attnum <= 0 || must_convert(&state->m))
 			ReThrowError(state->error);
-		state->conv = NULL;
+		state->conv = state->forward = NULL;
 	}
 	PG_END_TRY();
 	MemoryContextSwitchTo(flinfo->fn_mcxt);
 	CurrentResourceOwner = oldowner;
 
-	if (state->conv || state->error)
+	if (state->conv || state->error || state->forward)
 	{
 		state->slot = MakeSingleTupleTableSlot(CreateTupleDescCopyConstr(RelationGetDescr(trigdata->tg_relation)),
 											   &TTSOpsHeapTuple);
@@ -379,6 +398,60 @@ nothing_to_do(SyncState *state, TriggerData *trigdata)
 	return true;
 }
 
+/*
+ * After the swap an INSERT without a list of columns gives the old column, whose
+ * position it still is, what is meant for the new one.  Where the new one has no
+ * value, it gets the one that the expression makes of it, as it would have in
+ * the changed table, with its errors.  NULL if there is nothing to do.
+ */
+static HeapTuple
+take_value_aside(SyncState *state, HeapTuple tuple, TupleDesc desc)
+{
+	int			column = state->m.new_attnum;
+	Datum		value;
+	bool		isnull;
+
+	(void) slot_getattr(state->slot, state->m.attnum, &isnull);
+	if (isnull)
+		return NULL;
+	(void) slot_getattr(state->slot, column, &isnull);
+	if (!isnull)
+		return NULL;
+	value = rm_conversion_evaluate(state->forward, state->slot, &isnull);
+	return heap_modify_tuple_by_cols(tuple, desc, 1, &column, &value, &isnull);
+}
+
+/*
+ * Refuses (428C9) the row of an INSERT that gives the old column a value, other
+ * than one that belongs to the value of the new column (its default, say).
+ */
+static void
+refuse_value_aside(SyncState *state, Relation rel)
+{
+	RmConversion *forward = state->forward;
+	Datum		value;
+	Datum		new_value;
+	bool		isnull;
+	bool		new_isnull;
+	ErrorData  *error;
+
+	new_value = slot_getattr(state->slot, state->m.new_attnum, &new_isnull);
+	if (rm_conversion_try(forward, state->slot, state->value_cxt, &value, &isnull, &error) &&
+		isnull == new_isnull &&
+		(isnull || datum_image_eq(value, new_value, forward->typbyval, forward->typlen)))
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_GENERATED_ALWAYS),
+			 errmsg("the value for column \"%s\" of relation \"%s\" would be lost",
+					NameStr(TupleDescAttr(RelationGetDescr(rel), state->m.attnum - 1)->attname),
+					RelationGetRelationName(rel)),
+			 errdetail("Migration %lld has put another column in its place, \"%s\". INSERT and COPY without a list of columns go by position, and still give the old one its value.",
+					   (long long) state->m.id,
+					   NameStr(TupleDescAttr(RelationGetDescr(rel), state->m.new_attnum - 1)->attname)),
+			 errhint("Name the columns in the INSERT or COPY. Until that is done CALL rm_rollback(%lld) goes back.",
+					 (long long) state->m.id)));
+}
+
 /* writes the failure down in the writer's transaction */
 static void
 record_failure(SyncState *state, Relation rel, ErrorData *error)
@@ -407,8 +480,9 @@ record_failure(SyncState *state, Relation rel, ErrorData *error)
  *
  * Gives NEW's shadow column the value that the migration's expression has for
  * NEW; after the swap the old column that of the expression for the way back.
- * Errors: 39P01 if it is not called as such a trigger; those of the
- * conversion once the new column's constraints are in force.
+ * Errors: 39P01 if it is not called as such a trigger; those of the conversion
+ * once the new column's constraints are in force; 428C9 for an INSERT after the
+ * swap that gives the old column a value.
  */
 Datum
 rm_sync(PG_FUNCTION_ARGS)
@@ -422,6 +496,7 @@ rm_sync(PG_FUNCTION_ARGS)
 	bool		isnull = true;
 	bool		present_isnull;
 	ErrorData  *error;
+	Form_pg_attribute att;
 	int			column;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) ||
@@ -446,8 +521,20 @@ rm_sync(PG_FUNCTION_ARGS)
 
 	MemoryContextReset(state->value_cxt);
 	ExecStoreHeapTuple(tuple, state->slot, false);
+	if (state->forward)
+	{
+		HeapTuple	taken = take_value_aside(state, tuple, RelationGetDescr(rel));
+
+		if (taken)
+		{
+			ExecClearTuple(state->slot);
+			return PointerGetDatum(taken);
+		}
+	}
 	if (state->error)
 		record_failure(state, rel, state->error);
+	else if (state->conv == NULL)
+		 /* no way back */ ;
 	else if (must_convert(&state->m))
 		value = rm_conversion_evaluate(state->conv, state->slot, &isnull);
 	else if (!rm_conversion_try(state->conv, state->slot, state->value_cxt, &value,
@@ -459,12 +546,17 @@ rm_sync(PG_FUNCTION_ARGS)
 	}
 
 	column = target_column(&state->m);
+	att = TupleDescAttr(RelationGetDescr(rel), column - 1);
 	present = slot_getattr(state->slot, column, &present_isnull);
 	if (isnull != present_isnull ||
-		(!isnull && !datum_image_eq(value, present, state->conv->typbyval,
-									state->conv->typlen)))
-		tuple = heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), 1, &column,
-										  &value, &isnull);
+		(!isnull && !datum_image_eq(value, present, att->attbyval, att->attlen)))
+	{
+		if (state->forward && !present_isnull)
+			refuse_value_aside(state, rel);
+		if (state->conv || state->error)
+			tuple = heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), 1, &column,
+											  &value, &isnull);
+	}
 	ExecClearTuple(state->slot);
 	return PointerGetDatum(tuple);
 }
