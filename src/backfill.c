@@ -414,7 +414,7 @@ notice_progress(RmRun *run)
 	char		total[32];
 
 	rm_format_count(rows, sizeof(rows), b->batch_rows);
-	rm_format_count(total, sizeof(total), Max(b->rows_estimated, b->rows_done));
+	rm_format_count(total, sizeof(total), left <= 0 ? b->rows_done : Max(b->rows_estimated, b->rows_done));
 	ereport(NOTICE,
 			(errmsg("batch %lld: %s rows backfilled (%.1f s), %d %% of %s, about %.0f s left",
 					(long long) run->batches, rows, ms / 1000.0,

@@ -206,7 +206,7 @@ rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
 			error->detail = psprintf("The change was tried on an empty copy of %s; ALTER TABLE would refuse it too.",
 									 m->relation);
 		if (error->hint == NULL)
-			error->hint = "Drop or change what is in the way first, such as a default or a constraint that makes no sense for the new type.";
+			error->hint = "Drop or change what is in the way first, such as a constraint that makes no sense for the new type. A default can be given in the new type beforehand: ALTER COLUMN ... SET DEFAULT value::newtype.";
 		ReThrowError(error);
 	}
 	return twin.list;

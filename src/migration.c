@@ -285,7 +285,7 @@ rm_open_migration(const char *method)
 				 errmsg("there is no open migration"),
 				 method ? errdetail("None of the method %s is open on a table of yours.", method) :
 				 errdetail("None is open on a table of yours."),
-				 method ? errhint("Start one with rm_add_column(), or in the lab with CALL rm_migrate('0003').") :
+				 method ? errhint("Start one with CALL rm_alter_type() or SELECT rm_start(), or step by step with CALL rm_add_column().") :
 				 errhint("Start one with CALL rm_alter_type() or SELECT rm_start().")));
 	initStringInfo(&list);
 	for (uint64 i = 0; i < SPI_processed; i++)

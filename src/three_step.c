@@ -266,7 +266,7 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 	if (DomainHasConstraints(def->type))
 		refuse(rel, psprintf("The type %s is a domain with constraints, and adding a column of it would rewrite the table.",
 							 format_type_be(def->type)),
-			   "Use the domain's base type, or ALTER TABLE where nobody is waiting.");
+			   "Use the domain's base type, with the domain's CHECK on the column added NOT VALID and validated; or ALTER TABLE where nobody is waiting.");
 	if (get_attnum(RelationGetRelid(rel), new_column) != InvalidAttrNumber)
 		ereport(ERROR,
 				(errcode(ERRCODE_DUPLICATE_COLUMN),
