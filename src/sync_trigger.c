@@ -328,7 +328,8 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 			state->conv = prepare_conversion(entry->conv, flinfo->fn_mcxt);
 			pull_varattnos((Node *) state->conv->expr, 1, &state->reads);
 		}
-		if (entry->forward && TRIGGER_FIRED_BY_INSERT(trigdata->tg_event))
+		/* one statement may both insert and update: ON CONFLICT, MERGE */
+		if (entry->forward)
 			state->forward = prepare_conversion(entry->forward, flinfo->fn_mcxt);
 		ReleaseCurrentSubTransaction();
 	}
@@ -498,6 +499,7 @@ rm_sync(PG_FUNCTION_ARGS)
 	ErrorData  *error;
 	Form_pg_attribute att;
 	int			column;
+	bool		inserts;
 
 	if (!CALLED_AS_TRIGGER(fcinfo) ||
 		!TRIGGER_FIRED_BEFORE(trigdata->tg_event) ||
@@ -519,9 +521,10 @@ rm_sync(PG_FUNCTION_ARGS)
 	if (state->slot == NULL || nothing_to_do(state, trigdata))
 		return PointerGetDatum(tuple);
 
+	inserts = state->forward && TRIGGER_FIRED_BY_INSERT(trigdata->tg_event);
 	MemoryContextReset(state->value_cxt);
 	ExecStoreHeapTuple(tuple, state->slot, false);
-	if (state->forward)
+	if (inserts)
 	{
 		HeapTuple	taken = take_value_aside(state, tuple, RelationGetDescr(rel));
 
@@ -551,7 +554,7 @@ rm_sync(PG_FUNCTION_ARGS)
 	if (isnull != present_isnull ||
 		(!isnull && !datum_image_eq(value, present, att->attbyval, att->attlen)))
 	{
-		if (state->forward && !present_isnull)
+		if (inserts && !present_isnull)
 			refuse_value_aside(state, rel);
 		if (state->conv || state->error)
 			tuple = heap_modify_tuple_by_cols(tuple, RelationGetDescr(rel), 1, &column,
