@@ -210,6 +210,18 @@ typedef struct Start
 	RmMigration *m;
 } Start;
 
+/* what a session that was killed has left as running in the step log */
+static void
+log_interruption(int64 id)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(id)};
+
+	rm_state_execute("UPDATE risky_migrations.step_log SET state = 'interrupted'"
+					 " WHERE migration_id = $1 AND state = 'running'",
+					 1, types, v, NULL);
+}
+
 /*
  * A migration of the same column that is still open: refused if it has done
  * anything, else (its first step failed or was killed) given up.
@@ -244,6 +256,7 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 	types[0] = INT8OID;
 	rm_state_execute("UPDATE risky_migrations.migration SET state = 'rolled back' WHERE id = $1",
 					 1, types, v, NULL);
+	log_interruption(id);
 }
 
 /* on_error => 'null' for a column that may not be NULL, or by plain ALTER TABLE */
@@ -563,14 +576,19 @@ rm_cleanup(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+/* closes a migration that has done nothing, or whose table is gone */
 static void
 close_migration(void *arg)
 {
 	RmMigration *m = rm_migration_load(((RmMigration *) arg)->id, true, CurrentMemoryContext);
 
+	if (m->steps_done > 0 && SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
+		refuse_wrong_state(m, "the rollback",
+						   "Another session has gone on with it meanwhile; call it again.");
 	m->state = "rolled back";
 	m->steps_done = 0;
 	rm_migration_save(m);
+	log_interruption(m->id);
 }
 
 /*
@@ -601,7 +619,19 @@ rm_migration_revert(RmMigration *m, int to_steps)
 		rm_run_step(m, step, true, RM_DEFAULT_BATCH);
 	}
 	if (first == 0)
-		rm_transaction(close_migration, m);
+	{
+		/* its first step may be under way */
+		rm_become_runner(m);
+		PG_TRY();
+		{
+			rm_transaction(close_migration, m);
+		}
+		PG_FINALLY();
+		{
+			rm_runner_unlock(RM_RUNNER_MIGRATION, m->id);
+		}
+		PG_END_TRY();
+	}
 }
 
 /*
