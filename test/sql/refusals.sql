@@ -889,7 +889,7 @@ SELECT r.* FROM unnest('{SELEC 1,SELECT (}'::text[]) t (given), refused(format('
 \x off
 CALL rm_add_column('plain', 'v', 'int', 'v::int + nothing');
 \echo SQLSTATE :SQLSTATE
-CALL rm_add_column('plain', 'v', 'timestamp without', 'v::int');
+CALL rm_add_column('plain', 'v', 'numeric(10', 'v::int');
 \echo SQLSTATE :SQLSTATE
 SELECT public.picture() = :'before' AS nothing_changed;
 DROP FUNCTION refused(text);
