@@ -22,7 +22,10 @@
  * the new one, and is built again for the old one before the columns change
  * places; plain indexes never went away.  What refuses writes (NOT NULL, unique
  * indexes, CHECK, foreign keys) is put aside meanwhile: a value that does not
- * fit the old type is recorded, and closes the way back.
+ * fit the old type is recorded, and closes the way back.  A record is a hint: when
+ * the way back is asked for, the rows themselves are looked at, and those whose
+ * old value can be made by now are mended.  If the way back fails, what was built
+ * for it and could refuse a write goes again.
  *
  * Who may be under way during the swap: nobody who has touched the table, for
  * they hold a lock on it.  Who begins before and ends after it without having
@@ -34,7 +37,10 @@
  * Easy to get wrong: between the moment at which all was built and the lock,
  * somebody may add an index or change a constraint.  A fingerprint of the
  * catalogs is taken when all is there, and compared under the lock; if it is
- * another one the locks are let go and the building begins again.
+ * another one the locks are let go and the building begins again.  What was
+ * planned is text with names in it: before the swap it is planned again when
+ * names change; after it the way back wants them as they were.  And what is built
+ * is told by its name: if its definition is another one by now, it has to go.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
