@@ -464,8 +464,8 @@ begin_migration();
 	is(as_owner('SELECT rows_done FROM rm_progress'), 1000, 'pause: rm_progress says so too');
 
 	# by reload it becomes another reason, without a new call
-	set(q{risky_migrations.batch_pause = 0}, q{risky_migrations.throttle_query = 'SELECT on_ FROM public.switch'});
 	as_owner('UPDATE switch SET on_ = true');
+	set(q{risky_migrations.batch_pause = 0}, q{risky_migrations.throttle_query = 'SELECT on_ FROM public.switch'});
 	holds('query', 'reload');
 	set(q{risky_migrations.throttle_query = ''});
 	ends_well($call, 'reload: it goes on');
