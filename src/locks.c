@@ -103,6 +103,8 @@ rm_lock_account_begin(RmLockAccount *account)
 	release_armed = true;
 	account->blocking = false;
 	account->vacuumed = InvalidOid;
+	account->set_size = 1;
+	account->missed = false;
 	foreach(lc, account->stats)
 		((RmLockStat *) lfirst(lc))->current = false;
 }
@@ -477,13 +479,23 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
  * above, the others are taken only if they are free at once (55P03, and the
  * transaction's end lets all go).  Which one is waited for changes from try to
  * try: with the right one, often the first that others' transactions touch, the
- * rest falls free while they queue behind it.
+ * rest falls free while they queue behind it.  It is remembered for the next set.
+ *
+ * A try that gets its first lock and misses another has kept others waiting for
+ * milliseconds only: account->missed is set, and the pauses need not grow before
+ * each relation has had its turn.
  */
 void
 rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries)
 {
 	int			n = list_length(relids);
-	int			first = tries % n;
+	int			first = tries;
+
+	for (int i = 0; i < n; i++)
+		if (list_nth_oid(relids, i) == account->waited_for)
+			first += i;
+	first %= n;
+	account->set_size = n;
 
 	rm_lock_relation(account, list_nth_oid(relids, first), mode);
 	for (int i = 1; i < n; i++)
@@ -496,6 +508,7 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 		{
 			char	   *name = get_rel_name(relid);
 
+			account->missed = true;
 			ereport(ERROR,
 					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 					 errmsg("relation \"%s\" is in use", name ? name : "?"),
@@ -504,6 +517,8 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 		stat->wait_ms = Max(stat->wait_ms, 0);
 		note_taken(account, stat, relid);
 	}
+	if (n > 1)
+		account->waited_for = list_nth_oid(relids, first);
 }
 
 /*

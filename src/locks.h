@@ -41,6 +41,9 @@ typedef struct RmLockAccount
 	bool		blocking;		/* a lock of this transaction blocks writers */
 	bool		complete;		/* the lock table has been read for these modes */
 	Oid			vacuumed;		/* not asked for: see rm_lock_relation() */
+	int			set_size;		/* relations that are needed together */
+	bool		missed;			/* one of them was not free when another was held */
+	Oid			waited_for;		/* which to wait for, so that the rest falls free */
 } RmLockAccount;
 
 extern void rm_locks_init(void);

@@ -872,7 +872,8 @@ after_failure(RmRun *run, ErrorData *error)
 			error = rm_between(run, end_blockers, run);
 		if (error)
 			fail(run, error);
-		return retry_delay(run->tries - 1);
+		return retry_delay(run->locks.missed ? (run->tries - 1) / run->locks.set_size :
+						   run->tries - 1);
 	}
 	if (run->step->retry && run->step->retry(run, error))
 	{
