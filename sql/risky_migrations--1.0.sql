@@ -179,6 +179,7 @@ CREATE TABLE risky_migrations.dependent (
 	build_sql text,
 	by_worker boolean NOT NULL DEFAULT false,
 	validate_sql text,
+	make_sql text,
 	take_sql text[] NOT NULL DEFAULT '{}',
 	drop_sql text,
 	PRIMARY KEY (migration_id, side, ord)
@@ -359,16 +360,47 @@ COMMENT ON PROCEDURE rm_rollback(bigint) IS
 --   nobody may change these: lock column_relations() first.
 -- * What a new type does to a definition (an operator that does not exist, a
 --   default that does not fit) shows only when it is made.
+-- * Of a partitioned table all partitions are meant, each with its own number
+--   for the column: see member_columns().  What the parent has passed on to
+--   them (clones of its triggers) goes and comes with the parent's.
+
+CREATE FUNCTION risky_migrations.members(root oid) RETURNS SETOF oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH RECURSIVE member (oid) AS (
+		SELECT members.root
+		UNION
+		SELECT h.inhrelid FROM member m
+		JOIN pg_catalog.pg_class c ON c.oid = m.oid AND c.relkind = 'p'
+		JOIN pg_catalog.pg_inherits h ON h.inhparent = m.oid AND NOT h.inhdetachpending
+	)
+	SELECT m.oid FROM member m;
+END;
+COMMENT ON FUNCTION risky_migrations.members(oid) IS
+	'the table and, if it is partitioned, all that is below it';
+
+CREATE FUNCTION risky_migrations.member_columns(relid oid, attnum smallint)
+RETURNS TABLE (member oid, number smallint)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT m.oid, b.attnum
+	FROM risky_migrations.members(member_columns.relid) m (oid)
+	JOIN pg_catalog.pg_attribute a ON a.attrelid = member_columns.relid AND a.attnum = member_columns.attnum
+	JOIN pg_catalog.pg_attribute b ON b.attrelid = m.oid AND b.attname = a.attname;
+END;
+COMMENT ON FUNCTION risky_migrations.member_columns(oid, smallint) IS
+	'the column in each of the table''s members, which may have another number there';
 
 CREATE FUNCTION risky_migrations.column_dependents(relid oid, attnum smallint)
 RETURNS TABLE (classid oid, objid oid, relation oid, depth integer)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH RECURSIVE target AS (
-		SELECT c.oid, column_dependents.attnum AS attnum,
+		SELECT c.oid, m.number AS attnum,
 			-- a whole row of it, or of a join
 			pg_catalog.format(':varattno 0 :vartype (%s|2249) ', c.reltype) AS whole_row
-		FROM pg_catalog.pg_class c WHERE c.oid = column_dependents.relid
+		FROM risky_migrations.member_columns(column_dependents.relid, column_dependents.attnum) m
+		JOIN pg_catalog.pg_class c ON c.oid = m.member
 	), direct AS (
 		SELECT d.classid, d.objid
 		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_class'::regclass
@@ -432,7 +464,9 @@ BEGIN ATOMIC
 		AND (r.ev_type = '1') IS NOT TRUE
 		-- the extension's own
 		AND NOT (g.tgname ~ '^~rm_sync_' AND g.tgfoid = 'risky_migrations.sync()'::regprocedure) IS TRUE
-		AND g.tgisinternal IS NOT TRUE;
+		AND g.tgisinternal IS NOT TRUE
+		-- clones in partitions
+		AND coalesce(g.tgparentid, 0) = 0;
 END;
 COMMENT ON FUNCTION risky_migrations.column_dependents(oid, smallint) IS
 	'every view, rule, trigger, policy and function that refers to a column, to the whole row, or to a view that does; a view is its relation, with the longest way down to the table as depth (more than there are views: a circle); the others have depth 0, and the relation they belong to';
@@ -441,16 +475,16 @@ CREATE FUNCTION risky_migrations.column_left_behind(relid oid, attnum smallint) 
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	SELECT DISTINCT (pg_catalog.pg_identify_object(d.classid, d.objid, 0)).identity
-	FROM pg_catalog.pg_depend d
+	FROM risky_migrations.member_columns(column_left_behind.relid, column_left_behind.attnum) m
+	JOIN pg_catalog.pg_depend d ON d.refobjid = m.member AND d.refobjsubid = m.number
 	LEFT JOIN pg_catalog.pg_trigger g ON d.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = d.objid
 	LEFT JOIN pg_catalog.pg_attrdef a ON d.classid = 'pg_catalog.pg_attrdef'::regclass AND a.oid = d.objid
 	WHERE d.refclassid = 'pg_catalog.pg_class'::regclass
-		AND d.refobjid = column_left_behind.relid AND d.refobjsubid = column_left_behind.attnum
 		AND (d.classid IN ('pg_catalog.pg_rewrite'::regclass, 'pg_catalog.pg_trigger'::regclass, 'pg_catalog.pg_policy'::regclass,
 				'pg_catalog.pg_proc'::regclass, 'pg_catalog.pg_publication_rel'::regclass)
 			-- generated columns
-			OR a.adnum <> column_left_behind.attnum
-			OR d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = column_left_behind.relid AND d.objsubid > 0)
+			OR a.adnum <> m.number
+			OR d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = m.member AND d.objsubid > 0)
 		AND g.tgisinternal IS NOT TRUE
 		AND NOT (g.tgname ~ '^~rm_sync_' AND g.tgfoid = 'risky_migrations.sync()'::regprocedure) IS TRUE;
 END;
@@ -611,10 +645,22 @@ BEGIN ATOMIC
 			FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
 			WHERE d.classid = 'pg_catalog.pg_trigger'::regclass AND d.objid = g.oid
 				AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'x' ORDER BY e.extname)
+		-- clones in partitions that are not as the parent's
+		|| ARRAY(WITH RECURSIVE clone (oid) AS (
+				SELECT x.oid FROM pg_catalog.pg_trigger x WHERE x.tgparentid = g.oid
+				UNION ALL
+				SELECT x.oid FROM clone y JOIN pg_catalog.pg_trigger x ON x.tgparentid = y.oid)
+			SELECT s.sql FROM clone y JOIN pg_catalog.pg_trigger x ON x.oid = y.oid
+			CROSS JOIN LATERAL (VALUES
+				(CASE WHEN x.tgenabled <> g.tgenabled THEN pg_catalog.format('ALTER TABLE ONLY %s %s TRIGGER %I', x.tgrelid::regclass,
+					CASE x.tgenabled WHEN 'D' THEN 'DISABLE' WHEN 'R' THEN 'ENABLE REPLICA' WHEN 'A' THEN 'ENABLE ALWAYS' ELSE 'ENABLE' END, x.tgname) END),
+				('COMMENT ON TRIGGER ' || pg_catalog.quote_ident(x.tgname) || ' ON ' || x.tgrelid::regclass::text || ' IS '
+					|| pg_catalog.quote_literal(pg_catalog.obj_description(x.oid, 'pg_trigger')))) s (sql)
+			WHERE s.sql IS NOT NULL ORDER BY x.tgrelid, s.sql COLLATE "C")
 	FROM pg_catalog.pg_trigger g WHERE g.oid = make_trigger.trigger;
 END;
 COMMENT ON FUNCTION risky_migrations.make_trigger(oid) IS
-	'the statements that make a trigger again: with its state, comments, and the extensions it depends on';
+	'the statements that make a trigger again: with its state, comments, and the extensions it depends on, also of its clones in partitions';
 
 CREATE FUNCTION risky_migrations.make_policy(policy oid) RETURNS text[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
@@ -686,14 +732,14 @@ LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH target AS (
 		SELECT c.oid, c.relnamespace, c.reltype, y.typarray, c.reloftype, c.relkind, c.relispartition,
-			c.relpersistence, c.relreplident, column_obstacles.attnum AS attnum,
+			c.relpersistence, c.relreplident, m.number AS attnum,
 			-- FROM s.t x(a, b)
 			pg_catalog.regexp_replace(pg_catalog.format('%I.%I', n.nspname, c.relname), '[^[:alnum:]_]', '\\\&', 'g')
 				|| ' ("([^"]|"")+"|[[:alnum:]_$]+)\(' AS alias_list
-		FROM pg_catalog.pg_class c
+		FROM risky_migrations.member_columns(column_obstacles.relid, column_obstacles.attnum) m
+		JOIN pg_catalog.pg_class c ON c.oid = m.member
 		JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		LEFT JOIN pg_catalog.pg_type y ON y.oid = c.reltype
-		WHERE c.oid = column_obstacles.relid
 	), used AS MATERIALIZED (
 		SELECT u.classid, u.objid, u.relation, u.depth
 		FROM risky_migrations.column_dependents(column_obstacles.relid, column_obstacles.attnum) u
@@ -768,7 +814,7 @@ BEGIN ATOMIC
 		UNION ALL
 		SELECT 'partition', 'pg_catalog.pg_class'::regclass, t.oid, 0,
 			'it is a partition'
-		FROM target t WHERE t.relispartition
+		FROM target t WHERE t.relispartition AND t.oid = column_obstacles.relid
 		UNION ALL
 		SELECT 'partition key', 'pg_catalog.pg_class'::regclass, t.oid, t.attnum, 'its values say where a row is stored'
 		FROM target t JOIN pg_catalog.pg_partitioned_table p ON p.partrelid = t.oid
@@ -800,15 +846,19 @@ BEGIN ATOMIC
 		SELECT 'deferrable constraint', 'pg_catalog.pg_constraint'::regclass, k.oid, 0,
 			'while its index is built, rows would be refused that it lets pass until the end of a transaction'
 		FROM target t JOIN pg_catalog.pg_constraint k ON k.conrelid = t.oid AND k.contype IN ('p', 'u')
-		WHERE k.condeferrable AND t.attnum = ANY (k.conkey)
+		WHERE k.condeferrable AND t.attnum = ANY (k.conkey) AND k.conparentid = 0
 		UNION ALL
 		SELECT 'foreign key', 'pg_catalog.pg_constraint'::regclass, k.oid, 0, x.reason
 		FROM target t
 		JOIN pg_catalog.pg_constraint k ON k.contype = 'f' AND k.conparentid = 0
 			AND (k.conrelid = t.oid AND t.attnum = ANY (k.conkey) OR k.confrelid = t.oid AND t.attnum = ANY (k.confkey))
-		JOIN pg_catalog.pg_class c ON c.oid IN (k.conrelid, k.confrelid) AND c.oid <> t.oid
+		JOIN pg_catalog.pg_class c ON c.oid IN (k.conrelid, k.confrelid)
 		CROSS JOIN LATERAL (VALUES
-			(c.relkind = 'p', 'the table at its other end is partitioned'),
+			(k.conrelid = c.oid AND c.relkind = 'p' AND c.oid NOT IN (SELECT m.oid FROM target m),
+				'the table that refers is partitioned'),
+			(k.confrelid = t.oid AND c.oid = t.oid AND t.relkind = 'p', 'it refers to a partitioned table'),
+			(k.conrelid <> k.confrelid AND c.oid = k.conrelid AND t.oid = k.confrelid
+				AND k.conrelid IN (SELECT m.oid FROM target m), 'it refers to a partition of the same table'),
 			(NOT pg_catalog.pg_has_role(c.relowner, 'USAGE'),
 				pg_catalog.format('role %I is not an owner of the table at its other end', current_user))) x (applies, reason)
 		WHERE x.applies
@@ -970,7 +1020,7 @@ CREATE FUNCTION risky_migrations.dependents(relid oid, attnum smallint, shadow s
 	twin oid, twin_attnum smallint, build_column text, final_column text, prefix text,
 	OUT ord bigint, OUT kind text, OUT name text, OUT relation oid, OUT peer oid,
 	OUT build_name text, OUT build_sql text, OUT by_worker boolean,
-	OUT validate_sql text, OUT take_sql text[], OUT drop_sql text)
+	OUT validate_sql text, OUT make_sql text, OUT take_sql text[], OUT drop_sql text)
 RETURNS SETOF record LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
@@ -978,25 +1028,36 @@ BEGIN ATOMIC
 		SELECT c.oid, n.nspname, format('%I.%I', n.nspname, c.relname) AS sql
 		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 	), me AS (
-		SELECT r.* FROM rel r WHERE r.oid = dependents.relid
+		SELECT r.*, c.relkind = 'p' AS parted, c.relispartition AS part,
+			-- ALTER TABLE of a partitioned table is for all that is below it
+			format('ALTER TABLE %s%s', CASE c.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, r.sql) AS alter
+		FROM rel r JOIN pg_class c ON c.oid = r.oid WHERE r.oid = dependents.relid
 	), idx AS (
-		SELECT x.*, i.relname, i.reltablespace
+		SELECT x.*, i.relname, i.reltablespace, i.reloptions
 		FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid
 		WHERE x.indrelid IN (dependents.relid, dependents.twin) AND x.indislive
 	), twin_idx AS (
 		SELECT t.relname,
 			substr(pg_get_indexdef(t.indexrelid), 1 + length(format('CREATE %sINDEX %I ON %s USING ',
 				CASE WHEN t.indisunique THEN 'UNIQUE ' ELSE '' END, t.relname, r.sql))) AS def,
-			coalesce(' WHERE ' || pg_get_expr(t.indpred, t.indrelid), '') AS pred
+			coalesce(' WHERE ' || pg_get_expr(t.indpred, t.indrelid), '') AS pred,
+			(SELECT pg_get_constraintdef(k.oid) FROM pg_constraint k
+				WHERE k.conindid = t.indexrelid AND k.conrelid = t.indrelid AND k.contype IN ('p', 'u')) AS condef
 		FROM idx t JOIN rel r ON r.oid = t.indrelid
 		WHERE t.indrelid = dependents.twin
 	), used AS (
 		SELECT o.*, k.conname, k.contype, k.condeferrable, k.condeferred, k.oid AS conoid,
 			left(t.def, length(t.def) - length(t.pred))
 				|| coalesce(' TABLESPACE ' || quote_ident(s.spcname), '') || t.pred AS def,
+			t.condef || coalesce(' WITH (' || (SELECT string_agg(format('%I = %L', x.option_name, x.option_value), ', ')
+					FROM pg_options_to_table(o.reloptions) x) || ')', '')
+				|| coalesce(' USING INDEX TABLESPACE ' || quote_ident(s.spcname), '') AS condef,
 			dependents.prefix || o.indexrelid AS build_name,
-			n.nspname
+			n.nspname, a.sql AS parent
 		FROM idx o
+		-- of the partitioned table, to which it is attached
+		LEFT JOIN pg_inherits h ON h.inhrelid = o.indexrelid
+		LEFT JOIN rel a ON a.oid = h.inhparent
 		LEFT JOIN twin_idx t ON t.relname = overlay(dependents.prefix PLACING 'x' FROM 4 FOR 1) || o.indexrelid
 		LEFT JOIN pg_tablespace s ON s.oid = o.reltablespace
 		LEFT JOIN pg_constraint k ON k.conindid = o.indexrelid AND k.conrelid = dependents.relid
@@ -1008,9 +1069,9 @@ BEGIN ATOMIC
 					AND d.refclassid = 'pg_class'::regclass AND d.refobjid = dependents.relid
 					AND d.refobjsubid = dependents.attnum))
 	), everything (rank, sub, kind, name, relation, peer, build_name, build_sql, by_worker,
-			validate_sql, take_sql, drop_sql) AS (
+			validate_sql, make_sql, take_sql, drop_sql) AS (
 		-- what the column itself has
-		SELECT 1, 0, 'column', a.attname::text, me.oid, NULL::oid, NULL, NULL, false, NULL,
+		SELECT 1, 0, 'column', a.attname::text, me.oid, NULL::oid, NULL, NULL, false, NULL, NULL,
 			array_remove(ARRAY[
 				CASE WHEN a.attstattarget >= 0 THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET STATISTICS %s',
 					me.sql, dependents.final_column, a.attstattarget) END,
@@ -1039,7 +1100,7 @@ BEGIN ATOMIC
 		JOIN pg_type w ON w.oid = b.atttypid
 		UNION ALL
 		-- its default, and the sequence that it owns
-		SELECT 2, 0, 'default', b.attname::text, me.oid, NULL, NULL, NULL, false, NULL,
+		SELECT 2, 0, 'default', b.attname::text, me.oid, NULL, NULL, NULL, false, NULL, NULL,
 			array_remove(ARRAY[format('ALTER TABLE ONLY %s ALTER COLUMN %I SET DEFAULT %s', me.sql,
 				dependents.final_column, pg_get_expr(f.adbin, f.adrelid))], NULL),
 			format('ALTER TABLE ONLY %s ALTER COLUMN %I DROP DEFAULT', me.sql, b.attname)
@@ -1048,7 +1109,7 @@ BEGIN ATOMIC
 		JOIN pg_attrdef f ON f.adrelid = dependents.twin AND f.adnum = dependents.twin_attnum
 		UNION ALL
 		SELECT 3, d.objid::bigint, CASE d.deptype WHEN 'i' THEN 'identity' ELSE 'sequence' END,
-			s.sql, me.oid, d.objid, NULL, NULL, false, NULL,
+			s.sql, me.oid, d.objid, NULL, NULL, false, NULL, NULL,
 			CASE d.deptype WHEN 'a' THEN ARRAY[format('ALTER SEQUENCE %s OWNED BY %s.%I', s.sql, me.sql, dependents.final_column)]
 				ELSE '{}' END
 			-- back to the type that it has now, forth to the column's
@@ -1065,62 +1126,114 @@ BEGIN ATOMIC
 		JOIN pg_attribute b ON b.attrelid = dependents.twin AND b.attnum = dependents.twin_attnum
 		JOIN pg_type w ON w.oid = b.atttypid
 		UNION ALL
-		-- indexes, and the constraints that are made of them
+		-- indexes, and the constraints that are made of them; a partitioned
+		-- table's are made empty, and those of the partitions attached
 		SELECT 4, u.indexrelid::bigint, CASE u.contype WHEN 'p' THEN 'primary key' WHEN 'u' THEN 'unique constraint'
 				WHEN 'x' THEN 'exclusion constraint' ELSE 'index' END,
-			u.relname::text, me.oid, NULL, u.build_name,
-			format('CREATE %sINDEX CONCURRENTLY %I ON %s USING %s',
-				CASE WHEN u.indisunique THEN 'UNIQUE ' ELSE '' END, u.build_name, me.sql, u.def),
-			true, NULL,
+			u.relname::text, me.oid, NULL,
+			CASE WHEN NOT me.parted THEN u.build_name END,
+			CASE WHEN NOT me.parted THEN format('CREATE %sINDEX CONCURRENTLY %I ON %s USING %s',
+				CASE WHEN u.indisunique THEN 'UNIQUE ' ELSE '' END, u.build_name, me.sql, u.def) END,
+			NOT me.parted, NULL,
+			CASE WHEN NOT me.parted THEN NULL
+				WHEN u.contype IS NULL THEN format('CREATE %sINDEX %I ON ONLY %s USING %s',
+					CASE WHEN u.indisunique THEN 'UNIQUE ' ELSE '' END, u.relname, me.sql, u.def)
+				ELSE format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s', me.sql, u.conname, u.condef) END,
 			array_remove(ARRAY[
-				CASE WHEN u.contype IS NULL
+				CASE WHEN me.parted THEN NULL WHEN u.contype IS NULL
 					THEN format('ALTER INDEX %I.%I RENAME TO %I', me.nspname, u.build_name, u.relname)
 					ELSE format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s USING INDEX %I', me.sql, u.conname,
 						CASE u.contype WHEN 'p' THEN 'PRIMARY KEY' ELSE 'UNIQUE' END, u.build_name) END,
 				CASE WHEN u.indisclustered THEN format('ALTER TABLE ONLY %s CLUSTER ON %I', me.sql, u.relname) END,
-				CASE WHEN u.indisreplident THEN format('ALTER TABLE ONLY %s REPLICA IDENTITY USING INDEX %I', me.sql, u.relname) END,
+				CASE WHEN u.indisreplident AND NOT me.parted
+					THEN format('ALTER TABLE ONLY %s REPLICA IDENTITY USING INDEX %I', me.sql, u.relname) END,
 				CASE WHEN obj_description(u.indexrelid, 'pg_class') IS NOT NULL
 					THEN format('COMMENT ON INDEX %I.%I IS %L', me.nspname, u.relname, obj_description(u.indexrelid, 'pg_class')) END,
 				CASE WHEN obj_description(u.conoid, 'pg_constraint') IS NOT NULL
 					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', u.conname, me.sql, obj_description(u.conoid, 'pg_constraint')) END
 				]::text[] || (SELECT array_agg(format('ALTER INDEX %I.%I ALTER COLUMN %s SET STATISTICS %s',
 						me.nspname, u.relname, a.attnum, a.attstattarget) ORDER BY a.attnum)
-					FROM pg_attribute a WHERE a.attrelid = u.indexrelid AND a.attstattarget >= 0), NULL),
-			CASE WHEN u.contype IS NOT NULL THEN format('ALTER TABLE ONLY %s DROP CONSTRAINT IF EXISTS %I', me.sql, u.conname)
-				WHEN u.indisunique THEN format('DROP INDEX IF EXISTS %I.%I', me.nspname, u.relname)
+					FROM pg_attribute a WHERE a.attrelid = u.indexrelid AND a.attstattarget >= 0)
+				|| CASE WHEN u.parent IS NOT NULL
+					THEN format('ALTER INDEX %s ATTACH PARTITION %I.%I', u.parent, me.nspname, u.relname) END, NULL),
+			CASE WHEN u.parent IS NOT NULL THEN NULL	-- it goes with the parent's
+				WHEN u.contype IS NOT NULL THEN format('%s DROP CONSTRAINT IF EXISTS %I', me.alter, u.conname)
+				WHEN u.indisunique OR me.parted THEN format('DROP INDEX IF EXISTS %I.%I', me.nspname, u.relname)
 				ELSE format('ALTER INDEX IF EXISTS %I.%I RENAME TO %I', me.nspname, u.relname,
 					'rm_' || CASE WHEN dependents.prefix LIKE 'rm!_n!_%' ESCAPE '!' THEN 'o' ELSE 'n' END
 					|| substr(u.build_name, 5)) END
 		FROM used u CROSS JOIN me
 		UNION ALL
-		-- CHECK constraints: validated before they are needed
-		SELECT 5, k.oid::bigint, 'check constraint', k.conname::text, me.oid, NULL, dependents.prefix || k.oid,
-			format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s%s', me.sql, dependents.prefix || k.oid, t.def,
+		-- an index of a partitioned table is valid when all are attached
+		SELECT 5, 0, 'replica identity', u.relname::text, me.oid, NULL, NULL, NULL, false, NULL, NULL,
+			ARRAY[format('ALTER TABLE ONLY %s REPLICA IDENTITY USING INDEX %I', me.sql, u.relname)], NULL
+		FROM used u CROSS JOIN me WHERE u.indisreplident AND me.parted
+		UNION ALL
+		-- CHECK constraints: validated before they are needed.  A partition has
+		-- its parent's: it is added, renamed and dropped there, but proven here
+		SELECT 5, k.oid::bigint, 'check constraint', k.conname::text, me.oid, NULL, dependents.prefix || i.top,
+			format('%s ADD CONSTRAINT %I %s%s', me.alter, dependents.prefix || i.top, t.def,
 				CASE WHEN t.def ~ ' NOT (VALID|ENFORCED)$' THEN '' ELSE ' NOT VALID' END),
 			false,
-			CASE WHEN k.convalidated THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || k.oid) END,
-			array_remove(ARRAY[format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', me.sql, dependents.prefix || k.oid, k.conname),
+			CASE WHEN k.convalidated AND NOT me.parted
+				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || i.top) END,
+			NULL,
+			array_remove(ARRAY[
+				CASE WHEN k.convalidated AND me.parted AND i.top = k.oid
+					THEN format('ALTER TABLE %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || i.top) END,
+				CASE WHEN i.top = k.oid
+					THEN format('%s RENAME CONSTRAINT %I TO %I', me.alter, dependents.prefix || i.top, k.conname) END,
 				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
 					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, me.sql, obj_description(k.oid, 'pg_constraint')) END], NULL),
-			format('ALTER TABLE ONLY %s DROP CONSTRAINT IF EXISTS %I', me.sql, k.conname)
+			CASE WHEN i.top = k.oid THEN format('%s DROP CONSTRAINT IF EXISTS %I', me.alter, k.conname) END
 		FROM me
 		JOIN pg_constraint k ON k.conrelid = me.oid AND k.contype = 'c' AND dependents.attnum = ANY (k.conkey)
+		CROSS JOIN LATERAL (SELECT coalesce((SELECT x.oid FROM pg_partition_ancestors(me.oid) a (relid)
+			JOIN pg_constraint x ON x.conrelid = a.relid AND x.contype = 'c' AND x.conname = k.conname AND x.coninhcount = 0
+			WHERE k.coninhcount > 0 AND me.part LIMIT 1), k.oid) AS top) i
 		LEFT JOIN LATERAL (SELECT pg_get_constraintdef(x.oid) AS def FROM pg_constraint x
 			WHERE x.conrelid = dependents.twin AND x.contype = 'c' AND x.conname = k.conname) t ON true
 		WHERE k.conname !~ '^rm_(not_null|[no])_[0-9]+'
 		UNION ALL
-		-- foreign keys, of this table and of others that refer to it
+		-- foreign keys, of this table and of others that refer to it.  One of a
+		-- partitioned table cannot be NOT VALID: it is proven in the partitions,
+		-- and added when the columns have their names, which scans nothing
 		SELECT CASE WHEN k.conrelid = me.oid THEN 6 ELSE 7 END, k.oid::bigint, 'foreign key', k.conname::text,
-			k.conrelid, k.confrelid, dependents.prefix || k.oid,
-			format('ALTER TABLE ONLY %s ADD CONSTRAINT %I FOREIGN KEY (%s) REFERENCES %s (%s)%s%s%s%s NOT VALID',
-				c.sql, dependents.prefix || k.oid,
+			k.conrelid, k.confrelid, CASE WHEN NOT y.late THEN dependents.prefix || k.oid END,
+			CASE WHEN NOT y.late THEN format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s NOT VALID',
+				c.sql, dependents.prefix || k.oid, y.def) END,
+			false,
+			CASE WHEN k.convalidated AND NOT y.late
+				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', c.sql, dependents.prefix || k.oid) END,
+			NULL,
+			array_remove(ARRAY[
+				CASE WHEN y.late THEN format('ALTER TABLE %s ADD CONSTRAINT %I %s%s', c.sql, k.conname, y.def,
+						CASE WHEN k.convalidated THEN '' ELSE ' NOT VALID' END)
+					ELSE format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', c.sql, dependents.prefix || k.oid, k.conname) END,
+				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
+					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, c.sql, obj_description(k.oid, 'pg_constraint')) END], NULL),
+			CASE WHEN k.conparentid = 0 THEN format('ALTER TABLE %s%s DROP CONSTRAINT IF EXISTS %I',
+				CASE WHEN y.late THEN '' ELSE 'ONLY ' END, c.sql, k.conname) END
+		FROM me
+		JOIN pg_constraint k ON k.contype = 'f'
+			AND ((k.conrelid = me.oid AND dependents.attnum = ANY (k.conkey)
+					-- the parent's, but not what stands for partitions of the other table
+					AND NOT EXISTS (SELECT FROM pg_constraint x WHERE x.oid = k.conparentid AND x.conrelid = k.conrelid))
+				OR (k.confrelid = me.oid AND dependents.attnum = ANY (k.confkey) AND k.conparentid = 0))
+			AND k.conname !~ '^rm_[no]_[0-9]+_[0-9]+$'
+		JOIN rel c ON c.oid = k.conrelid
+		JOIN rel f ON f.oid = k.confrelid
+		CROSS JOIN LATERAL (SELECT me.parted AND k.conrelid = me.oid AS late,
+			CASE WHEN me.parted AND k.conrelid = me.oid THEN dependents.final_column ELSE dependents.build_column END AS col) z
+		CROSS JOIN LATERAL (SELECT z.late,
+			format('FOREIGN KEY (%s) REFERENCES %s (%s)%s%s%s%s',
 				(SELECT string_agg(quote_ident(CASE WHEN k.conrelid = me.oid AND u.n = dependents.attnum
-						THEN dependents.build_column ELSE a.attname END), ', ' ORDER BY u.i)
+						THEN z.col ELSE a.attname END), ', ' ORDER BY u.i)
 					FROM unnest(k.conkey) WITH ORDINALITY u (n, i)
 					JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.n),
 				f.sql,
 				(SELECT string_agg(quote_ident(CASE WHEN k.confrelid = me.oid AND u.n = dependents.attnum
-						THEN dependents.build_column ELSE a.attname END), ', ' ORDER BY u.i)
+						THEN z.col ELSE a.attname END), ', ' ORDER BY u.i)
 					FROM unnest(k.confkey) WITH ORDINALITY u (n, i)
 					JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.n),
 				CASE k.confmatchtype WHEN 'f' THEN ' MATCH FULL' ELSE '' END,
@@ -1129,30 +1242,18 @@ BEGIN ATOMIC
 				coalesce(' ON DELETE ' || CASE k.confdeltype WHEN 'r' THEN 'RESTRICT' WHEN 'c' THEN 'CASCADE'
 					WHEN 'n' THEN 'SET NULL' WHEN 'd' THEN 'SET DEFAULT' END
 					|| coalesce((SELECT ' (' || string_agg(quote_ident(CASE WHEN k.conrelid = me.oid AND u.n = dependents.attnum
-							THEN dependents.build_column ELSE a.attname END), ', ' ORDER BY u.i) || ')'
+							THEN z.col ELSE a.attname END), ', ' ORDER BY u.i) || ')'
 						FROM unnest(k.confdelsetcols) WITH ORDINALITY u (n, i)
 						JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.n), ''), ''),
-				CASE WHEN k.condeferrable THEN ' DEFERRABLE' || CASE WHEN k.condeferred THEN ' INITIALLY DEFERRED' ELSE '' END ELSE '' END),
-			false,
-			CASE WHEN k.convalidated THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', c.sql, dependents.prefix || k.oid) END,
-			array_remove(ARRAY[format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', c.sql, dependents.prefix || k.oid, k.conname),
-				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
-					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, c.sql, obj_description(k.oid, 'pg_constraint')) END], NULL),
-			format('ALTER TABLE ONLY %s DROP CONSTRAINT IF EXISTS %I', c.sql, k.conname)
-		FROM me
-		JOIN pg_constraint k ON k.contype = 'f' AND k.conparentid = 0
-			AND ((k.conrelid = me.oid AND dependents.attnum = ANY (k.conkey))
-				OR (k.confrelid = me.oid AND dependents.attnum = ANY (k.confkey)))
-			AND k.conname !~ '^rm_[no]_[0-9]+_[0-9]+$'
-		JOIN rel c ON c.oid = k.conrelid
-		JOIN rel f ON f.oid = k.confrelid
+				CASE WHEN k.condeferrable THEN ' DEFERRABLE' || CASE WHEN k.condeferred THEN ' INITIALLY DEFERRED' ELSE '' END ELSE '' END)
+				AS def) y
 		UNION ALL
 		-- extended statistics
 		SELECT 8, o.oid::bigint, 'statistics', format('%I.%I', o.nspname, o.stxname), me.oid, NULL, dependents.prefix || o.oid,
 			format('CREATE STATISTICS %I.%I%s ON %s FROM %s', o.nspname, dependents.prefix || o.oid,
 				CASE WHEN o.kinds IS NULL OR o.kinds = 'e' THEN '' ELSE ' (' || o.kinds || ')' END,
 				pg_get_statisticsobjdef_columns(t.oid), me.sql),
-			false, NULL,
+			false, NULL, NULL,
 			array_remove(ARRAY[format('ALTER STATISTICS %I.%I RENAME TO %I', o.nspname, dependents.prefix || o.oid, o.stxname),
 				format('ALTER STATISTICS %I.%I OWNER TO %I', o.nspname, o.stxname, pg_get_userbyid(o.stxowner)),
 				CASE WHEN o.stxstattarget >= 0 THEN format('ALTER STATISTICS %I.%I SET STATISTICS %s', o.nspname, o.stxname, o.stxstattarget) END,
@@ -1173,61 +1274,71 @@ BEGIN ATOMIC
 				AND d.refobjsubid = dependents.attnum)
 		UNION ALL
 		-- NOT NULL, which is a constraint with a name from 18 on 0: the
-		-- first in force, the last to go); the shadow column has it already
+		-- first in force, the last to go); the shadow column has it already.
+		-- In a partition it is proven only
 		SELECT 0, 0, 'not null', coalesce(k.conname, a.attname)::text, me.oid, NULL,
-			CASE WHEN b.attnotnull IS NULL THEN dependents.prefix || '0' END,
-			CASE WHEN b.attnotnull IS NULL
-				THEN format('ALTER TABLE ONLY %s ADD CONSTRAINT %I CHECK (%I IS NOT NULL) NOT VALID', me.sql,
+			CASE WHEN z.missing THEN dependents.prefix || '0' END,
+			CASE WHEN z.missing
+				THEN format('%s ADD CONSTRAINT %I CHECK (%I IS NOT NULL) NOT VALID', me.alter,
 					dependents.prefix || '0', dependents.build_column) END,
 			false,
-			CASE WHEN b.attnotnull IS NULL
+			CASE WHEN z.missing AND NOT me.parted
 				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || '0') END,
-			CASE WHEN b.attnotnull IS NULL
-				THEN ARRAY[CASE WHEN k.conname IS NULL
+			-- before the primary key of a partitioned table
+			CASE WHEN z.missing AND me.parted AND NOT me.part
+				THEN format('%s ALTER COLUMN %I SET NOT NULL', me.alter, dependents.build_column) END,
+			CASE WHEN me.part THEN '{}'
+				WHEN z.missing
+				THEN array_remove(ARRAY[CASE WHEN me.parted THEN NULL WHEN k.conname IS NULL
 						THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET NOT NULL', me.sql, dependents.final_column)
 						ELSE format('ALTER TABLE ONLY %s ADD CONSTRAINT %I NOT NULL %I', me.sql, k.conname, dependents.final_column) END,
-					format('ALTER TABLE ONLY %s DROP CONSTRAINT %I', me.sql, dependents.prefix || '0')]
+					format('%s DROP CONSTRAINT %I', me.alter, dependents.prefix || '0')], NULL)
 				WHEN k.conname IS NOT NULL AND kb.conname IS NOT NULL
-				THEN ARRAY[format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', me.sql, kb.conname, k.conname)]
+				THEN ARRAY[format('%s RENAME CONSTRAINT %I TO %I', me.alter, kb.conname, k.conname)]
 				ELSE '{}' END,
-			format('ALTER TABLE ONLY %s ALTER COLUMN %I DROP NOT NULL', me.sql, a.attname)
+			CASE WHEN NOT me.part THEN format('%s ALTER COLUMN %I DROP NOT NULL', me.alter, a.attname) END
 		FROM me
 		JOIN pg_attribute a ON a.attrelid = me.oid AND a.attnum = dependents.attnum AND a.attnotnull
 		LEFT JOIN pg_attribute b ON b.attrelid = me.oid AND b.attnum = dependents.shadow AND b.attnotnull
 			AND dependents.prefix LIKE 'rm!_n!_%' ESCAPE '!'
+		CROSS JOIN LATERAL (SELECT b.attnotnull IS NULL AS missing) z
 		LEFT JOIN pg_constraint k ON k.conrelid = me.oid AND k.contype = 'n' AND k.conkey = ARRAY[dependents.attnum]
 		LEFT JOIN pg_constraint kb ON kb.conrelid = me.oid AND kb.contype = 'n' AND kb.conkey = ARRAY[dependents.shadow]
 	)
-	SELECT row_number() OVER (ORDER BY e.rank, e.sub), e.kind, e.name, e.relation, e.peer, e.build_name,
-		e.build_sql, e.by_worker, e.validate_sql, e.take_sql, e.drop_sql
+	SELECT e.rank::bigint, e.kind, e.name, e.relation, e.peer, e.build_name,
+		e.build_sql, e.by_worker, e.validate_sql, e.make_sql, e.take_sql, e.drop_sql
 	FROM everything e ORDER BY e.rank, e.sub;
 END;
 COMMENT ON FUNCTION risky_migrations.dependents(oid, smallint, smallint, oid, smallint, text, text, text) IS
-	'everything of a table''s own that hangs on a column, with the commands that build it on another column, put it in force there, and put the present one out of force';
+	'everything of a table''s own that hangs on a column, with the commands that build it on another column, make it there in the exchange if it can only be made then, put it in force, and put the present one out of force; ord is the rank in which those of all members come into force';
 
 CREATE FUNCTION risky_migrations.leftovers(relid oid, prefix text, wanted text[])
 RETURNS TABLE (drop_sql text) LANGUAGE sql STABLE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
+	WITH m AS MATERIALIZED (SELECT x.oid FROM risky_migrations.members(leftovers.relid) x (oid))
 	-- constraints before the indexes that they may need
 	SELECT f.sql FROM (
-		SELECT 1, k.oid, format('ALTER TABLE ONLY %I.%I DROP CONSTRAINT %I', n.nspname, c.relname, k.conname)
+		SELECT 1, k.oid, format('ALTER TABLE %s%I.%I DROP CONSTRAINT %I',
+			CASE c.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, n.nspname, c.relname, k.conname)
 		FROM pg_constraint k
 		JOIN pg_class c ON c.oid = k.conrelid
 		JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE leftovers.relid IN (k.conrelid, k.confrelid) AND k.contype IN ('c', 'f')
+		WHERE (k.conrelid IN (SELECT m.oid FROM m) OR k.confrelid IN (SELECT m.oid FROM m)) AND k.contype IN ('c', 'f')
+			-- the parent's goes from its partitions too
+			AND k.conparentid = 0 AND k.coninhcount = 0
 			AND starts_with(k.conname, leftovers.prefix) AND k.conname <> ALL (leftovers.wanted)
 		UNION ALL
 		SELECT 2, x.oid, format('DROP STATISTICS %I.%I', n.nspname, x.stxname)
 		FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace
-		WHERE x.stxrelid = leftovers.relid
+		WHERE x.stxrelid IN (SELECT m.oid FROM m)
 			AND starts_with(x.stxname, leftovers.prefix) AND x.stxname <> ALL (leftovers.wanted)
 		UNION ALL
 		SELECT 3, c.oid, format('DROP INDEX %I.%I', n.nspname, c.relname)
 		FROM pg_index i
 		JOIN pg_class c ON c.oid = i.indexrelid
 		JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE i.indrelid = leftovers.relid
+		WHERE i.indrelid IN (SELECT m.oid FROM m)
 			AND starts_with(c.relname, leftovers.prefix) AND c.relname <> ALL (leftovers.wanted)) f (rank, oid, sql)
 	ORDER BY f.rank, f.oid;
 END;
@@ -1238,33 +1349,42 @@ CREATE FUNCTION risky_migrations.catalog_fingerprint(relid oid) RETURNS text
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
+	WITH m AS MATERIALIZED (
+		SELECT x.oid FROM risky_migrations.members(catalog_fingerprint.relid) x (oid)
+	), i AS MATERIALIZED (
+		SELECT x.indexrelid AS oid, x.xmin FROM pg_index x WHERE x.indrelid IN (SELECT m.oid FROM m)
+	), k AS MATERIALIZED (
+		SELECT k.oid, k.xmin, k.contype, k.conrelid, k.confrelid FROM pg_constraint k
+		WHERE k.conrelid IN (SELECT m.oid FROM m) OR k.confrelid IN (SELECT m.oid FROM m)
+	), s AS MATERIALIZED (
+		SELECT s.oid, s.xmin FROM pg_statistic_ext s WHERE s.stxrelid IN (SELECT m.oid FROM m)
+	)
 	SELECT md5(coalesce(string_agg(f.line, ',' ORDER BY f.line), '')) FROM (
-		SELECT format('i%s/%s', x.indexrelid, x.xmin) FROM pg_index x WHERE x.indrelid = relid
-		UNION ALL SELECT format('k%s/%s', k.oid, k.xmin) FROM pg_constraint k WHERE relid IN (k.conrelid, k.confrelid)
-		UNION ALL SELECT format('d%s/%s', d.oid, d.xmin) FROM pg_attrdef d WHERE d.adrelid = relid
-		UNION ALL SELECT format('s%s/%s', s.oid, s.xmin) FROM pg_statistic_ext s WHERE s.stxrelid = relid
-		UNION ALL SELECT format('a%s/%s', a.attnum, a.xmin) FROM pg_attribute a WHERE a.attrelid = relid
-		UNION ALL SELECT format('t%s/%s', t.oid, t.xmin) FROM pg_trigger t WHERE t.tgrelid = relid
+		SELECT format('i%s/%s', i.oid, i.xmin) FROM i
+		UNION ALL SELECT format('k%s/%s', k.oid, k.xmin) FROM k
+		UNION ALL SELECT format('d%s/%s', d.oid, d.xmin) FROM pg_attrdef d WHERE d.adrelid IN (SELECT m.oid FROM m)
+		UNION ALL SELECT format('s%s/%s', s.oid, s.xmin) FROM s
+		UNION ALL SELECT format('a%s.%s/%s', a.attrelid, a.attnum, a.xmin) FROM pg_attribute a WHERE a.attrelid IN (SELECT m.oid FROM m)
+		UNION ALL SELECT format('t%s/%s', t.oid, t.xmin) FROM pg_trigger t WHERE t.tgrelid IN (SELECT m.oid FROM m)
+		-- what belongs to what
+		UNION ALL SELECT format('h%s/%s', h.inhrelid, h.inhparent) FROM pg_inherits h
+		WHERE h.inhrelid IN (SELECT m.oid FROM m) OR h.inhrelid IN (SELECT i.oid FROM i)
 		-- names and options; a rename leaves pg_index as it is
 		UNION ALL SELECT format('c%s %I.%I %s %s', c.oid, n.nspname, c.relname, c.reltablespace, c.reloptions)
 		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE c.oid = relid OR c.oid IN (SELECT x.indexrelid FROM pg_index x WHERE x.indrelid = relid)
-			OR c.oid IN (SELECT unnest(ARRAY[k.conrelid, k.confrelid]) FROM pg_constraint k
-				WHERE k.contype = 'f' AND relid IN (k.conrelid, k.confrelid))
+		WHERE c.oid IN (SELECT m.oid FROM m) OR c.oid IN (SELECT i.oid FROM i)
+			OR c.oid IN (SELECT unnest(ARRAY[k.conrelid, k.confrelid]) FROM k WHERE k.contype = 'f')
 		UNION ALL SELECT format('o%s/%s/%s/%s', d.objid, d.refobjsubid, d.deptype, q.xmin)
 		FROM pg_depend d JOIN pg_sequence q ON q.seqrelid = d.objid
 		WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
-			AND d.refobjid = relid AND d.refobjsubid > 0
+			AND d.refobjid IN (SELECT m.oid FROM m) AND d.refobjsubid > 0
 		UNION ALL SELECT format('e%s/%s/%s/%s', e.classoid, e.objoid, e.objsubid, e.xmin) FROM pg_description e
-		WHERE e.classoid = 'pg_class'::regclass AND (e.objoid = relid
-				OR e.objoid IN (SELECT x.indexrelid FROM pg_index x WHERE x.indrelid = relid))
-			OR e.classoid = 'pg_constraint'::regclass AND e.objoid IN (SELECT k.oid FROM pg_constraint k
-				WHERE relid IN (k.conrelid, k.confrelid))
-			OR e.classoid = 'pg_statistic_ext'::regclass AND e.objoid IN (SELECT s.oid FROM pg_statistic_ext s
-				WHERE s.stxrelid = relid)) f (line);
+		WHERE e.classoid = 'pg_class'::regclass AND (e.objoid IN (SELECT m.oid FROM m) OR e.objoid IN (SELECT i.oid FROM i))
+			OR e.classoid = 'pg_constraint'::regclass AND e.objoid IN (SELECT k.oid FROM k)
+			OR e.classoid = 'pg_statistic_ext'::regclass AND e.objoid IN (SELECT s.oid FROM s)) f (line);
 END;
 COMMENT ON FUNCTION risky_migrations.catalog_fingerprint(oid) IS
-	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers, their names, options and comments';
+	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers, their names, options and comments, and of its partitions''';
 
 -----------------------------------------------------------------------
 -- Steer

@@ -205,4 +205,7 @@ rm_qualified_name_list(const char *name)
 #endif
 }
 
+/* does a partition's column have its parent's identity? */
+#define RM_IDENTITY_IS_INHERITED	(PG_VERSION_NUM >= 170000)
+
 #endif							/* RM_COMPAT_H */

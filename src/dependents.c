@@ -22,6 +22,13 @@
  * on the old one), validate it, put it in force under its own name, and put
  * the present one out of force.
  *
+ * Of a partitioned table each member, itself and all that is below it, is asked
+ * for by itself, with a twin of its own: partitions may have other columns, and
+ * indexes and constraints of theirs.  What a partition has from its parent (an
+ * attached index, a CHECK, a foreign key) is built or proven in the partition,
+ * where the rows are, and comes into force with the parent's.  All members'
+ * things make one list.
+ *
  * Easy to get wrong: what has been built is told by the catalogs alone, by
  * name, never by what we remember, for a crash or somebody else's DDL may come
  * between any two commits.
@@ -47,6 +54,8 @@
 #include "compat.h"
 #include "dependents.h"
 #include "executor/spi.h"
+#include "leaves.h"
+#include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "risky_migrations.h"
 #include "state.h"
@@ -63,8 +72,15 @@
 enum
 {
 	D_ORD = 1, D_KIND, D_NAME, D_RELATION, D_PEER, D_BUILD_NAME, D_BUILD_SQL,
-	D_BY_WORKER, D_VALIDATE_SQL, D_TAKE_SQL, D_DROP_SQL
+	D_BY_WORKER, D_VALIDATE_SQL, D_MAKE_SQL, D_TAKE_SQL, D_DROP_SQL
 };
+
+/*
+ * Ranks, see risky_migrations.dependents().  Foreign keys come into force from
+ * the leaves to the root: what is proven in a leaf becomes the root's.
+ */
+#define FOREIGN_KEY_RANK	6
+#define LAST_RANK			8
 
 /* runs one of our own functions over the catalogs, as the current role */
 static void
@@ -74,6 +90,14 @@ query(const char *sql, int nargs, Oid *types, Datum *values)
 
 	if (rc != SPI_OK_SELECT)
 		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
+}
+
+/* an index, or a constraint that is made of one? */
+static bool
+is_index(const RmDependent *d)
+{
+	return strcmp(d->kind, "index") == 0 || strcmp(d->kind, "primary key") == 0 ||
+		strcmp(d->kind, "unique constraint") == 0;
 }
 
 /* the result as a list of RmDependent in cxt */
@@ -97,10 +121,12 @@ read_result(MemoryContext cxt)
 		d->build_sql = rm_result_text(i, D_BUILD_SQL);
 		d->by_worker = DatumGetBool(rm_result_datum(i, D_BY_WORKER));
 		d->validate_sql = rm_result_text(i, D_VALIDATE_SQL);
+		d->make_sql = rm_result_text(i, D_MAKE_SQL);
 		if (!rm_result_isnull(i, D_TAKE_SQL))
 			d->take_sql = rm_settings_list(rm_result_datum(i, D_TAKE_SQL));
 		d->drop_sql = rm_result_text(i, D_DROP_SQL);
-		if (d->build_name && d->build_sql == NULL)
+		if (d->build_sql == NULL && d->make_sql == NULL &&
+			(d->build_name || is_index(d)))
 			elog(ERROR, "could not derive the definition of %s \"%s\"", d->kind, d->name);
 		list = lappend(list, d);
 	}
@@ -117,6 +143,10 @@ read_result(MemoryContext cxt)
 typedef struct Twin
 {
 	const RmMigration *m;
+	Oid			relid;			/* the member whose twin it is */
+	AttrNumber	attnum;			/* on which the things hang */
+	AttrNumber	other;			/* for which they are wanted, 0 if not there yet */
+	const char *type;			/* to be changed to, or NULL */
 	bool		new_side;
 	MemoryContext cxt;
 	List	   *list;
@@ -124,14 +154,14 @@ typedef struct Twin
 
 /* gives its indexes and statistics the names by which dependents() knows them */
 static void
-name_twins(const RmMigration *m, Oid twin)
+name_twins(const RmMigration *m, Oid relid, Oid twin)
 {
 	Oid			types[] = {OIDOID, OIDOID, TEXTOID};
 	Datum		v[3];
 	List	   *commands = NIL;
 	ListCell   *lc;
 
-	v[0] = ObjectIdGetDatum(m->relid);
+	v[0] = ObjectIdGetDatum(relid);
 	v[1] = ObjectIdGetDatum(twin);
 	v[2] = CStringGetTextDatum(psprintf("rm_x_%lld_", (long long) m->id));
 	query("SELECT command FROM risky_migrations.name_twins($1, $2, $3)", 3, types, v);
@@ -143,23 +173,23 @@ name_twins(const RmMigration *m, Oid twin)
 
 /* makes the twin, with its column called build_column; returns its OID */
 static Oid
-make_twin(const RmMigration *m, bool new_side, const char *build_column)
+make_twin(const Twin *t, const char *build_column)
 {
-	Oid			nspid = get_rel_namespace(m->relid);
-	char	   *name = psprintf("rm_twin_%lld", (long long) m->id);
+	Oid			nspid = get_rel_namespace(t->relid);
+	char	   *name = psprintf("rm_twin_%lld", (long long) t->m->id);
 	const char *twin = quote_qualified_identifier(get_namespace_name(nspid), name);
-	const char *column = quote_identifier(get_attname(m->relid, m->attnum, false));
+	const char *column = quote_identifier(get_attname(t->relid, t->attnum, false));
 
 	rm_execute(psprintf("CREATE TABLE %s (LIKE %s INCLUDING ALL)", twin,
-						rm_relation_sql(m->relid)));
-	name_twins(m, get_relname_relid(name, nspid));
-	if (m->new_attnum > 0)
+						rm_relation_sql(t->relid)));
+	name_twins(t->m, t->relid, get_relname_relid(name, nspid));
+	if (t->other > 0)
 		rm_execute(psprintf("ALTER TABLE %s DROP COLUMN %s", twin,
-							quote_identifier(get_attname(m->relid, m->new_attnum, false))));
+							quote_identifier(get_attname(t->relid, t->other, false))));
 	/* no rows: the expression does not matter, and its columns may be renamed */
-	if (new_side)
+	if (t->type)
 		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING (NULL::%s)", twin,
-							column, m->new_type, m->new_type));
+							column, t->type, t->type));
 	rm_execute(psprintf("ALTER TABLE %s RENAME COLUMN %s TO %s", twin, column,
 						quote_identifier(build_column)));
 	return get_relname_relid(name, nspid);
@@ -173,11 +203,11 @@ ask_twin(void *arg)
 	const char *build_column = t->new_side ? m->new_column : m->old_column;
 	Oid			types[] = {OIDOID, INT2OID, INT2OID, OIDOID, INT2OID, TEXTOID, TEXTOID, TEXTOID};
 	Datum		v[8];
-	Oid			twin = make_twin(m, t->new_side, build_column);
+	Oid			twin = make_twin(t, build_column);
 
-	v[0] = ObjectIdGetDatum(m->relid);
-	v[1] = Int16GetDatum(m->attnum);
-	v[2] = Int16GetDatum(m->new_attnum);
+	v[0] = ObjectIdGetDatum(t->relid);
+	v[1] = Int16GetDatum(t->attnum);
+	v[2] = Int16GetDatum(t->other);
 	v[3] = ObjectIdGetDatum(twin);
 	v[4] = Int16GetDatum(get_attnum(twin, build_column));
 	v[5] = CStringGetTextDatum(build_column);
@@ -188,28 +218,72 @@ ask_twin(void *arg)
 	t->list = read_result(t->cxt);
 }
 
-/*
- * What hangs on the migration's column, with the commands for the new column
- * (new_side) or, for the way back, for the old one.  The caller holds a lock
- * on the table that keeps its definition as it is.  Errors are PostgreSQL's own
- * where it cannot do the ALTER.  Nothing remains of the twin.
- */
-List *
-rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
+/* what hangs on the column of one member */
+static List *
+derive_member(Twin *twin)
 {
-	Twin		twin = {.m = m,.new_side = new_side,.cxt = cxt};
-	ErrorData  *error = rm_rehearse(ask_twin, &twin, CurrentMemoryContext);
+	ErrorData  *error = rm_rehearse(ask_twin, twin, CurrentMemoryContext);
 
 	if (error)
 	{
 		if (error->detail == NULL)
 			error->detail = psprintf("The change was tried on an empty copy of %s; ALTER TABLE would refuse it too.",
-									 m->relation);
+									 rm_relation_sql(twin->relid));
 		if (error->hint == NULL)
 			error->hint = "Drop or change what is in the way first, such as a constraint that makes no sense for the new type. A default can be given in the new type beforehand: ALTER COLUMN ... SET DEFAULT value::newtype.";
 		ReThrowError(error);
 	}
-	return twin.list;
+	return twin->list;
+}
+
+/*
+ * All members' things in the order in which they come into force: by rank, the
+ * root's first, of foreign keys last.  The members come from the root downwards.
+ */
+static List *
+in_order(List *things, List *members, MemoryContext cxt)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(cxt);
+	List	   *result = NIL;
+	int			n = list_length(members);
+	int			ord = 0;
+	ListCell   *lc;
+
+	for (int rank = 0; rank <= LAST_RANK; rank++)
+		for (int i = 0; i < n; i++)
+			foreach(lc, list_nth(things, rank == FOREIGN_KEY_RANK ? n - 1 - i : i))
+				if (((RmDependent *) lfirst(lc))->ord == rank)
+					result = lappend(result, lfirst(lc));
+	foreach(lc, result)
+		((RmDependent *) lfirst(lc))->ord = ++ord;
+	MemoryContextSwitchTo(oldcxt);
+	return result;
+}
+
+/*
+ * What hangs on the migration's column, with the commands for the new column
+ * (new_side) or, for the way back, for the old one.  The caller holds locks
+ * on the table and its partitions that keep others from dropping them.  Errors
+ * are PostgreSQL's own where it cannot do the ALTER.  Nothing remains of the twins.
+ */
+List *
+rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
+{
+	List	   *members = rm_members(m->relid);
+	List	   *things = NIL;
+	ListCell   *lc;
+
+	foreach(lc, members)
+	{
+		Twin		twin = {.m = m,.relid = lfirst_oid(lc),.new_side = new_side,.cxt = cxt};
+
+		CHECK_FOR_INTERRUPTS();
+		twin.attnum = rm_leaf_attnum(m->relid, m->attnum, twin.relid);
+		twin.other = rm_leaf_attnum(m->relid, m->new_attnum, twin.relid);
+		twin.type = new_side ? m->new_type : NULL;
+		things = lappend(things, derive_member(&twin));
+	}
+	return in_order(things, members, cxt);
 }
 
 /*-------------------------------------------------------------------------
@@ -229,7 +303,7 @@ void
 rm_dependents_save(const RmMigration *m, bool new_side, List *list)
 {
 	Oid			types[] = {INT8OID, TEXTOID, INT4OID, TEXTOID, TEXTOID, OIDOID, OIDOID,
-	TEXTOID, TEXTOID, BOOLOID, TEXTOID, TEXTARRAYOID, TEXTOID};
+	TEXTOID, TEXTOID, BOOLOID, TEXTOID, TEXTARRAYOID, TEXTOID, TEXTOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	ListCell   *lc;
@@ -255,10 +329,11 @@ rm_dependents_save(const RmMigration *m, bool new_side, List *list)
 		v[10] = text_or_null(d->validate_sql, &n[10]);
 		v[11] = rm_settings_array(d->take_sql);
 		v[12] = text_or_null(d->drop_sql, &n[12]);
+		v[13] = text_or_null(d->make_sql, &n[13]);
 		rm_state_execute("INSERT INTO risky_migrations.dependent (migration_id, side, ord, kind,"
 						 " name, relid, peer, build_name, build_sql, by_worker,"
-						 " validate_sql, take_sql, drop_sql)"
-						 " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+						 " validate_sql, take_sql, drop_sql, make_sql)"
+						 " VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
 						 lengthof(types), types, v, n);
 	}
 }
@@ -270,7 +345,7 @@ rm_dependents_load(const RmMigration *m, bool new_side, MemoryContext cxt)
 	Datum		v[] = {Int64GetDatum(m->id), CStringGetTextDatum(new_side ? "new" : "old")};
 
 	rm_state_execute("SELECT ord::bigint, kind, name, relid, peer, build_name, build_sql,"
-					 " by_worker, validate_sql, take_sql, drop_sql"
+					 " by_worker, validate_sql, make_sql, take_sql, drop_sql"
 					 " FROM risky_migrations.dependent"
 					 " WHERE migration_id = $1 AND side = $2 ORDER BY ord",
 					 2, types, v, NULL);
@@ -329,8 +404,10 @@ rm_dependents_equal(List *a, List *b)
 		ListCell   *lx;
 		ListCell   *ly;
 
-		if (!same_text(x->name, y->name) || !same_text(x->kind, y->kind) ||
+		if (x->relid != y->relid ||
+			!same_text(x->name, y->name) || !same_text(x->kind, y->kind) ||
 			!same_text(x->build_sql, y->build_sql) ||
+			!same_text(x->make_sql, y->make_sql) ||
 			!same_text(x->validate_sql, y->validate_sql) ||
 			list_length(x->take_sql) != list_length(y->take_sql))
 			return false;
@@ -414,11 +491,13 @@ rm_dependents_leftovers(const RmMigration *m, bool new_side, List *wanted)
 
 /*
  * OIDs of the relations whose definition changes when these things come into
- * force: the table first, then those at the other end of its foreign keys.
+ * force: the table and its partitions first, then those at the other end of
+ * foreign keys.
  */
 List *
 rm_dependents_relations(const RmMigration *m, List *list)
 {
+	List	   *members = rm_members(m->relid);
 	List	   *peers = NIL;
 	ListCell   *lc;
 
@@ -426,13 +505,12 @@ rm_dependents_relations(const RmMigration *m, List *list)
 	{
 		RmDependent *d = lfirst(lc);
 
-		if (d->relid != m->relid)
-			peers = list_append_unique_oid(peers, d->relid);
-		if (OidIsValid(d->peer) && d->peer != m->relid)
-			peers = list_append_unique_oid(peers, d->peer);
+		peers = list_append_unique_oid(peers, d->relid);
+		if (OidIsValid(d->peer))
+			peers = list_concat_unique_oid(peers, rm_members(d->peer));
 	}
 	list_sort(peers, list_oid_cmp);
-	return lcons_oid(m->relid, peers);
+	return list_concat_unique_oid(members, peers);
 }
 
 /* see risky_migrations.catalog_fingerprint() */
@@ -523,8 +601,16 @@ rm_move_identity(Oid relid, AttrNumber from, AttrNumber to, Oid sequence)
 {
 	ObjectAddress seq;
 	ObjectAddress column;
+	ListCell   *lc;
 
-	(void) set_identity(relid, to, set_identity(relid, from, '\0'));
+	/* partitions may have their parent's, without a sequence */
+	foreach(lc, RM_IDENTITY_IS_INHERITED ? rm_members(relid) : list_make1_oid(relid))
+	{
+		Oid			member = lfirst_oid(lc);
+
+		(void) set_identity(member, rm_leaf_attnum(relid, to, member),
+							set_identity(member, rm_leaf_attnum(relid, from, member), '\0'));
+	}
 	deleteDependencyRecordsForClass(RelationRelationId, sequence,
 									RelationRelationId, DEPENDENCY_INTERNAL);
 	ObjectAddressSet(seq, RelationRelationId, sequence);

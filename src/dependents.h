@@ -24,6 +24,7 @@ typedef struct RmDependent
 	char	   *build_sql;
 	bool		by_worker;		/* build_sql must be top-level */
 	char	   *validate_sql;	/* NULL: not to be validated */
+	char	   *make_sql;		/* in the exchange, before columns are renamed */
 	List	   *take_sql;		/* of char *: puts it in force */
 	char	   *drop_sql;		/* puts the one in force out of it, or NULL */
 } RmDependent;

@@ -28,6 +28,7 @@ extern void rm_leaves_begin(RmMigration *m);
 extern void rm_leaves_forget(RmMigration *m);
 extern void rm_leaves_reset(RmMigration *m);
 extern void rm_leaves_check_again(RmMigration *m);
+extern void rm_leaves_accept_empty(RmRun *run);
 extern bool rm_leaves_choose(RmRun *run);
 extern bool rm_leaves_done(RmMigration *m);
 extern Relation rm_leaf_open(RmRun *run, LOCKMODE mode);

@@ -309,8 +309,6 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 		rm_three_step_refuse(rel, def, spec->new_column);
 		rm_refuse_entangled(spec->relid, def->attnum, def->tree);
 		rm_dependents_refuse(spec->relid, def->attnum, !rm_accept_publications);
-		if (spec->all_steps)
-			rm_swap_refuse(spec->relid);
 	}
 
 	oldcxt = MemoryContextSwitchTo(cxt);

@@ -13,7 +13,10 @@
  *				ACCESS EXCLUSIVE on the table and on whatever hangs on it: what
  *				depends on the old column goes, the columns are renamed, what
  *				was built takes the old names, and views, rules, policies and
- *				triggers are made again from their definitions.
+ *				triggers are made again from their definitions.  Of a
+ *				partitioned table all partitions are locked in the same set; its
+ *				own indexes, which hold nothing, are made between, and those of
+ *				the partitions attached.
  *	cleanup		the old column goes.
  *
  * Between swap and cleanup the sync trigger runs the other way, so the swap can
@@ -104,7 +107,8 @@ typedef struct Swap
 	VirtualTransactionId *waiting;	/* whose snapshots may be too old */
 	int			nwaiting;
 	TimestampTz wait_began;
-	BlockNumber next_block;		/* of the look at the way back */
+	Oid			leaf;			/* of the look at the way back, and ... */
+	BlockNumber next_block;		/* ... where it goes on in it */
 	bool		looked;
 	int64		unfit;			/* rows that do not fit the old type */
 	bool		announced;		/* what comes next is shown in rm_progress */
@@ -162,11 +166,12 @@ is_stale(const RmMigration *m, const RmDependent *d)
 
 /*
  * What was planned for that side, without foreign keys and sequences whose
- * other end has been dropped since.
+ * other end has been dropped since, and without partitions that are none any more.
  */
 static List *
 load_present(const RmMigration *m, bool new_side)
 {
+	List	   *members = rm_members(m->relid);
 	List	   *result = NIL;
 	ListCell   *lc;
 
@@ -177,7 +182,9 @@ load_present(const RmMigration *m, bool new_side)
 
 		if (OidIsValid(d->peer))
 			ends = lappend_oid(ends, d->peer);
-		if (list_length(relations_that_exist(ends)) == list_length(ends) && !is_stale(m, d))
+		if (list_length(relations_that_exist(ends)) == list_length(ends) &&
+			list_length(list_difference_oid(ends, members)) < list_length(ends) &&
+			!is_stale(m, d))
 			result = lappend(result, d);
 	}
 	return result;
@@ -241,6 +248,8 @@ plan(RmRun *run)
 	List	   *leftovers;
 	ListCell   *lc;
 
+	if (rm_is_parted(m))
+		rm_leaves_accept_empty(run);
 	refuse_unverified(m);
 	/* somebody may have added something since the migration began */
 	rm_dependents_refuse(m->relid, m->attnum, false);
@@ -279,11 +288,9 @@ announce(RmRun *run, const char *what)
 static void
 make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
 {
-	RmMigration *m = run->m;
-
 	if (d->by_worker)
 	{
-		const char *name = quote_qualified_identifier(get_namespace_name(get_rel_namespace(m->relid)),
+		const char *name = quote_qualified_identifier(get_namespace_name(get_rel_namespace(d->relid)),
 													  d->build_name);
 
 		if (invalid)
@@ -310,10 +317,10 @@ make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
 	}
 	else
 	{
-		List	   *relids = list_make1_oid(d->relid);
+		List	   *relids = rm_members(d->relid);
 
-		if (OidIsValid(d->peer) && d->peer != d->relid)
-			relids = lappend_oid(relids, d->peer);
+		if (OidIsValid(d->peer))
+			relids = list_concat_unique_oid(relids, rm_members(d->peer));
 		rm_lock_relations(&run->locks, relids,
 						  OidIsValid(d->peer) ? ShareRowExclusiveLock : AccessExclusiveLock,
 						  run->tries);
@@ -407,10 +414,10 @@ drop_remains(RmRun *run, bool new_side)
 
 	if (d == NULL || !d->by_worker || !invalid)
 		return;
-	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	rm_lock_relation(&run->locks, d->relid, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	rm_execute(psprintf("DROP INDEX IF EXISTS %s",
-						quote_qualified_identifier(get_namespace_name(get_rel_namespace(m->relid)),
+						quote_qualified_identifier(get_namespace_name(get_rel_namespace(d->relid)),
 												   d->build_name)));
 }
 
@@ -465,7 +472,11 @@ build_explain(RmRun *run, ErrorData *error)
 	MemoryContextSwitchTo(oldcxt);
 }
 
-/* locks the table so that its definition stands still, and looks at it */
+/*
+ * Locks the table so that its definition stands still, and looks at it.  Of its
+ * partitions, which somebody always vacuums, it only keeps others from dropping
+ * them: whether their definitions have stood still the fingerprint tells.
+ */
 static void
 hold_definition(RmRun *run)
 {
@@ -473,23 +484,20 @@ hold_definition(RmRun *run)
 	Relation	rel;
 
 	rm_lock_relation(&run->locks, m->relid, ShareUpdateExclusiveLock);
+	if (rm_is_parted(m))
+		rm_lock_tree(run, AccessShareLock);
 	rm_check_owner(m->relid, m->relation);
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
 	table_close(rel, NoLock);
 }
 
-/* tables whose columns cannot be exchanged, though they can be filled */
-void
-rm_swap_refuse(Oid relid)
+/* are the catalogs as they were when the fingerprint was taken? */
+static bool
+catalogs_unchanged(const RmMigration *m)
 {
-	if (get_rel_relkind(relid) == RELKIND_PARTITIONED_TABLE)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("three_step cannot exchange a column of the partitioned table %s",
-						rm_relation_sql(relid)),
-				 errdetail("What hangs on the column of a partitioned table cannot be built yet."),
-				 errhint("The steps up to rm_enforce_not_null() work; exchange the columns by hand after them, or give it up with rm_rollback().")));
+	return m->fingerprint &&
+		strcmp(m->fingerprint, rm_catalog_fingerprint(m->relid, CurrentMemoryContext)) == 0;
 }
 
 /* one transaction's worth of building on the new column; true when all is there */
@@ -500,7 +508,6 @@ build(RmRun *run)
 	bool		invalid;
 	bool		unvalidated;
 
-	rm_swap_refuse(m->relid);
 	run->may_hold = true;
 	if (after_worker_failure(run, true))
 		return false;
@@ -526,14 +533,15 @@ build(RmRun *run)
 
 		default:
 			hold_definition(run);
+			m->fingerprint = rm_catalog_fingerprint(m->relid, CurrentMemoryContext);
 			if (!rm_dependents_equal(rm_dependents_load(m, true, CurrentMemoryContext),
 									 rm_dependents_derive(m, true, CurrentMemoryContext)) ||
-				find_missing(run, true, &invalid, &unvalidated))
+				find_missing(run, true, &invalid, &unvalidated) ||
+				!catalogs_unchanged(m))
 			{
 				m->phase = PHASE_PLAN;
 				return false;
 			}
-			m->fingerprint = rm_catalog_fingerprint(m->relid, CurrentMemoryContext);
 			return true;
 	}
 }
@@ -752,11 +760,24 @@ put_out_of_force(RmRun *run, List *list, bool forward)
 		RmDependent *d = list_nth(list, i);
 
 		if (strcmp(d->kind, "identity") == 0)
-			rm_move_identity(m->relid, forward ? m->attnum : m->new_attnum,
-							 forward ? m->new_attnum : m->attnum, d->peer);
+			rm_move_identity(d->relid,
+							 rm_leaf_attnum(m->relid, forward ? m->attnum : m->new_attnum, d->relid),
+							 rm_leaf_attnum(m->relid, forward ? m->new_attnum : m->attnum, d->relid),
+							 d->peer);
 		else if (d->drop_sql)
 			rm_execute(d->drop_sql);
 	}
+}
+
+/* what can be made only now, while the columns still have other names */
+static void
+make_between(List *list)
+{
+	ListCell   *lc;
+
+	foreach(lc, list)
+		if (((RmDependent *) lfirst(lc))->make_sql)
+			rm_execute(((RmDependent *) lfirst(lc))->make_sql);
 }
 
 static void
@@ -782,6 +803,7 @@ exchange(RmRun *run, List *list, bool forward)
 	foreach(lc, definitions)
 		rm_execute(((Definition *) lfirst(lc))->drop_sql);
 	put_out_of_force(run, list, forward);
+	make_between(list);
 	rename_column(m, m->column, forward ? m->old_column : m->new_column);
 	rename_column(m, forward ? m->new_column : m->old_column, m->column);
 	put_in_force(list);
@@ -797,9 +819,10 @@ exchange(RmRun *run, List *list, bool forward)
 	{
 		rm_bind_shadow_column(m);
 		m->trigger_xmin = 0;	/* what was verified before is worth nothing now */
+		rm_leaves_reset(m);
 	}
 	/* the sync trigger of every session must read its direction again */
-	CacheInvalidateRelcacheByRelid(m->relid);
+	rm_invalidate_tree(m);
 }
 
 /* the part of the exchange that nothing has been built for */
@@ -859,8 +882,9 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	Relation	rel;
 
 	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
-	/* a view that was made before we had the locks: let all go, try again */
-	if (list_difference_oid(relations_of_definitions(m, attnum), relids) != NIL)
+	/* a view or a partition that was made before we had the locks: again */
+	if (list_difference_oid(relations_of_definitions(m, attnum), relids) != NIL ||
+		list_difference_oid(rm_members(m->relid), relids) != NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 				 errmsg("what hangs on the column of %s has just changed", m->relation)));
@@ -891,13 +915,12 @@ swap_apply(RmRun *run)
 
 	list = load_present(m, true);
 	lock_for_exchange(run, list, true);
-	refuse_unverified(m);
-	if (m->fingerprint == NULL ||
-		strcmp(m->fingerprint, rm_catalog_fingerprint(m->relid, CurrentMemoryContext)) != 0)
+	if (!catalogs_unchanged(m))
 	{
 		m->phase = PHASE_PLAN;	/* somebody's DDL came in between */
 		return RM_STEP_AGAIN;
 	}
+	refuse_unverified(m);
 	run->old_storage = rm_relation_storage(m->relid);
 	exchange(run, list, true);
 	return RM_STEP_DONE;
@@ -1043,6 +1066,19 @@ look_at_pages(Look *look, BlockNumber block, BlockNumber end)
 	return block;
 }
 
+/* the leaf with the next OID, InvalidOid if there is none */
+static Oid
+leaf_after(const RmMigration *m, Oid leaf)
+{
+	Oid			next = InvalidOid;
+	ListCell   *lc;
+
+	foreach(lc, rm_leaves(m->relid))
+		if (lfirst_oid(lc) > leaf && (!OidIsValid(next) || lfirst_oid(lc) < next))
+			next = lfirst_oid(lc);
+	return next;
+}
+
 /*
  * Records are hints, since rows may have been mended or deleted: looks at a
  * range of the rows themselves.  Those that are there at the beginning are
@@ -1054,18 +1090,24 @@ static bool
 look_for_misfits(RmRun *run)
 {
 	RmMigration *m = run->m;
-	RmMigration forth = *m;
+	RmMigration forth;
 	Swap	   *s = get_work(run);
 	Look		look = {0};
 	Relation	rel;
 	BlockNumber end;
 
 	m->phase = PHASE_LOOK;
-	rm_lock_relation(&run->locks, m->relid, RowExclusiveLock);
-	if (s->next_block == 0)
+	if (!OidIsValid(s->leaf))
+	{
 		forget_misfits(m);
-	rel = table_open(m->relid, NoLock);
-	rm_check_ground(m, rel);
+		s->leaf = leaf_after(m, InvalidOid);
+	}
+	if (!OidIsValid(s->leaf))
+		return true;			/* a partitioned table without partitions */
+	rm_lock_relation(&run->locks, s->leaf, RowExclusiveLock);
+	rel = table_open(s->leaf, NoLock);
+	forth = *rm_migration_on(m, rel);
+	rm_check_ground(&forth, rel);
 	look.rows = rm_rows_open(m, rel, RM_ROWS_MANY);
 	forth.swapped = false;
 	look.forth = rm_migration_conversion(&forth, rel, CurrentMemoryContext);
@@ -1076,7 +1118,11 @@ look_for_misfits(RmRun *run)
 	FreeExprContext(look.forth->econtext, true);
 	rm_rows_close(look.rows);
 	table_close(rel, NoLock);
-	return s->next_block >= end;
+	if (s->next_block < end)
+		return false;
+	s->next_block = 0;
+	s->leaf = leaf_after(m, s->leaf);
+	return !OidIsValid(s->leaf);
 }
 
 static void
@@ -1314,7 +1360,7 @@ cleanup_apply(RmRun *run)
 	ListCell   *lc;
 
 	/* a way back that was interrupted may have left foreign keys of others */
-	rm_lock_relations(&run->locks, m->phase == 0 ? list_make1_oid(m->relid) :
+	rm_lock_relations(&run->locks, m->phase == 0 ? rm_members(m->relid) :
 					  rm_dependents_relations(m, load_present(m, false)),
 					  AccessExclusiveLock, run->tries);
 	rm_check_owner(m->relid, m->relation);
@@ -1328,12 +1374,13 @@ cleanup_apply(RmRun *run)
 	att = SearchSysCacheAttNum(m->relid, m->attnum);	/* NULL if dropped */
 	if (HeapTupleIsValid(att))
 	{
-		rm_execute(psprintf("ALTER TABLE ONLY %s DROP COLUMN %s", rel_sql,
+		rm_execute(psprintf("%s DROP COLUMN %s", rm_alter_sql(m),
 							quote_identifier(NameStr(((Form_pg_attribute) GETSTRUCT(att))->attname))));
 		ReleaseSysCache(att);
 	}
 	rm_dependents_save(m, true, NIL);
 	rm_dependents_save(m, false, NIL);
+	rm_leaves_forget(m);
 	forget_misfits(m);
 	return RM_STEP_DONE;
 }
