@@ -1305,12 +1305,12 @@ BEGIN ATOMIC
 		LEFT JOIN pg_constraint k ON k.conrelid = me.oid AND k.contype = 'n' AND k.conkey = ARRAY[dependents.attnum]
 		LEFT JOIN pg_constraint kb ON kb.conrelid = me.oid AND kb.contype = 'n' AND kb.conkey = ARRAY[dependents.shadow]
 	)
-	SELECT e.rank::bigint, e.kind, e.name, e.relation, e.peer, e.build_name,
+	SELECT row_number() OVER (ORDER BY e.rank, e.sub), e.kind, e.name, e.relation, e.peer, e.build_name,
 		e.build_sql, e.by_worker, e.validate_sql, e.make_sql, e.take_sql, e.drop_sql
 	FROM everything e ORDER BY e.rank, e.sub;
 END;
 COMMENT ON FUNCTION risky_migrations.dependents(oid, smallint, smallint, oid, smallint, text, text, text) IS
-	'everything of a table''s own that hangs on a column, with the commands that build it on another column, make it there in the exchange if it can only be made then, put it in force, and put the present one out of force; ord is the rank in which those of all members come into force';
+	'everything of a table''s own that hangs on a column, with the commands that build it on another column, make it there in the exchange if it can only be made then, put it in force, and put the present one out of force';
 
 CREATE FUNCTION risky_migrations.leftovers(relid oid, prefix text, wanted text[])
 RETURNS TABLE (drop_sql text) LANGUAGE sql STABLE

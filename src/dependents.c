@@ -75,12 +75,11 @@ enum
 	D_BY_WORKER, D_VALIDATE_SQL, D_MAKE_SQL, D_TAKE_SQL, D_DROP_SQL
 };
 
-/*
- * Ranks, see risky_migrations.dependents().  Foreign keys come into force from
- * the leaves to the root: what is proven in a leaf becomes the root's.
- */
-#define FOREIGN_KEY_RANK	6
-#define LAST_RANK			8
+/* kinds, in the order in which they come into force */
+static const char *const kinds[] = {
+	"not null", "column", "default", "identity", "sequence", "index", "primary key",
+	"unique constraint", "replica identity", "check constraint", "foreign key", "statistics"
+};
 
 /* runs one of our own functions over the catalogs, as the current role */
 static void
@@ -92,12 +91,17 @@ query(const char *sql, int nargs, Oid *types, Datum *values)
 		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
 }
 
+static bool
+is_kind(const RmDependent *d, const char *kind)
+{
+	return strcmp(d->kind, kind) == 0;
+}
+
 /* an index, or a constraint that is made of one? */
 static bool
 is_index(const RmDependent *d)
 {
-	return strcmp(d->kind, "index") == 0 || strcmp(d->kind, "primary key") == 0 ||
-		strcmp(d->kind, "unique constraint") == 0;
+	return is_kind(d, "index") || is_kind(d, "primary key") || is_kind(d, "unique constraint");
 }
 
 /* the result as a list of RmDependent in cxt */
@@ -237,22 +241,23 @@ derive_member(Twin *twin)
 }
 
 /*
- * All members' things in the order in which they come into force: by rank, the
- * root's first, of foreign keys last.  The members come from the root downwards.
+ * What lists of things, from the root downwards, make together: in the order in
+ * which they come into force, by kind, the root's first.  But foreign keys from the
+ * leaves to the root, for what is proven in a leaf becomes the root's.
  */
 static List *
-in_order(List *things, List *members, MemoryContext cxt)
+in_order(List *things, MemoryContext cxt)
 {
 	MemoryContext oldcxt = MemoryContextSwitchTo(cxt);
 	List	   *result = NIL;
-	int			n = list_length(members);
+	int			n = list_length(things);
 	int			ord = 0;
 	ListCell   *lc;
 
-	for (int rank = 0; rank <= LAST_RANK; rank++)
+	for (int kind = 0; kind < lengthof(kinds); kind++)
 		for (int i = 0; i < n; i++)
-			foreach(lc, list_nth(things, rank == FOREIGN_KEY_RANK ? n - 1 - i : i))
-				if (((RmDependent *) lfirst(lc))->ord == rank)
+			foreach(lc, list_nth(things, strcmp(kinds[kind], "foreign key") == 0 ? n - 1 - i : i))
+				if (is_kind(lfirst(lc), kinds[kind]))
 					result = lappend(result, lfirst(lc));
 	foreach(lc, result)
 		((RmDependent *) lfirst(lc))->ord = ++ord;
@@ -269,11 +274,10 @@ in_order(List *things, List *members, MemoryContext cxt)
 List *
 rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
 {
-	List	   *members = rm_members(m->relid);
 	List	   *things = NIL;
 	ListCell   *lc;
 
-	foreach(lc, members)
+	foreach(lc, rm_members(m->relid))
 	{
 		Twin		twin = {.m = m,.relid = lfirst_oid(lc),.new_side = new_side,.cxt = cxt};
 
@@ -283,7 +287,35 @@ rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
 		twin.type = new_side ? m->new_type : NULL;
 		things = lappend(things, derive_member(&twin));
 	}
-	return in_order(things, members, cxt);
+	return in_order(things, cxt);
+}
+
+/*
+ * The list for the way back, of the time before the swap, with what hangs on the
+ * new column of partitions that have come since.  Locks as above.
+ */
+List *
+rm_dependents_add_members(const RmMigration *m, List *list, MemoryContext cxt)
+{
+	List	   *known = NIL;
+	List	   *things = list_make1(list);
+	ListCell   *lc;
+
+	foreach(lc, list)
+		if (is_kind(lfirst(lc), "column"))
+			known = lappend_oid(known, ((RmDependent *) lfirst(lc))->relid);
+	foreach(lc, rm_members(m->relid))
+	{
+		Twin		twin = {.m = m,.relid = lfirst_oid(lc),.cxt = cxt};
+
+		if (list_member_oid(known, twin.relid))
+			continue;
+		twin.attnum = rm_leaf_attnum(m->relid, m->new_attnum, twin.relid);
+		twin.other = rm_leaf_attnum(m->relid, m->attnum, twin.relid);
+		twin.type = m->old_type;
+		things = lappend(things, derive_member(&twin));
+	}
+	return list_length(things) == 1 ? list : in_order(things, cxt);
 }
 
 /*-------------------------------------------------------------------------

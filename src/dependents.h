@@ -32,6 +32,8 @@ typedef struct RmDependent
 extern void rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications);
 extern List *rm_dependents_derive(const RmMigration *m, bool new_side,
 								  MemoryContext cxt);
+extern List *rm_dependents_add_members(const RmMigration *m, List *list,
+									   MemoryContext cxt);
 extern void rm_dependents_save(const RmMigration *m, bool new_side, List *list);
 extern List *rm_dependents_load(const RmMigration *m, bool new_side,
 								MemoryContext cxt);

@@ -355,6 +355,36 @@ rm_leaves_done(RmMigration *m)
 	return SPI_processed == 0;
 }
 
+/* has each leaf that was verified, and is one still, the trigger that it had then? */
+bool
+rm_leaves_watched(RmMigration *m)
+{
+	Oid			types[] = {INT8OID, OIDARRAYOID};
+	Datum		v[] = {Int64GetDatum(m->id), oid_array(rm_leaves(m->relid))};
+
+	rm_state_execute("SELECT relid, trigger_xmin FROM risky_migrations.leaf"
+					 " WHERE migration_id = $1 AND done AND relid = ANY ($2)", 2, types, v, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		if (rm_result_int64(i, 2) != rm_trigger_xmin_of(m, DatumGetObjectId(rm_result_datum(i, 1))))
+			return false;
+	return true;
+}
+
+/*
+ * Of the way back: rel, a leaf, has been looked through, whether it was there
+ * before or has come since.
+ */
+void
+rm_leaf_adopt(RmMigration *m, Relation rel)
+{
+	if (!rm_is_parted(m) || !rm_leaves_watched(m))
+		return;
+	refresh(m);
+	adopt(m, rel);
+	if (rm_leaves_done(m))
+		m->trigger_xmin = rm_trigger_xmin(m);
+}
+
 /*
  * Of the build: a leaf that has come since all were verified, and holds nothing,
  * needs no verification, for its trigger came with it.  The caller holds locks

@@ -32,6 +32,8 @@ extern void rm_leaves_accept_empty(RmRun *run);
 extern bool rm_leaves_choose(RmRun *run);
 extern bool rm_leaves_done(RmMigration *m);
 extern Relation rm_leaf_open(RmRun *run, LOCKMODE mode);
+extern bool rm_leaves_watched(RmMigration *m);
+extern void rm_leaf_adopt(RmMigration *m, Relation rel);
 extern void rm_leaf_done(RmMigration *m);
 extern void rm_leaves_progress(RmRun *run);
 

@@ -104,6 +104,8 @@ enum
 typedef struct Swap
 {
 	bool		planned;		/* by this run: else plan anew */
+	bool		parted;
+	int			gone;			/* how often a partition was dropped just then */
 	VirtualTransactionId *waiting;	/* whose snapshots may be too old */
 	int			nwaiting;
 	TimestampTz wait_began;
@@ -266,6 +268,7 @@ plan(RmRun *run)
 	rm_dependents_save(m, true, wanted);
 	rm_dependents_save(m, false, rm_dependents_derive(m, false, CurrentMemoryContext));
 	get_work(run)->planned = true;
+	get_work(run)->parted = rm_is_parted(m);
 	m->phase = PHASE_MAKE;
 }
 
@@ -378,6 +381,13 @@ build_retry(RmRun *run, ErrorData *error)
 
 	if (s == NULL || s->raised)
 		return false;
+	/* a partition was dropped while something was built on it: plan anew */
+	if (s->parted && s->failed == NULL && error->sqlerrcode == ERRCODE_UNDEFINED_TABLE &&
+		s->gone++ < rm_lock_retries)
+	{
+		s->planned = false;
+		return true;
+	}
 	if (s->asked && error->sqlerrcode == ERRCODE_INSUFFICIENT_RESOURCES)
 	{
 		s->no_worker = s->worker_tries++ < rm_lock_retries;
@@ -1100,10 +1110,14 @@ look_for_misfits(RmRun *run)
 	if (!OidIsValid(s->leaf))
 	{
 		forget_misfits(m);
+		s->unfit = 0;
 		s->leaf = leaf_after(m, InvalidOid);
 	}
 	if (!OidIsValid(s->leaf))
-		return true;			/* a partitioned table without partitions */
+	{
+		m->trigger_xmin = rm_trigger_xmin(m);	/* all partitions are gone */
+		return true;
+	}
 	rm_lock_relation(&run->locks, s->leaf, RowExclusiveLock);
 	rel = table_open(s->leaf, NoLock);
 	forth = *rm_migration_on(m, rel);
@@ -1117,6 +1131,8 @@ look_for_misfits(RmRun *run)
 	s->unfit += look.unfit;
 	FreeExprContext(look.forth->econtext, true);
 	rm_rows_close(look.rows);
+	if (s->next_block >= end)
+		rm_leaf_adopt(m, rel);
 	table_close(rel, NoLock);
 	if (s->next_block < end)
 		return false;
@@ -1138,6 +1154,17 @@ refuse_way_back(const RmMigration *m, const char *reason, bool can_be_mended)
 			 errhint("Stay with the new column: CALL rm_cleanup(%lld).", (long long) m->id)));
 }
 
+/*
+ * Has no row been written without the trigger since all were verified?  Of a
+ * partitioned table partitions may have come since: these are looked through.
+ */
+static bool
+is_watched(RmMigration *m)
+{
+	return m->trigger_xmin == rm_trigger_xmin(m) ||
+		(rm_is_parted(m) && rm_leaves_watched(m));
+}
+
 /* 55000 with the reason if there is no way back */
 static void
 refuse_closed_way(RmRun *run)
@@ -1151,7 +1178,7 @@ refuse_closed_way(RmRun *run)
 								 m->using_expr) :
 						psprintf("There is no cast from %s to %s, and no reverse_expr was given.",
 								 m->new_type, m->old_type), false);
-	if (m->trigger_xmin != rm_trigger_xmin(m))
+	if (!is_watched(m))
 		refuse_way_back(m, "The sync trigger has been dropped or switched off for a while, or a function of the expression replaced: the old column may have missed values.", false);
 	if (s->unfit > 0)
 		refuse_way_back(m, psprintf("%lld rows of %s hold a value that does not fit the type %s.",
@@ -1193,8 +1220,10 @@ refuse_new_dependents(RmRun *run, List *list)
 	v[2] = rm_settings_array(names);
 	v[3] = CStringGetTextDatum(rm_built_prefix(m, true));
 	if (SPI_execute_with_args("SELECT string_agg(pg_catalog.format('%s %s', kind, name), ', ')"
-							  " FROM risky_migrations.dependents($1, $2, 0::smallint, $1, $2, '', '', $4)"
-							  " WHERE build_name IS NOT NULL AND kind <> 'not null' AND name <> ALL ($3)"
+							  " FROM risky_migrations.member_columns($1, $2) m, LATERAL"
+							  " risky_migrations.dependents(m.member, m.number, 0::smallint, m.member, m.number, '', '', $4)"
+							  " WHERE (build_name IS NOT NULL OR make_sql IS NOT NULL)"
+							  " AND kind <> 'not null' AND name <> ALL ($3)"
 							  /* what another migration keeps for its own way back */
 							  " AND name !~ '^rm_[no]_[0-9]+_[0-9]+$'",
 							  4, types, v, NULL, false, 0) != SPI_OK_SELECT)
@@ -1213,19 +1242,31 @@ way_back_is_open(RmRun *run)
 {
 	RmMigration *m = run->m;
 	Swap	   *s = get_work(run);
+	List	   *list;
 
 	rm_check_owner(m->relid, m->relation);
-	if (m->reverse_tree == NULL || m->trigger_xmin != rm_trigger_xmin(m))
+	if (m->reverse_tree == NULL || !is_watched(m))
 		refuse_closed_way(run);
-	if (!s->looked && (m->phase == PHASE_LOOK || misfits_recorded(m)))
+	if (m->trigger_xmin != rm_trigger_xmin(m))
+		s->looked = false;		/* a partition has come, or one has gone */
+	if (!s->looked && (m->phase == PHASE_LOOK || misfits_recorded(m) ||
+					   m->trigger_xmin != rm_trigger_xmin(m)))
 	{
 		s->looked = look_for_misfits(run);
 		return false;			/* refused, if at all, when the records are committed */
 	}
 	refuse_closed_way(run);
-	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
+	list = rm_dependents_load(m, false, CurrentMemoryContext);
+	if (rm_is_parted(m))
+	{
+		rm_lock_tree(run, AccessShareLock);
+		list = rm_dependents_add_members(m, list, CurrentMemoryContext);
+		rm_dependents_save(m, false, list);
+	}
+	refuse_new_dependents(run, list);
 	refuse_renamed(m);
 	s->planned = true;
+	s->parted = rm_is_parted(m);
 	m->phase = PHASE_MAKE;
 	return true;
 }

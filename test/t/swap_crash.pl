@@ -1,8 +1,8 @@
 # Killed anywhere between the first step and the cleanup, or on the way back,
 # the migration goes on from where it was.
 #
-# A table with indexes, a unique constraint, CHECKs and foreign keys is written
-# by pgbench all the time.  Each row says in its column "truth" what its column
+# A table, plain or partitioned, with indexes, a unique constraint, CHECKs and
+# foreign keys is written by pgbench all the time.  Each row says in its column "truth" what its column
 # "at" must hold, whatever type that has at the moment.  A session runs the
 # whole migration; the server is killed after a random time, started again, and
 # the migration taken to its end by what rm_migrations says to call next.  Then
@@ -20,7 +20,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-my $rounds = $ENV{RM_ROUNDS} // 8;
+my $rounds = $ENV{RM_ROUNDS} // 6;
 my $seed = $ENV{RM_SEED} // time;
 srand($seed);
 note "RM_SEED=$seed RM_ROUNDS=$rounds";
@@ -45,11 +45,24 @@ sub sql
 	return $node->safe_psql('postgres', $query);
 }
 
+my %kinds = (
+	plain => ['', ''],
+	partitioned => [
+		'PARTITION BY RANGE (id)', qq{
+CREATE TABLE item_0 PARTITION OF item FOR VALUES FROM (MINVALUE) TO (5000);
+CREATE TABLE item_1 PARTITION OF item FOR VALUES FROM (5000) TO ($rows) PARTITION BY HASH (id);
+CREATE TABLE item_1_0 PARTITION OF item_1 FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+CREATE TABLE item_1_1 PARTITION OF item_1 FOR VALUES WITH (MODULUS 2, REMAINDER 1);
+CREATE TABLE item_rest PARTITION OF item DEFAULT;
+}]);
+my $kind;
+
 my $setup = qq{
 CREATE TABLE peer (id int PRIMARY KEY);
 INSERT INTO peer SELECT generate_series(1, 100);
 CREATE TABLE item (id bigserial PRIMARY KEY, at varchar(50) NOT NULL, truth text NOT NULL, n int REFERENCES peer,
-	CONSTRAINT "once only" UNIQUE (at, id), CHECK (at IS NOT NULL AND n > 0));
+	CONSTRAINT "once only" UNIQUE (at, id), CHECK (at IS NOT NULL AND n > 0)) %s;
+%s
 INSERT INTO item (at, truth, n)
 	SELECT t, t, 1 + g % 100 FROM generate_series(1, $rows) g,
 		LATERAL (SELECT (timestamp '2024-01-01' + g * interval '1 s')::text AS t) x;
@@ -75,20 +88,24 @@ END;
 # what is known of the table in the catalogs, without what is in its rows
 my $shape = q{
 SELECT string_agg(line, E'\n' ORDER BY line) FROM (
-	SELECT format('column %s %s %s %s %s', attname, format_type(atttypid, atttypmod), attnotnull,
-		col_description(attrelid, attnum), pg_get_expr(adbin, adrelid))
-	FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
-	WHERE attrelid = 'item'::regclass AND attnum > 0 AND NOT attisdropped
-	UNION ALL SELECT format('index %s %s', pg_get_indexdef(indexrelid), indisvalid) FROM pg_index WHERE indrelid = 'item'::regclass
-	UNION ALL SELECT format('constraint %s %s %s', conname, pg_get_constraintdef(oid), convalidated)
-	FROM pg_constraint WHERE conrelid = 'item'::regclass
+	SELECT format('column %s %s %s %s %s %s %s', attrelid::regclass, attname, format_type(atttypid, atttypmod), attnotnull,
+		attinhcount, col_description(attrelid, attnum), pg_get_expr(adbin, adrelid))
+	FROM risky_migrations.members('item'::regclass) m JOIN pg_attribute ON attrelid = m
+	LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
+	WHERE attnum > 0 AND NOT attisdropped
+	UNION ALL SELECT format('index %s %s %s', pg_get_indexdef(indexrelid), indisvalid, inhparent::regclass)
+	FROM risky_migrations.members('item'::regclass) m JOIN pg_index ON indrelid = m LEFT JOIN pg_inherits ON inhrelid = indexrelid
+	UNION ALL SELECT format('constraint %s %s %s %s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid), convalidated,
+		coninhcount, conparentid <> 0)
+	FROM risky_migrations.members('item'::regclass) m JOIN pg_constraint ON conrelid = m
 	UNION ALL SELECT format('trigger %s', tgname) FROM pg_trigger WHERE tgrelid = 'item'::regclass AND NOT tgisinternal
 	UNION ALL SELECT format('statistics %s', stxname) FROM pg_statistic_ext WHERE stxrelid = 'item'::regclass
 	UNION ALL SELECT format('relation %s', relname) FROM pg_class WHERE relname ~ '^rm_[a-z]+_[0-9]') f (line)};
 
 sub make_table
 {
-	sql('DROP TABLE IF EXISTS item, peer; DELETE FROM risky_migrations.migration; ' . $setup);
+	sql('DROP TABLE IF EXISTS item, peer; DELETE FROM risky_migrations.migration; '
+		. sprintf($setup, @{ $kinds{$kind} }));
 	return;
 }
 
@@ -141,62 +158,67 @@ sub go_on
 }
 
 sql('CREATE EXTENSION risky_migrations; CREATE EXTENSION amcheck');
-make_table();
-my $before = sql($shape);
-sql(q{ALTER TABLE item ALTER at TYPE timestamp USING at::timestamp});
-my $altered = sql($shape);
-
-my @forth = (
-	q{CALL rm_add_column('item', 'at', 'timestamp', 'at::timestamp')},
-	'CALL rm_backfill_batched(2000)', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
-
-# how long it takes undisturbed
-make_table();
-my $writers = start_writers();
-my $started = Time::HiRes::time();
-my $call = start_calls(@forth, 'CALL rm_cleanup()');
-ok($call->{handle}->finish, 'undisturbed: it runs beside the writers') or diag $call->{err};
-my $seconds = Time::HiRes::time() - $started;
-stop_writers($writers, 'undisturbed');
-is(sql($shape), $altered, 'undisturbed: as after ALTER TABLE');
-
-my %killed;
-for my $round (1 .. $rounds)
+foreach (sort keys %kinds)
 {
-	my $back = $round % 2 == 0;
+	$kind = $_;
 	make_table();
-	$writers = start_writers();
-	my $call = start_calls(@forth, $back ? 'CALL rm_rollback()' : 'CALL rm_cleanup()');
-	my $after = rand($seconds * ($back ? 1.5 : 1.1));
-	usleep($after * 1_000_000);
-	$node->stop('immediate');
-	eval { $call->{handle}->finish };
-	$writers->finish;
-	unlike(slurp_file("$dir/pgbench.err"), qr/ERROR:/, 'no write was refused before');
-	$node->start;
+	my $before = sql($shape);
+	sql(q{ALTER TABLE item ALTER at TYPE timestamp USING at::timestamp});
+	my $altered = sql($shape);
 
-	my $at = sql(q{SELECT coalesce((SELECT last_step || ' ' || last_direction || ' ' || last_step_state
-		FROM rm_migrations ORDER BY id DESC LIMIT 1), 'nothing')});
-	$killed{$at}++;
-	my $name = sprintf 'killed after %.2f s, %s%s', $after, $at, $back ? ', then back' : '';
-	if ($at eq 'nothing')
+	my @forth = (
+		q{CALL rm_add_column('item', 'at', 'timestamp', 'at::timestamp')},
+		'CALL rm_backfill_batched(2000)', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
+
+	# how long it takes undisturbed
+	make_table();
+	my $writers = start_writers();
+	my $started = Time::HiRes::time();
+	my $call = start_calls(@forth, 'CALL rm_cleanup()');
+	ok($call->{handle}->finish, "$kind, undisturbed: it runs beside the writers") or diag $call->{err};
+	my $seconds = Time::HiRes::time() - $started;
+	stop_writers($writers, "$kind, undisturbed");
+	is(sql($shape), $altered, "$kind, undisturbed: as after ALTER TABLE");
+
+	my %killed;
+	for my $round (1 .. $rounds)
 	{
-		is(sql($shape), $before, "$name: as before");
-		next;
-	}
-	$writers = start_writers();
-	my $end = go_on($back);
-	stop_writers($writers, $name);
+		my $back = $round % 2 == 0;
+		make_table();
+		$writers = start_writers();
+		my $call = start_calls(@forth, $back ? 'CALL rm_rollback()' : 'CALL rm_cleanup()');
+		my $after = rand($seconds * ($back ? 1.5 : 1.1));
+		usleep($after * 1_000_000);
+		$node->stop('immediate');
+		eval { $call->{handle}->finish };
+		$writers->finish;
+		unlike(slurp_file("$dir/pgbench.err"), qr/ERROR:/, 'no write was refused before');
+		$node->start;
 
-	my $done = $end eq 'done';
-	like($end, qr/^(done|rolled back)$/, "$name: comes to an end");
-	is(sql($shape), $done ? $altered : $before, "$name: the catalogs of " . ($done ? 'ALTER TABLE' : 'the beginning'));
-	is(sql('SELECT count(*) FROM item WHERE at::timestamp IS DISTINCT FROM truth::timestamp'), 0, "$name: every row is right");
-	is( sql(q{SELECT count(*) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam,
-			LATERAL (SELECT bt_index_check(c.oid, true)) x WHERE i.indrelid = 'item'::regclass AND a.amname = 'btree'}) > 3,
-		1, "$name: the indexes hold what the table holds");
+		my $at = sql(q{SELECT coalesce((SELECT last_step || ' ' || last_direction || ' ' || last_step_state
+			FROM rm_migrations ORDER BY id DESC LIMIT 1), 'nothing')});
+		$killed{$at}++;
+		my $name = sprintf '%s, killed after %.2f s, %s%s', $kind, $after, $at, $back ? ', then back' : '';
+		if ($at eq 'nothing')
+		{
+			is(sql($shape), $before, "$name: as before");
+			next;
+		}
+		$writers = start_writers();
+		my $end = go_on($back);
+		stop_writers($writers, $name);
+
+		my $done = $end eq 'done';
+		like($end, qr/^(done|rolled back)$/, "$name: comes to an end");
+		is(sql($shape), $done ? $altered : $before, "$name: the catalogs of " . ($done ? 'ALTER TABLE' : 'the beginning'));
+		is(sql('SELECT count(*) FROM item WHERE at::timestamp IS DISTINCT FROM truth::timestamp'), 0, "$name: every row is right");
+		is( sql(q{SELECT count(*) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam,
+				LATERAL (SELECT bt_index_check(c.oid, true)) x WHERE i.indrelid IN (SELECT risky_migrations.members('item'::regclass))
+				AND c.relkind = 'i' AND a.amname = 'btree'}) > 3,
+			1, "$name: the indexes hold what the table holds");
+	}
+	note join ', ', map { "$_: $killed{$_}" } sort keys %killed;
 }
-note join ', ', map { "$_: $killed{$_}" } sort keys %killed;
 
 $node->stop;
 done_testing();

@@ -1,0 +1,150 @@
+# Partitions that come and go while a column of their table changes, with writers
+# beside: made empty, attached with rows in them, detached, dropped; between the
+# steps, while things are built, and after the swap.
+#
+# Each row says in "truth" what its column "at" must hold, whatever type that has
+# at the moment.
+
+use strict;
+use warnings;
+
+use LabServer;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(usleep);
+
+my $node = start_server(
+	'partitions', q{
+max_worker_processes = 20
+risky_migrations.lock_retries = 1000
+risky_migrations.lock_retry_max_delay = 50
+});
+
+sql(q{
+CREATE TABLE p (id bigint, day int, at varchar(40) NOT NULL, truth text NOT NULL,
+	PRIMARY KEY (day, at, id), CHECK (at <> '')) PARTITION BY RANGE (day);
+CREATE INDEX ON p (at);
+CREATE TABLE p0 PARTITION OF p FOR VALUES FROM (0) TO (10);
+CREATE TABLE p1 (truth text NOT NULL, id bigint NOT NULL, at varchar(40) NOT NULL, day int NOT NULL, CONSTRAINT p_at_check CHECK (at <> ''));
+CREATE INDEX "only here" ON p1 (at) WHERE id > 10;
+ALTER TABLE p ATTACH PARTITION p1 FOR VALUES FROM (10) TO (20);
+INSERT INTO p SELECT g, g % 20, t, t FROM generate_series(1, 20000) g,
+	LATERAL (SELECT (timestamp '2024-01-01' + g * interval '1 s')::text AS t) x;
+CREATE FUNCTION wrong() RETURNS bigint LANGUAGE plpgsql AS
+	$$BEGIN RETURN count(*) FROM p WHERE at::timestamp IS DISTINCT FROM truth::timestamp; END$$;
+CREATE FUNCTION lying_about() RETURNS text LANGUAGE sql AS
+	$$SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^rm_[no]_'$$;
+});
+
+# the indexes of a table as what there are: what the parent has, each partition has
+my $unattached = q{
+SELECT string_agg(format('%s on %s', i.indexrelid::regclass, i.indrelid::regclass), ', ')
+FROM pg_index i
+WHERE i.indrelid IN (SELECT risky_migrations.members('p'::regclass)) AND i.indrelid <> 'p'::regclass
+	AND i.indexrelid <> '"only here"'::regclass AND i.indexrelid::regclass::text !~ '^rm_o_'
+	AND NOT EXISTS (SELECT FROM pg_inherits h WHERE h.inhrelid = i.indexrelid)
+	OR i.indrelid = 'p'::regclass AND NOT i.indisvalid};
+
+sub is_right
+{
+	my ($type, $name) = @_;
+	is(sql('SELECT wrong()'), 0, "$name: every row is right");
+	is( sql(q{SELECT string_agg(DISTINCT format_type(atttypid, NULL), ', ') FROM pg_attribute
+			WHERE attrelid IN (SELECT risky_migrations.members('p'::regclass)) AND attname = 'at'}),
+		$type, "$name: in each partition the column is a $type");
+	is(sql($unattached), '', "$name: all indexes are valid and attached");
+	return;
+}
+
+my $dir = PostgreSQL::Test::Utils::tempdir;
+append_to_file("$dir/write.sql", q{
+\set id random(1, 20000)
+\set s random(10, 23)
+BEGIN;
+UPDATE p SET at = '2025-01-:s 10:00:00', truth = '2025-01-:s 10:00:00' WHERE id = :id AND day = :id % 20;
+INSERT INTO p (id, day, at, truth) VALUES (20000 + :client_id, :id % 20, '2026-01-:s 11:00:00', '2026-01-:s 11:00:00')
+	ON CONFLICT DO NOTHING;
+DELETE FROM p WHERE id = :id + 7 AND day = (:id + 7) % 20 AND id % 3 = 0;
+END;
+});
+
+my $next = 20;
+
+# a partition for what comes next, as is made each night
+sub new_partition
+{
+	my $name = "p$next";
+	sql(sprintf 'CREATE TABLE %s PARTITION OF p FOR VALUES FROM (%d) TO (%d)', $name, $next, $next + 10);
+	sql("INSERT INTO p (id, day, at, truth) SELECT g, $next, '2024-05-05', '2024-05-05' FROM generate_series(1, 10) g");
+	$next += 10;
+	return $name;
+}
+
+# All at once beside writers, and partitions come and go all the time.
+my $pgbench = start_pgbench($dir, '-c', '3', '-f', "$dir/write.sql");
+my $call = start_call('migration', q{CALL rm_alter_type('p', 'at', 'timestamp', 'at::timestamp')});
+for (1 .. 5)
+{
+	usleep(150_000);
+	sql("CREATE TABLE p$next PARTITION OF p FOR VALUES FROM ($next) TO (@{[$next + 10]})");
+	usleep(150_000);
+	sql("DROP TABLE p$next");
+	$next += 10;
+}
+ends_well($call, 'beside writers, and partitions that come and go');
+is_right('timestamp without time zone', 'after the swap');
+my $new = new_partition();
+$call = start_call('rollback', 'CALL rm_rollback()');
+ends_well($call, 'and back, with another partition since the swap');
+ok(end_pgbench($pgbench), 'no write was refused');
+is_right('character varying', 'after the way back');
+is(sql('SELECT lying_about()'), '', 'nothing is left lying about');
+
+# Step by step, with partitions that are attached with rows.
+sub attach
+{
+	my ($new_column) = @_;
+	sql("CREATE TABLE p$next (day int NOT NULL, $new_column, id bigint NOT NULL, truth text NOT NULL)");
+	sql("INSERT INTO p$next SELECT $next, t.* FROM (" . join(' UNION ALL ', map { "SELECT $_[1]" =~ s/ID/$_/r } 1 .. 3) . ') t');
+	sql("ALTER TABLE p ATTACH PARTITION p$next FOR VALUES FROM ($next) TO (@{[$next + 10]})");
+	$next += 10;
+	return;
+}
+
+sql(q{CALL rm_add_column('p', 'at', 'timestamp', 'at::timestamp')});
+attach(q{at varchar(40) NOT NULL CONSTRAINT p_at_check CHECK (at <> ''), at_new timestamp}, q{'2024-03-01', NULL::timestamp, ID, '2024-03-01'});
+sql('CALL rm_backfill_batched()');
+attach(q{at varchar(40) NOT NULL CONSTRAINT p_at_check CHECK (at <> ''), at_new timestamp}, q{'2024-03-02', NULL::timestamp, ID, '2024-03-02'});
+sql('CALL rm_enforce_not_null()');
+is(sql('SELECT count(*) FROM p WHERE at_new IS DISTINCT FROM truth::timestamp'), 0, 'partitions attached with rows are filled or mended');
+
+attach(q{at varchar(40) NOT NULL CONSTRAINT p_at_check CHECK (at <> ''), at_new timestamp NOT NULL}, q{'2024-03-03', '2000-01-01'::timestamp, ID, '2024-03-03'});
+my ($status, $out, $err) = $node->psql('postgres', 'CALL rm_swap()');
+like($err, qr/has been switched off for a while.*CALL rm_enforce_not_null\(\d+\) verifies/s, 'one attached with rows after that has to be verified');
+sql('CALL rm_enforce_not_null()');
+sql("ALTER TABLE p DETACH PARTITION p1");
+sql('CALL rm_swap()');
+is(sql(q{SELECT count(*) FROM pg_class WHERE relname = 'only here'}), 1, 'one that was detached keeps what it has');
+sql('DROP TABLE p1');
+sub only_here { sql('CREATE INDEX "only here" ON p0 (truth)'); return; }
+only_here();
+is_right('timestamp without time zone', 'attached with rows');
+attach(q{at timestamp NOT NULL CONSTRAINT p_at_check CHECK (at::text <> ''::text), at_old varchar(40)}, q{'2024-03-04'::timestamp, NULL, ID, '2024-03-04'});
+sql("DROP TABLE $new");
+sql('CALL rm_rollback()');
+is_right('character varying', 'attached after the swap, and back');
+is(sql('SELECT lying_about()'), '', 'nothing is left lying about');
+
+# Switched off in one partition, after the swap: the way back is closed.
+sql(q{CALL rm_alter_type('p', 'at', 'timestamp', 'at::timestamp')});
+sql(q{DO $$ BEGIN EXECUTE (SELECT format('ALTER TABLE p0 DISABLE TRIGGER %1$I; ALTER TABLE p0 ENABLE ALWAYS TRIGGER %1$I', tgname)
+	FROM pg_trigger WHERE tgrelid = 'p0'::regclass AND tgname ~ '^~rm_sync_'); END $$});
+new_partition();
+($status, $out, $err) = $node->psql('postgres', 'CALL rm_rollback()');
+like($err, qr/the way back of migration \d+ is closed.*switched off/s, 'the trigger was switched off in one partition: the way back is closed');
+sql('CALL rm_cleanup()');
+is_right('timestamp without time zone', 'after the cleanup');
+is(sql('SELECT count(*) FROM risky_migrations.leaf'), 0, 'no partition is remembered');
+
+$node->stop;
+done_testing();
