@@ -89,7 +89,7 @@
 #include "optimizer/plancat.h"
 #include "state.h"
 #include "steps.h"
-#include "storage/bufmgr.h"
+#include "storage/lmgr.h"
 #include "twin.h"
 #include "utils/builtins.h"
 #include "utils/fmgrprotos.h"
@@ -530,7 +530,7 @@ count_rows(Oid relid, int64 limit)
 	return rows;
 }
 
-/* the tables that hold the rows of these */
+/* the tables that hold the rows of these, locked */
 static List *
 storage_of(List *relids)
 {
@@ -539,9 +539,12 @@ storage_of(List *relids)
 	ListCell   *lm;
 
 	foreach(lc, relids)
+	{
+		LockRelationOid(lfirst_oid(lc), AccessShareLock);
 		foreach(lm, find_all_inheritors(lfirst_oid(lc), AccessShareLock, NULL))
 			if (get_rel_relkind(lfirst_oid(lm)) == RELKIND_RELATION)
 				result = list_append_unique_oid(result, lfirst_oid(lm));
+	}
 	return result;
 }
 
