@@ -11,7 +11,8 @@
  *	direct		where ALTER TABLE rewrites nothing, rebuilds no index and reads
  *				no rows: it is over at once, whatever the size; and where all
  *				that it would work on is small, fewer than SMALL_ROWS rows in
- *				SMALL_BYTES at most: then it is over soon
+ *				SMALL_BYTES at most: then it is over soon; and for a temporary
+ *				table, for which nobody waits
  *	else		the first of the other methods that does not refuse
  *
  * If they all refuse there is an error that says why each does.  A large table
@@ -125,6 +126,7 @@ typedef struct Advice
 	List	   *concerned;		/* OIDs of tables whose rows it works on */
 	int64		bytes_written;
 	int64		rows_estimated;
+	bool		temporary;		/* of this session, so that nobody waits */
 	bool		small;			/* all concerned, together */
 	int64		rows;			/* counted, if small */
 } Advice;
@@ -575,7 +577,7 @@ costs_nothing(const Advice *a)
 static bool
 wants_direct(const Advice *a)
 {
-	return a->not_altered || costs_nothing(a) || a->small;
+	return a->not_altered || a->temporary || costs_nothing(a) || a->small;
 }
 
 /* everything; the table is open and locked, and SPI connected */
@@ -748,6 +750,8 @@ reason_text(const Advice *a, const Choice *c)
 	appendStringInfoString(&buf, cost_text(a));
 	if (a->not_altered || costs_nothing(a))
 		 /* that is all */ ;
+	else if (a->temporary)
+		appendStringInfoString(&buf, ", but it is a temporary table");
 	else if (a->small)
 		appendStringInfo(&buf, ", but there are only few rows (%lld)", (long long) a->rows);
 	else
@@ -790,6 +794,7 @@ begin_advice(Advice *a, const RmMigrationSpec *spec)
 	a->def = def;
 	a->column = spec->column;
 	a->relid = spec->relid;
+	a->temporary = RelationUsesLocalBuffers(rel);
 	relation_close(rel, NoLock);
 	examine(a);
 }

@@ -17,6 +17,7 @@
  * as the owner, as REINDEX and ALTER TABLE do.
  *
  * Foreign keys, triggers, views, partitions and privileges are not copied.
+ * Event triggers of ddl_command_end see the twin, in the subtransaction.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -27,6 +28,7 @@
 #include "access/table.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
+#include "commands/defrem.h"
 #include "compat.h"
 #include "executor/spi.h"
 #include "migration.h"
@@ -35,6 +37,7 @@
 #include "state.h"
 #include "twin.h"
 #include "utils/builtins.h"
+#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
 #include "utils/syscache.h"
@@ -58,13 +61,22 @@ name_twins(Oid relid, Oid twin, const char *prefix)
 		rm_execute(lfirst(lc));
 }
 
+/*
+ * Settings by which the twin would differ; they end with the subtransaction.
+ * Returns the table's owner.
+ */
 static Oid
-owner_of(Oid relid)
+prepare(Oid relid)
 {
 	Relation	rel = table_open(relid, AccessShareLock);
 	Oid			owner = rel->rd_rel->relowner;
+	const char *am = OidIsValid(rel->rd_rel->relam) ? get_am_name(rel->rd_rel->relam) : "heap";
 
 	table_close(rel, NoLock);
+	(void) set_config_option("default_table_access_method", am, PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	(void) set_config_option("default_tablespace", "", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
 	return owner;
 }
 
@@ -77,7 +89,7 @@ RmTwin
 rm_twin_make(Oid relid, const char *schema, const char *name, const char *prefix)
 {
 	RmTwin		twin;
-	Oid			owner = owner_of(relid);
+	Oid			owner = prepare(relid);
 	Oid			save_userid;
 	int			save_sec_context;
 

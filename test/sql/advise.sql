@@ -200,6 +200,10 @@ ALTER TABLE heavy ALTER doc SET STORAGE EXTERNAL;
 INSERT INTO heavy SELECT g, repeat('x', 1000000) FROM generate_series(1, 17) g;
 SELECT method, reason FROM rm_advise('heavy', 'v', 'bigint');
 
+-- nobody waits for a temporary table
+CREATE TEMP TABLE own AS SELECT g AS v FROM generate_series(1, 10001) g;
+SELECT method, reason FROM rm_advise('own', 'v', 'bigint');
+DROP TABLE own;
 -- 7. What is in the way of one method is not in the way of another
 \pset format unaligned
 CREATE TABLE watched (id int PRIMARY KEY, v varchar(50), w int, x text GENERATED ALWAYS AS (upper(v)) STORED);
