@@ -59,6 +59,7 @@ CREATE TABLE risky_migrations.migration (
 	reverse_tree text,
 	fingerprint text,
 	null_on_error boolean NOT NULL DEFAULT false,
+	method_reason text,
 	created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 10);
 COMMENT ON TABLE risky_migrations.migration IS 'one requested change of one column''s type; one row of state';
@@ -282,7 +283,7 @@ CREATE PROCEDURE rm_alter_type(relation text, column_name text, new_type text,
 	on_error text DEFAULT 'stop', batch bigint DEFAULT 100000)
 AS 'MODULE_PATHNAME', 'rm_alter_type' LANGUAGE C;
 COMMENT ON PROCEDURE rm_alter_type(text, text, text, text, text, text, text, text, bigint) IS
-	'changes a column''s type: all steps of the method (three_step or direct), in this session; cut_over manual stops before the swap, on_error null makes NULL what does not convert';
+	'changes a column''s type: all steps of the method (three_step, direct, or auto: which of them is told), in this session; cut_over manual stops before the swap, on_error null makes NULL what does not convert';
 
 CREATE FUNCTION rm_start(relation text, column_name text, new_type text,
 	using_expr text DEFAULT NULL, method text DEFAULT 'three_step',
@@ -1386,6 +1387,70 @@ END;
 COMMENT ON FUNCTION risky_migrations.catalog_fingerprint(oid) IS
 	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers, their names, options and comments, and of its partitions''';
 
+-- The twin that shows what ALTER TABLE does has no foreign keys.  Those of the
+-- column are tried one by one, with an empty table of ours at the other end.
+CREATE FUNCTION risky_migrations.twin_foreign_key(fk oid, relid oid, twin text, peer text)
+RETURNS TABLE (peer_refers boolean, command text) LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH k AS (
+		SELECT k.conrelid, k.confrelid, k.conkey, k.confkey,
+			k.conrelid = twin_foreign_key.relid AS refers,
+			k.conrelid = k.confrelid AS to_itself
+		FROM pg_constraint k WHERE k.oid = twin_foreign_key.fk
+	), col AS (
+		-- the peer's are called p1, p2, ...
+		SELECT u.i, quote_ident(a.attname) AS name, 'p' || u.i AS peer_name,
+			format('p%s %s%s', u.i, format_type(p.atttypid, p.atttypmod),
+				(SELECT format(' COLLATE %I.%I', n.nspname, c.collname) FROM pg_collation c
+					JOIN pg_namespace n ON n.oid = c.collnamespace WHERE c.oid = p.attcollation)) AS def
+		FROM k
+		CROSS JOIN LATERAL unnest(CASE WHEN k.refers THEN k.conkey ELSE k.confkey END,
+			CASE WHEN k.refers THEN k.confkey ELSE k.conkey END) WITH ORDINALITY u (own, other, i)
+		JOIN pg_attribute a ON a.attrelid = twin_foreign_key.relid AND a.attnum = u.own
+		JOIN pg_attribute p ON p.attrelid = CASE WHEN k.refers THEN k.confrelid ELSE k.conrelid END
+			AND p.attnum = u.other
+	), list AS (
+		SELECT string_agg(c.name, ', ' ORDER BY c.i) AS own, string_agg(c.peer_name, ', ' ORDER BY c.i) AS peer,
+			string_agg(c.def, ', ' ORDER BY c.i) AS def
+		FROM col c
+	), referenced AS (
+		SELECT string_agg(quote_ident(a.attname), ', ' ORDER BY u.i) AS own
+		FROM k CROSS JOIN LATERAL unnest(k.confkey) WITH ORDINALITY u (n, i)
+		JOIN pg_attribute a ON a.attrelid = k.confrelid AND a.attnum = u.n
+	)
+	SELECT NOT k.refers, c.sql
+	FROM k, list l, referenced r
+	CROSS JOIN LATERAL (VALUES
+		(1, NOT k.to_itself, format('CREATE TABLE %s (%s%s)', twin_foreign_key.peer, l.def,
+			CASE WHEN k.refers THEN format(', UNIQUE (%s)', l.peer) ELSE '' END)),
+		(2, k.to_itself, format('ALTER TABLE %s ADD FOREIGN KEY (%s) REFERENCES %s (%s)',
+			twin_foreign_key.twin, l.own, twin_foreign_key.twin, r.own)),
+		(2, k.refers AND NOT k.to_itself, format('ALTER TABLE %s ADD FOREIGN KEY (%s) REFERENCES %s (%s)',
+			twin_foreign_key.twin, l.own, twin_foreign_key.peer, l.peer)),
+		(2, NOT k.refers, format('ALTER TABLE %s ADD FOREIGN KEY (%s) REFERENCES %s (%s)',
+			twin_foreign_key.peer, l.peer, twin_foreign_key.twin, l.own))) c (ord, applies, sql)
+	WHERE c.applies
+	ORDER BY c.ord;
+END;
+COMMENT ON FUNCTION risky_migrations.twin_foreign_key(oid, oid, text, text) IS
+	'commands that give a twin a foreign key like one of the original''s, and make the table at its other end; does that one refer to the twin?';
+
+CREATE FUNCTION risky_migrations.direct_obstacles(relid oid, attnum smallint)
+RETURNS TABLE (obstacle text) LANGUAGE sql STABLE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT DISTINCT pg_describe_object(d.classid, d.objid, d.objsubid) COLLATE "C"
+	FROM pg_depend d
+	WHERE d.refclassid = 'pg_class'::regclass AND d.refobjid = direct_obstacles.relid
+		AND d.refobjsubid = direct_obstacles.attnum
+		AND d.classid IN ('pg_rewrite'::regclass, 'pg_trigger'::regclass, 'pg_policy'::regclass,
+			'pg_proc'::regclass, 'pg_publication_rel'::regclass)
+	ORDER BY 1;
+END;
+COMMENT ON FUNCTION risky_migrations.direct_obstacles(oid, smallint) IS
+	'what refers to a column so that ALTER TABLE refuses to change its type: views, rules, triggers, policies, functions, publications';
+
 -----------------------------------------------------------------------
 -- Steer
 -----------------------------------------------------------------------
@@ -1417,13 +1482,22 @@ RETURNS SETOF record AS 'MODULE_PATHNAME', 'rm_check_conversion' LANGUAGE C VOLA
 COMMENT ON FUNCTION rm_check_conversion(text, text, text, text, bigint) IS
 	'the rows whose value would not convert, at most max_rows of them, and how many fail for the same reason; reads the table with ACCESS SHARE only';
 
+CREATE FUNCTION rm_advise(relation text, column_name text, new_type text,
+	using_expr text DEFAULT NULL,
+	OUT rewrites boolean, OUT indexes_rebuilt text[], OUT scans text[], OUT lock_mode text,
+	OUT also_locked text[], OUT bytes_written bigint, OUT rows_estimated bigint,
+	OUT method text, OUT reason text, OUT refusals text[])
+AS 'MODULE_PATHNAME', 'rm_advise' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION rm_advise(text, text, text, text) IS
+	'what plain ALTER TABLE would do under its lock (rewrite the table, rebuild indexes, read tables to check constraints; NULL where that cannot be tried), the other tables that it locks as well, bytes it would write at today''s sizes, the method that auto chooses and why, and what each method refuses; changes nothing, ACCESS SHARE only';
+
 -----------------------------------------------------------------------
 -- Watch
 -----------------------------------------------------------------------
 
 CREATE VIEW rm_migrations WITH (security_barrier) AS
 SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
-	m.method, m.state, m.steps_done,
+	m.method, m.method_reason, m.state, m.steps_done,
 	r.pid AS running_pid,
 	CASE WHEN m.state <> 'open' THEN NULL
 		WHEN s.wanted <> 'run' THEN s.wanted

@@ -9,7 +9,7 @@
  *
  * How it would have made it is not for us to say: PostgreSQL is asked.  In a
  * subtransaction that is always rolled back there is a twin, an empty copy of
- * the table (LIKE ... INCLUDING ALL), on which the very ALTER is run.  Then
+ * the table (see twin.c), on which the very ALTER is run.  Then
  * its catalogs hold the definitions, with operator classes, casts in
  * predicates and everything, for the new type; and where PostgreSQL refuses,
  * it does so before anything of the user's has been changed.  For the way back
@@ -59,6 +59,7 @@
 #include "nodes/makefuncs.h"
 #include "risky_migrations.h"
 #include "state.h"
+#include "twin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
@@ -156,47 +157,25 @@ typedef struct Twin
 	List	   *list;
 } Twin;
 
-/* gives its indexes and statistics the names by which dependents() knows them */
-static void
-name_twins(const RmMigration *m, Oid relid, Oid twin)
-{
-	Oid			types[] = {OIDOID, OIDOID, TEXTOID};
-	Datum		v[3];
-	List	   *commands = NIL;
-	ListCell   *lc;
-
-	v[0] = ObjectIdGetDatum(relid);
-	v[1] = ObjectIdGetDatum(twin);
-	v[2] = CStringGetTextDatum(psprintf("rm_x_%lld_", (long long) m->id));
-	query("SELECT command FROM risky_migrations.name_twins($1, $2, $3)", 3, types, v);
-	for (uint64 i = 0; i < SPI_processed; i++)
-		commands = lappend(commands, rm_result_text(i, 1));
-	foreach(lc, commands)
-		rm_execute(lfirst(lc));
-}
-
 /* makes the twin, with its column called build_column; returns its OID */
 static Oid
 make_twin(const Twin *t, const char *build_column)
 {
-	Oid			nspid = get_rel_namespace(t->relid);
-	char	   *name = psprintf("rm_twin_%lld", (long long) t->m->id);
-	const char *twin = quote_qualified_identifier(get_namespace_name(nspid), name);
-	const char *column = quote_identifier(get_attname(t->relid, t->attnum, false));
+	const char *column = get_attname(t->relid, t->attnum, false);
+	RmTwin		twin = rm_twin_make(t->relid, get_namespace_name(get_rel_namespace(t->relid)),
+									/* of what is not a migration yet there may be several */
+									psprintf("rm_twin_%lld_%d", (long long) t->m->id, MyProcPid),
+									psprintf("rm_x_%lld_", (long long) t->m->id));
 
-	rm_execute(psprintf("CREATE TABLE %s (LIKE %s INCLUDING ALL)", twin,
-						rm_relation_sql(t->relid)));
-	name_twins(t->m, t->relid, get_relname_relid(name, nspid));
 	if (t->other > 0)
-		rm_execute(psprintf("ALTER TABLE %s DROP COLUMN %s", twin,
+		rm_execute(psprintf("ALTER TABLE %s DROP COLUMN %s", twin.sql,
 							quote_identifier(get_attname(t->relid, t->other, false))));
 	/* no rows: the expression does not matter, and its columns may be renamed */
 	if (t->type)
-		rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING (NULL::%s)", twin,
-							column, t->type, t->type));
-	rm_execute(psprintf("ALTER TABLE %s RENAME COLUMN %s TO %s", twin, column,
-						quote_identifier(build_column)));
-	return get_relname_relid(name, nspid);
+		rm_twin_alter_type(&twin, column, t->type, psprintf("(NULL::%s)", t->type));
+	rm_execute(psprintf("ALTER TABLE %s RENAME COLUMN %s TO %s", twin.sql,
+						quote_identifier(column), quote_identifier(build_column)));
+	return twin.relid;
 }
 
 static void

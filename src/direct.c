@@ -3,8 +3,8 @@
  * direct.c
  *	  The method direct: plain ALTER TABLE, with a bounded wait for its lock.
  *
- * One step, one transaction: take ACCESS EXCLUSIVE (or let everybody through
- * and try again), run ALTER TABLE ... ALTER COLUMN ... TYPE ... USING, commit.
+ * One step, one transaction: take ACCESS EXCLUSIVE, on all that ALTER TABLE will
+ * lock (or let everybody through and try again), run ALTER TABLE ... ALTER COLUMN ... TYPE ... USING, commit.
  * While it runs nobody reads or writes the table: that is what it is here to
  * show, and for small tables it is all that is needed.
  *
@@ -26,6 +26,7 @@
 
 #include "access/heapam.h"
 #include "access/table.h"
+#include "catalog/pg_inherits.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "rows.h"
@@ -47,6 +48,54 @@ count_rows(const char *rel_sql, const char *condition)
 	return rm_result_int64(0, 1);
 }
 
+/*
+ * The tables that ALTER TABLE locks: the table, its partitions and children, and
+ * what is at the other end of the column's foreign keys, which are dropped and
+ * made again.  Needs SPI.
+ */
+static List *
+tables_of_alter(const RmMigration *m)
+{
+	char	   *column = get_attname(m->relid, m->attnum, true);
+	List	   *members = find_all_inheritors(m->relid, NoLock, NULL);
+	List	   *relids = list_copy(members);
+	ListCell   *lc;
+
+	foreach(lc, members)
+	{
+		Oid			relid = lfirst_oid(lc);
+		AttrNumber	attnum = column ? get_attnum(relid, column) : InvalidAttrNumber;
+
+		rm_execute(psprintf("SELECT CASE conrelid WHEN %u THEN confrelid ELSE conrelid END"
+							" FROM pg_catalog.pg_constraint WHERE contype = 'f'"
+							" AND (conrelid = %u AND %d OPERATOR(pg_catalog.=) ANY (conkey)"
+							" OR confrelid = %u AND %d OPERATOR(pg_catalog.=) ANY (confkey))"
+							" ORDER BY 1", relid, relid, attnum, relid, attnum));
+		for (uint64 i = 0; i < SPI_processed; i++)
+			relids = list_concat_unique_oid(relids,
+											find_all_inheritors(DatumGetObjectId(rm_result_datum(i, 1)),
+																NoLock, NULL));
+	}
+	return relids;
+}
+
+/*
+ * Locks them as a set: ALTER TABLE would hold the one while it waits for the
+ * other.
+ */
+static void
+lock_tables(RmRun *run)
+{
+	List	   *relids = tables_of_alter(run->m);
+
+	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
+	if (list_difference_oid(tables_of_alter(run->m), relids) != NIL)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("%s has just got another partition or foreign key",
+						run->m->relation)));
+}
+
 /* locks the table and makes sure that it is still the one that was meant */
 static const char *
 begin_alter(RmRun *run)
@@ -54,7 +103,7 @@ begin_alter(RmRun *run)
 	RmMigration *m = run->m;
 	Relation	rel;
 
-	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	lock_tables(run);
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
 	rm_check_owner(m->relid, m->relation);

@@ -163,7 +163,7 @@ rm_migration_insert(RmMigration *m)
 	Oid			types[] = {TEXTOID, INT8OID, INT8OID, TEXTOID, INT8OID, TEXTOID,
 		TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTARRAYOID,
 	TEXTOID, INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, TEXTOID, TEXTOID,
-	BOOLOID};
+	BOOLOID, TEXTOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -193,16 +193,18 @@ rm_migration_insert(RmMigration *m)
 	v[i] = text_or_null(m->old_compression, &n[i]), i++;
 	v[i] = text_or_null(m->old_column, &n[i]), i++;
 	v[i++] = BoolGetDatum(m->null_on_error);
+	v[i] = text_or_null(m->method_reason, &n[i]), i++;
 
 	rm_state_execute("INSERT INTO risky_migrations.migration (method, owner, relid,"
 					 " relation, attnum, column_name, old_type, new_type,"
 					 " new_column, using_expr, reverse_expr, exact_check,"
 					 " reverse_check, settings, conversion_tree, server_version,"
 					 " old_type_id, new_type_id, new_typmod, old_collation,"
-					 " old_storage, old_compression, old_column, null_on_error)"
+					 " old_storage, old_compression, old_column, null_on_error,"
+					 " method_reason)"
 					 " VALUES ($1, $2::oid, $3::oid, $4, $5, $6, $7, $8, $9, $10,"
 					 " $11, $12, $13, $14, $15, $16, $17::oid,"
-					 " $18::oid, $19, $20, $21, $22, $23, $24) RETURNING id",
+					 " $18::oid, $19, $20, $21, $22, $23, $24, $25) RETURNING id",
 					 lengthof(types), types, v, n);
 	m->id = rm_result_int64(0, 1);
 	m->state = "open";

@@ -31,6 +31,7 @@ typedef struct RmMigration
 {
 	int64		id;
 	const RmMethod *method;
+	char	   *method_reason;	/* when made: why it was chosen, or NULL */
 	char	   *state;			/* open, done, rolled back */
 	int			steps_done;		/* of the method's list, from its beginning */
 	int			phase;			/* of the step under way; 0 at its beginning */

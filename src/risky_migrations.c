@@ -19,14 +19,15 @@
  *
  *	steer.c, surface.c, lab.c, check.c
  *						procedures and functions: arguments, refusals
+ *	choose.c			which method, and what ALTER TABLE would do
  *	migration.c			the state row, and the ground it stands on
  *	direct.c, three_step.c, backfill.c, swap.c
  *						the methods: lists of steps
  *	runner.c			the step runner: transactions, waits, the step log
  *	throttle.c			rests between its transactions, for the sake of others
- *	rows.c, conversion.c, dependents.c, locks.c, state.c
+ *	rows.c, conversion.c, dependents.c, twin.c, locks.c, state.c
  *						rows of a page, the expression, what hangs on a column,
- *						locks, our own tables
+ *						an empty copy to try things on, locks, our own tables
  *
  * Beside it stand sync_trigger.c, which runs in the writers' sessions, and
  * worker.c, probe.c and launcher.c, which run in background workers (as steer.c

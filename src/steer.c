@@ -66,6 +66,7 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type.h"
+#include "choose.h"
 #include "compat.h"
 #include "executor/spi.h"
 #include "fmgr.h"
@@ -399,23 +400,26 @@ is_second_word(FunctionCallInfo fcinfo, int arg, const char *name,
 	return strcmp(word, second) == 0;
 }
 
+/* NULL for auto: the method is still to be chosen */
 static const RmMethod *
 method_argument(FunctionCallInfo fcinfo, int arg)
 {
 	char	   *name = rm_text_argument(fcinfo, arg, "method");
 
-	if (strcmp(name, "auto") == 0 || strcmp(name, "online_rewrite") == 0)
+	if (strcmp(name, "auto") == 0)
+		return NULL;
+	if (strcmp(name, "online_rewrite") == 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("the method \"%s\" is not supported yet", name),
-				 errdetail("There are three_step, which lets everybody go on, and direct, which locks the table."),
+				 errdetail("There are three_step, which lets everybody go on, and direct, which locks the table; auto chooses one of them."),
 				 errhint("Use the method three_step.")));
 	if (strcmp(name, rm_method_direct.name) != 0 &&
 		strcmp(name, rm_method_three_step.name) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("unknown method \"%s\"", name),
-				 errdetail("There are three_step, which lets everybody go on, and direct, which locks the table."),
+				 errdetail("There are three_step, which lets everybody go on, and direct, which locks the table; auto chooses one of them."),
 				 errhint("Give one of these, or leave it out for three_step.")));
 	return rm_method_by_name(name);
 }
@@ -431,26 +435,20 @@ static void
 read_arguments(FunctionCallInfo fcinfo, RmMigrationSpec *spec)
 {
 	const char *relation = rm_text_argument(fcinfo, 0, "relation");
+	const RmMethod *method;
 
 	spec->column = rm_text_argument(fcinfo, 1, "column_name");
 	spec->new_type = rm_text_argument(fcinfo, 2, "new_type");
 	spec->using_expr = optional_text(fcinfo, 3, "using_expr");
-	spec->method = method_argument(fcinfo, 4);
+	method = method_argument(fcinfo, 4);
 	spec->reverse_expr = optional_text(fcinfo, 5, "reverse_expr");
 	spec->manual_cut_over = is_second_word(fcinfo, 6, "cut_over", "auto", "manual");
 	spec->null_on_error = is_second_word(fcinfo, 7, "on_error", "stop", "null");
 	spec->batch = (int) rm_count_argument(fcinfo, 8, "batch", 1, RM_MAX_BATCH);
 	spec->all_steps = true;
 
-	if (spec->method == &rm_method_three_step)
-		spec->new_column = rm_shadow_column_name(spec->column);
-	else if (spec->manual_cut_over)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("cut_over => 'manual' is not possible with the method %s",
-						spec->method->name),
-				 errdetail("It changes the table in one transaction."),
-				 errhint("Use the method three_step, or leave cut_over out.")));
+	if (method)
+		rm_spec_use_method(spec, method);
 	if (spec->reverse_expr)
 		rm_conversion_check_text(spec->reverse_expr, "the reverse expression");
 	spec->relid = rm_find_relation(relation);
@@ -476,6 +474,21 @@ rm_steer_order(const RmMigration *m, const RmMigrationSpec *spec)
 					 lengthof(types), types, v, NULL);
 }
 
+/* a method that is still to be chosen, in a transaction of its own */
+typedef struct Chooser
+{
+	RmMigrationSpec *spec;
+	MemoryContext cxt;
+} Chooser;
+
+static void
+choose_method(void *arg)
+{
+	Chooser    *c = arg;
+
+	rm_choose_method(c->spec, c->cxt);
+}
+
 /*
  * rm_alter_type(relation text, column_name text, new_type text, using_expr text,
  *				 method text, reverse_expr text, cut_over text, on_error text,
@@ -489,6 +502,8 @@ rm_alter_type(PG_FUNCTION_ARGS)
 
 	rm_procedure_begin(fcinfo, "rm_alter_type");
 	read_arguments(fcinfo, &spec);
+	if (spec.method == NULL)
+		rm_transaction(choose_method, &(Chooser) {.spec = &spec,.cxt = CurrentMemoryContext});
 	m = rm_migration_new(&spec);
 	run_all_steps(m->id, true);
 	rm_procedure_end();
@@ -756,6 +771,8 @@ rm_start(PG_FUNCTION_ARGS)
 	(void) rm_state_relid("migration", false);
 	read_arguments(fcinfo, &spec);
 	SPI_connect();
+	if (spec.method == NULL)
+		rm_choose_method(&spec, CurrentMemoryContext);
 	id = rm_migration_create(&spec, CurrentMemoryContext)->id;
 	(void) rm_steer_launch(id, GetSessionUserId(), GetTopTransactionId(), "a migration");
 	SPI_finish();

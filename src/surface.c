@@ -280,18 +280,34 @@ refuse_null_on_error(Relation rel, const RmMigrationSpec *spec, AttrNumber attnu
 }
 
 /*
- * Parses, refuses, writes the state row: nothing of the user's is changed.  The
- * migration is made in cxt.  Needs SPI.
+ * The method by which it is to be done, with what that decides of the rest.
+ * Refuses (0A000) what the method is not able to do whatever the table.
  */
-RmMigration *
-rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
+void
+rm_spec_use_method(RmMigrationSpec *spec, const RmMethod *method)
 {
-	Relation	rel;
-	RmConversionDef *def;
-	RmMigration *m;
-	MemoryContext oldcxt;
+	spec->method = method;
+	spec->new_column = NULL;
+	if (method == &rm_method_three_step)
+		spec->new_column = rm_shadow_column_name(spec->column);
+	else if (spec->manual_cut_over)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("cut_over => 'manual' is not possible with the method %s",
+						method->name),
+				 errdetail("It changes the table in one transaction."),
+				 errhint("Use the method three_step, or leave cut_over out.")));
+}
 
-	rel = relation_open(spec->relid, AccessShareLock);
+/*
+ * Opens the table, with ACCESS SHARE to be kept, and parses what is to be done
+ * with it: refuses what no method can do.  The method need not be known yet.
+ */
+Relation
+rm_migration_open(const RmMigrationSpec *spec, RmConversionDef **def)
+{
+	Relation	rel = relation_open(spec->relid, AccessShareLock);
+
 	rm_check_owner(spec->relid, RelationGetRelationName(rel));
 	if (rel->rd_rel->relkind != RELKIND_RELATION &&
 		rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
@@ -300,7 +316,22 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 				 errmsg("\"%s\" is not a table", RelationGetRelationName(rel)),
 				 errdetail("Only the type of a table's column can be changed."),
 				 errhint("Name the table.")));
-	def = rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr);
+	*def = rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr);
+	return rel;
+}
+
+/*
+ * Parses and refuses all that the method cannot do: the migration as it would
+ * begin, in cxt (but for its settings), not written anywhere.  Needs SPI.
+ */
+RmMigration *
+rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
+{
+	RmConversionDef *def;
+	Relation	rel = rm_migration_open(spec, &def);
+	RmMigration *m;
+	MemoryContext oldcxt;
+
 	refuse_open_migration(spec->relid, def->attnum);
 	if (spec->null_on_error)
 		refuse_null_on_error(rel, spec, def->attnum);
@@ -338,10 +369,24 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 	m->exact_check = spec->exact_check ? pstrdup(spec->exact_check) : NULL;
 	m->reverse_check = spec->reverse_check ? pstrdup(spec->reverse_check) : NULL;
 	m->null_on_error = spec->null_on_error;
+	m->method_reason = spec->method_reason ? pstrdup(spec->method_reason) : NULL;
 	m->settings = def->settings;
 	m->tree = pstrdup(def->tree);
 	m->server_version = def->server_version;
 	MemoryContextSwitchTo(oldcxt);
+	relation_close(rel, NoLock);
+	return m;
+}
+
+/*
+ * The same, and writes the state row: nothing of the user's is changed.  The
+ * migration is made in cxt.  Needs SPI.
+ */
+RmMigration *
+rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
+{
+	RmMigration *m = rm_migration_plan(spec, cxt);
+
 	rm_migration_insert(m);
 	if (spec->all_steps)
 		rm_steer_order(m, spec);
@@ -349,7 +394,6 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 	/* PostgreSQL itself says whether it could do it, on an empty copy */
 	if (spec->new_column)
 		(void) rm_dependents_derive(m, true, CurrentMemoryContext);
-	relation_close(rel, NoLock);
 	return m;
 }
 

@@ -17,6 +17,7 @@
 typedef struct RmMigrationSpec
 {
 	const RmMethod *method;
+	const char *method_reason;	/* why, where it was chosen for the user */
 	Oid			relid;
 	const char *column;
 	const char *new_type;
@@ -43,6 +44,9 @@ extern char *rm_first_failure(Oid relid, const char *column,
 							  ErrorData **error);
 extern RmMigration *rm_migration_read(int64 id);
 extern RmMigration *rm_migration_resolve(int64 id, MemoryContext cxt);
+extern void rm_spec_use_method(RmMigrationSpec *spec, const RmMethod *method);
+extern Relation rm_migration_open(const RmMigrationSpec *spec, RmConversionDef **def);
+extern RmMigration *rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt);
 extern RmMigration *rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt);
 extern RmMigration *rm_migration_new(const RmMigrationSpec *spec);
 extern void rm_migration_first_step(RmMigration *m, int batch);

@@ -41,6 +41,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
 	'procedure rm_migrate(IN target text) volatile',
 	'procedure rm_compare(IN rows bigint DEFAULT 1000000, IN every interval DEFAULT ''00:00:00.01''::interval, IN timeout interval DEFAULT ''00:00:05''::interval) volatile',
 	'function rm_check_conversion(relation text, column_name text, new_type text, using_expr text DEFAULT NULL::text, max_rows bigint DEFAULT 100, OUT row_key text, OUT value text, OUT sqlstate text, OUT message text, OUT rows_like_it bigint) SETOF record volatile',
+	'function rm_advise(relation text, column_name text, new_type text, using_expr text DEFAULT NULL::text, OUT rewrites boolean, OUT indexes_rebuilt text[], OUT scans text[], OUT lock_mode text, OUT also_locked text[], OUT bytes_written bigint, OUT rows_estimated bigint, OUT method text, OUT reason text, OUT refusals text[]) record volatile',
 	'function rm_lock_report(OUT approach text, OUT step text, OUT relation text, OUT role text, OUT lock_mode text, OUT blocks_reads boolean, OUT blocks_writes boolean, OUT wait_ms numeric, OUT hold_ms numeric, OUT hold_is_exact boolean, OUT rewritten boolean, OUT started_at timestamp with time zone) SETOF record stable',
 	'function rm_blocked_queries(OUT waiting_pid integer, OUT waiting_query text, OUT relation text, OUT lock_mode text, OUT waited interval, OUT blocking_pid integer, OUT blocking_query text, OUT blocking_state text, OUT depth integer) SETOF record volatile',
 	'function rm_active_queries(OUT pid integer, OUT role name, OUT backend_type text, OUT state text, OUT running_for interval, OUT transaction_for interval, OUT wait_event_type text, OUT wait_event text, OUT blocked_by integer[], OUT query text) SETOF record volatile',
@@ -77,6 +78,8 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'function lab_moment(n bigint) text immutable strict parallel safe',
 	'function lab_write(rows bigint) text volatile',
 	'function dependents(relid oid, attnum smallint, shadow smallint, twin oid, twin_attnum smallint, build_column text, final_column text, prefix text, OUT ord bigint, OUT kind text, OUT name text, OUT relation oid, OUT peer oid, OUT build_name text, OUT build_sql text, OUT by_worker boolean, OUT validate_sql text, OUT make_sql text, OUT take_sql text[], OUT drop_sql text) SETOF record stable',
+	'function twin_foreign_key(fk oid, relid oid, twin text, peer text) TABLE(peer_refers boolean, command text) stable',
+	'function direct_obstacles(relid oid, attnum smallint) TABLE(obstacle text) stable',
 	'function name_twins(relid oid, twin oid, prefix text) TABLE(command text) stable',
 	'function leftovers(relid oid, prefix text, wanted text[]) TABLE(drop_sql text) stable',
 	'function catalog_fingerprint(relid oid) text volatile'

@@ -14,6 +14,7 @@
 #	what pg_dump says of the table, and of what is with it, is what it says of a
 #	twin, made by the same commands, on which ALTER TABLE was run (or, when it
 #	was taken back, was not);
+#	that ALTER TABLE did to the twin what rm_advise had said of it;
 #	indexes hold what the table holds, and nothing is left lying about.
 #
 # A reader with an old snapshot compares table and ledger meanwhile.  Writers may
@@ -652,18 +653,39 @@ sub difference
 	  (map { "- $_" } grep { ($should{$_} // 0) > ($is{$_} // 0) } sort keys %should), '(or their order)';
 }
 
+# Runs ALTER TABLE on the twin: does it what rm_advise says that it would?
+sub check_advice
+{
+	my ($s) = @_;
+	my $path = 'SET search_path = tw, public';
+	my $arguments = join ', ', map { literal($_) } $s->{t}, $s->{column}, $s->{new}, $s->{using_sql};
+	my @read = map { "coalesce(bool_or(split_part(x, ': ', 1) = format('tw.%I', " . literal($_) . ')), false)' } $s->{table}, 'child';
+	my $advice = sql("$path; SELECT rewrites, (SELECT count(*) FROM unnest(indexes_rebuilt)), (SELECT string_agg(x, ', ' ORDER BY x COLLATE \"C\") FROM unnest(indexes_rebuilt) x),"
+		  . " (SELECT $read[0] FROM unnest(scans) x), (SELECT $read[1] FROM unnest(scans) x) FROM rm_advise($arguments)");
+	my $scans = "coalesce((SELECT sum(pg_stat_get_xact_numscans(c.oid)) FROM pg_class c LEFT JOIN pg_index i ON i.indexrelid = c.oid"
+	  . ' WHERE coalesce(i.indrelid, c.oid) = to_regclass(%s)), 0)';
+	my $truth = sql(join ";\n", 'SET ROLE keeper', $path,
+		q{CREATE TEMP TABLE was AS SELECT relname, relkind, pg_relation_filenode(oid) AS node FROM pg_class WHERE relnamespace = 'tw'::regnamespace AND relkind IN ('r', 'i')},
+		'BEGIN',
+		"ALTER TABLE $s->{t} ALTER COLUMN $s->{c} TYPE $s->{new}" . ($s->{using} ? " USING $s->{using_sql}" : ''),
+		q{CREATE TEMP TABLE now AS SELECT c.relname, c.relkind, pg_relation_filenode(c.oid) <> w.node AS changed FROM pg_class c JOIN was w USING (relname) WHERE relnamespace = 'tw'::regnamespace},
+		q{SELECT bool_or(changed) FILTER (WHERE relkind = 'r'), count(*) FILTER (WHERE relkind = 'i' AND changed),}
+		  . q{ string_agg(format('tw.%I', relname), ', ' ORDER BY format('tw.%I', relname) COLLATE "C") FILTER (WHERE relkind = 'i' AND changed),}
+		  . sprintf(" $scans > count(*) FILTER (WHERE changed), $scans > 0 FROM now", literal("tw.$s->{t}"), literal('tw.child')),
+		'COMMIT');
+	return $advice eq $truth ? '' : "advice: $advice, but it is: $truth\n";
+}
+
 # The table and all with it against the twin's
 sub check_catalogs
 {
 	my ($s, $back) = @_;
-	my @commands = ('SET ROLE keeper', 'SET search_path = tw, public');
-	push @commands, $s->{late_index} if $s->{has_late_index};
-	push @commands, "ALTER TABLE $s->{t} ALTER COLUMN $s->{c} TYPE $s->{new}" . ($s->{using} ? " USING $s->{using_sql}" : ''),
-	  @{ $s->{lost} }
-	  unless $back;
-	sql(join ";\n", @commands, @{ $s->{late} });
+	my @head = ('SET ROLE keeper', 'SET search_path = tw, public');
+	sql(join ";\n", @head, $s->{late_index}) if $s->{has_late_index};
+	my $advice = $back ? '' : check_advice($s);
+	sql(join ";\n", @head, $back ? () : @{ $s->{lost} }, @{ $s->{late} });
 	my ($is, $should) = map { $back ? dump_of($_) : without_order(dump_of($_)) } 'gen', 'tw';
-	return $is eq $should ? '' : "catalogs:\n" . difference($is, $should) . "\n";
+	return $advice . ($is eq $should ? '' : "catalogs:\n" . difference($is, $should) . "\n");
 }
 
 # What the rows should be, by plain SQL

@@ -1,0 +1,118 @@
+/*-------------------------------------------------------------------------
+ *
+ * twin.c
+ *	  A table's twin: an empty copy, on which PostgreSQL shows what it would do.
+ *
+ * What an ALTER TABLE would make of indexes and constraints, whether it would
+ * rewrite the table, and whether it would be refused, is known to PostgreSQL
+ * alone.  So it is asked: CREATE TABLE (LIKE ... INCLUDING ALL) makes a twin,
+ * the very ALTER is run on it, and its catalogs and counters tell.  The table
+ * itself is locked with ACCESS SHARE only.
+ *
+ * A twin is made within rm_rehearse() and nowhere else: that is rolled back
+ * whatever happens, so nothing of it remains and no lock either.
+ *
+ * Easy to get wrong: indexes of the twin, with their expressions, are the
+ * table owner's, and whoever makes the twin may be a superuser.  They are made
+ * as the owner, as REINDEX and ALTER TABLE do.
+ *
+ * Foreign keys, triggers, views, partitions and privileges are not copied.
+ * Event triggers of ddl_command_end see the twin, in the subtransaction.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/table.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_type.h"
+#include "commands/defrem.h"
+#include "compat.h"
+#include "executor/spi.h"
+#include "migration.h"
+#include "miscadmin.h"
+#include "nodes/makefuncs.h"
+#include "state.h"
+#include "twin.h"
+#include "utils/builtins.h"
+#include "utils/guc.h"
+#include "utils/lsyscache.h"
+#include "utils/rel.h"
+#include "utils/syscache.h"
+
+/* gives its indexes and statistics the names prefix<OID of the original> */
+static void
+name_twins(Oid relid, Oid twin, const char *prefix)
+{
+	Oid			types[] = {OIDOID, OIDOID, TEXTOID};
+	Datum		v[] = {ObjectIdGetDatum(relid), ObjectIdGetDatum(twin), CStringGetTextDatum(prefix)};
+	List	   *commands = NIL;
+	ListCell   *lc;
+	int			rc = SPI_execute_with_args("SELECT command FROM risky_migrations.name_twins($1, $2, $3)",
+										   3, types, v, NULL, false, 0);
+
+	if (rc != SPI_OK_SELECT)
+		elog(ERROR, "SPI returned %s", SPI_result_code_string(rc));
+	for (uint64 i = 0; i < SPI_processed; i++)
+		commands = lappend(commands, rm_result_text(i, 1));
+	foreach(lc, commands)
+		rm_execute(lfirst(lc));
+}
+
+/*
+ * Settings by which the twin would differ; they end with the subtransaction.
+ * Returns the table's owner.
+ */
+static Oid
+prepare(Oid relid)
+{
+	Relation	rel = table_open(relid, AccessShareLock);
+	Oid			owner = rel->rd_rel->relowner;
+	const char *am = OidIsValid(rel->rd_rel->relam) ? get_am_name(rel->rd_rel->relam) : "heap";
+
+	table_close(rel, NoLock);
+	(void) set_config_option("default_table_access_method", am, PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	(void) set_config_option("default_tablespace", "", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	return owner;
+}
+
+/*
+ * Makes a twin of that name in that schema (as SQL has it; pg_temp is one).
+ * Its indexes and statistics are called prefix<OID of the original>.  The errors
+ * are PostgreSQL's own: not everything can be copied.
+ */
+RmTwin
+rm_twin_make(Oid relid, const char *schema, const char *name, const char *prefix)
+{
+	RmTwin		twin;
+	Oid			owner = prepare(relid);
+	Oid			save_userid;
+	int			save_sec_context;
+
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	/* one who may not could not make an index there either */
+	if (strcmp(schema, "pg_temp") == 0 ||
+		rm_may_create_in(get_namespace_oid(schema, false), owner))
+		SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
+	twin.sql = quote_qualified_identifier(schema, name);
+	rm_execute(psprintf("CREATE TABLE %s (LIKE %s INCLUDING ALL)", twin.sql,
+						rm_relation_sql(relid)));
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+	twin.relid = RangeVarGetRelid(makeRangeVar(pstrdup(schema), pstrdup(name), -1),
+								  NoLock, false);
+	name_twins(relid, twin.relid, prefix);
+	return twin;
+}
+
+/* the ALTER TABLE that is all about */
+void
+rm_twin_alter_type(const RmTwin *twin, const char *column, const char *type,
+				   const char *using_expr)
+{
+	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", twin->sql,
+						quote_identifier(column), type, using_expr));
+}

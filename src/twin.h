@@ -1,0 +1,27 @@
+/*-------------------------------------------------------------------------
+ *
+ * twin.h
+ *	  A table's twin: an empty copy, on which PostgreSQL shows what it would do.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_TWIN_H
+#define RM_TWIN_H
+
+#include "postgres.h"
+
+/* lives in the memory context of whoever made it */
+typedef struct RmTwin
+{
+	Oid			relid;
+	const char *sql;			/* its qualified name */
+} RmTwin;
+
+extern RmTwin rm_twin_make(Oid relid, const char *schema, const char *name,
+						   const char *prefix);
+extern void rm_twin_alter_type(const RmTwin *twin, const char *column,
+							   const char *type, const char *using_expr);
+
+#endif							/* RM_TWIN_H */
