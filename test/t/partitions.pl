@@ -62,7 +62,7 @@ append_to_file("$dir/write.sql", q{
 \set s random(10, 23)
 BEGIN;
 UPDATE p SET at = '2025-01-:s 10:00:00', truth = '2025-01-:s 10:00:00' WHERE id = :id AND day = :id % 20;
-INSERT INTO p (id, day, at, truth) VALUES (20000 + :client_id, :id % 20, '2026-01-:s 11:00:00', '2026-01-:s 11:00:00')
+INSERT INTO p (id, day, at, truth) VALUES (30000 + :client_id, :id % 20, '2026-01-:s 11:00:00', '2026-01-:s 11:00:00')
 	ON CONFLICT DO NOTHING;
 DELETE FROM p WHERE id = :id + 7 AND day = (:id + 7) % 20 AND id % 3 = 0;
 END;
@@ -96,7 +96,7 @@ is_right('timestamp without time zone', 'after the swap');
 my $new = new_partition();
 $call = start_call('rollback', 'CALL rm_rollback()');
 ends_well($call, 'and back, with another partition since the swap');
-ok(end_pgbench($pgbench), 'no write was refused');
+ok(end_pgbench($pgbench), 'no write was refused') or diag slurp_file("$dir/err");
 is_right('character varying', 'after the way back');
 is(sql('SELECT lying_about()'), '', 'nothing is left lying about');
 
