@@ -857,7 +857,8 @@ BEGIN ATOMIC
 		CROSS JOIN LATERAL (VALUES
 			(k.conrelid = c.oid AND c.relkind = 'p' AND c.oid NOT IN (SELECT m.oid FROM target m),
 				'the table that refers is partitioned'),
-			(k.confrelid = t.oid AND c.oid = t.oid AND t.relkind = 'p', 'it refers to a partitioned table'),
+			(k.confrelid = t.oid AND t.relkind = 'p' AND k.conrelid = c.oid AND c.oid = t.oid,
+				'the partitioned table refers to itself'),
 			(k.conrelid <> k.confrelid AND c.oid = k.conrelid AND t.oid = k.confrelid
 				AND k.conrelid IN (SELECT m.oid FROM target m), 'it refers to a partition of the same table'),
 			(NOT pg_catalog.pg_has_role(c.relowner, 'USAGE'),
@@ -1198,23 +1199,40 @@ BEGIN ATOMIC
 		UNION ALL
 		-- foreign keys, of this table and of others that refer to it.  One of a
 		-- partitioned table cannot be NOT VALID: it is proven in the partitions,
-		-- and added when the columns have their names, which scans nothing
+		-- and added when the columns have their names, which scans nothing.  One
+		-- that refers to a partitioned table needs its index, which is not there
+		-- before: it is tried by a query, which gives a row if there is one that
+		-- has no peer, added NOT VALID, and proven after the exchange
 		SELECT CASE WHEN k.conrelid = me.oid THEN 6 ELSE 7 END, k.oid::bigint, 'foreign key', k.conname::text,
 			k.conrelid, k.confrelid, CASE WHEN NOT y.late THEN dependents.prefix || k.oid END,
 			CASE WHEN NOT y.late THEN format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s NOT VALID',
-				c.sql, dependents.prefix || k.oid, y.def) END,
+					c.sql, dependents.prefix || k.oid, y.def)
+				WHEN y.afterwards AND k.convalidated
+				THEN format('SELECT FROM ONLY %s c LEFT JOIN %s p ON %s WHERE %s AND p.tableoid IS NULL LIMIT 1', c.sql, f.sql,
+					(SELECT string_agg(format('p.%I OPERATOR(%I.%s) c.%I',
+							CASE WHEN u.fn = dependents.attnum THEN dependents.build_column ELSE b.attname END,
+							CASE WHEN u.fn = dependents.attnum THEN 'pg_catalog' ELSE n.nspname END,
+							CASE WHEN u.fn = dependents.attnum THEN '=' ELSE o.oprname END, a.attname), ' AND ' ORDER BY u.i)
+						FROM unnest(k.conkey, k.confkey, k.conpfeqop) WITH ORDINALITY u (n, fn, op, i)
+						JOIN pg_attribute a ON a.attrelid = k.conrelid AND a.attnum = u.n
+						JOIN pg_attribute b ON b.attrelid = k.confrelid AND b.attnum = u.fn
+						JOIN pg_operator o ON o.oid = u.op JOIN pg_namespace n ON n.oid = o.oprnamespace),
+					(SELECT string_agg(format('c.%I IS NOT NULL', a.attname),
+							CASE k.confmatchtype WHEN 'f' THEN ' OR ' ELSE ' AND ' END)
+						FROM pg_attribute a WHERE a.attrelid = k.conrelid AND a.attnum = ANY (k.conkey))) END,
 			false,
-			CASE WHEN k.convalidated AND NOT y.late
-				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', c.sql, dependents.prefix || k.oid) END,
+			CASE WHEN k.convalidated AND (y.afterwards OR NOT y.late)
+				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', c.sql,
+					CASE WHEN y.late THEN k.conname ELSE dependents.prefix || k.oid END) END,
 			NULL,
 			array_remove(ARRAY[
 				CASE WHEN y.late THEN format('ALTER TABLE %s ADD CONSTRAINT %I %s%s', c.sql, k.conname, y.def,
-						CASE WHEN k.convalidated THEN '' ELSE ' NOT VALID' END)
+						CASE WHEN k.convalidated AND NOT y.afterwards THEN '' ELSE ' NOT VALID' END)
 					ELSE format('ALTER TABLE ONLY %s RENAME CONSTRAINT %I TO %I', c.sql, dependents.prefix || k.oid, k.conname) END,
 				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
 					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, c.sql, obj_description(k.oid, 'pg_constraint')) END], NULL),
 			CASE WHEN k.conparentid = 0 THEN format('ALTER TABLE %s%s DROP CONSTRAINT IF EXISTS %I',
-				CASE WHEN y.late THEN '' ELSE 'ONLY ' END, c.sql, k.conname) END
+				CASE WHEN y.late AND NOT y.afterwards THEN '' ELSE 'ONLY ' END, c.sql, k.conname) END
 		FROM me
 		JOIN pg_constraint k ON k.contype = 'f'
 			AND ((k.conrelid = me.oid AND dependents.attnum = ANY (k.conkey)
@@ -1224,9 +1242,9 @@ BEGIN ATOMIC
 			AND k.conname !~ '^rm_[no]_[0-9]+_[0-9]+$'
 		JOIN rel c ON c.oid = k.conrelid
 		JOIN rel f ON f.oid = k.confrelid
-		CROSS JOIN LATERAL (SELECT me.parted AND k.conrelid = me.oid AS late,
-			CASE WHEN me.parted AND k.conrelid = me.oid THEN dependents.final_column ELSE dependents.build_column END AS col) z
-		CROSS JOIN LATERAL (SELECT z.late,
+		CROSS JOIN LATERAL (SELECT me.parted AND k.conrelid <> me.oid AS afterwards,
+			CASE WHEN me.parted THEN dependents.final_column ELSE dependents.build_column END AS col) z
+		CROSS JOIN LATERAL (SELECT me.parted AS late, z.afterwards,
 			format('FOREIGN KEY (%s) REFERENCES %s (%s)%s%s%s%s',
 				(SELECT string_agg(quote_ident(CASE WHEN k.conrelid = me.oid AND u.n = dependents.attnum
 						THEN z.col ELSE a.attname END), ', ' ORDER BY u.i)
@@ -1294,10 +1312,11 @@ BEGIN ATOMIC
 						THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET NOT NULL', me.sql, dependents.final_column)
 						ELSE format('ALTER TABLE ONLY %s ADD CONSTRAINT %I NOT NULL %I', me.sql, k.conname, dependents.final_column) END,
 					format('%s DROP CONSTRAINT %I', me.alter, dependents.prefix || '0')], NULL)
-				WHEN k.conname IS NOT NULL AND kb.conname IS NOT NULL
+				-- members may have other names: see rm_name_not_null()
+				WHEN k.conname IS NOT NULL AND kb.conname IS NOT NULL AND NOT me.parted
 				THEN ARRAY[format('%s RENAME CONSTRAINT %I TO %I', me.alter, kb.conname, k.conname)]
 				ELSE '{}' END,
-			CASE WHEN NOT me.part THEN format('%s ALTER COLUMN %I DROP NOT NULL', me.alter, a.attname) END
+			format('%s ALTER COLUMN %I DROP NOT NULL', me.alter, a.attname)
 		FROM me
 		JOIN pg_attribute a ON a.attrelid = me.oid AND a.attnum = dependents.attnum AND a.attnotnull
 		LEFT JOIN pg_attribute b ON b.attrelid = me.oid AND b.attnum = dependents.shadow AND b.attnotnull

@@ -576,6 +576,25 @@ rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications)
 			 errhint("%s", hint.data)));
 }
 
+/*
+ * Gives the column's NOT NULL the name that it had there, where it is a constraint
+ * (from 18 on).  ALTER TABLE gives that of the parent to all partitions, and
+ * renames it only where all have the same.  The caller holds ACCESS EXCLUSIVE.
+ */
+void
+rm_name_not_null(const RmDependent *d, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT2OID, TEXTOID};
+	Datum		v[] = {ObjectIdGetDatum(d->relid), Int16GetDatum(attnum), CStringGetTextDatum(d->name)};
+
+	query("SELECT oid FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype = 'n'"
+		  " AND conkey = ARRAY[$2] AND conname <> $3", 3, types, v);
+	if (SPI_processed == 0)
+		return;
+	RenameConstraintById(DatumGetObjectId(rm_result_datum(0, 1)), d->name);
+	CommandCounterIncrement();
+}
+
 /*-------------------------------------------------------------------------
  * Identity
  *-------------------------------------------------------------------------

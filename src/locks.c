@@ -480,6 +480,8 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
  * transaction's end lets all go).  Which one is waited for changes from try to
  * try: with the right one, often the first that others' transactions touch, the
  * rest falls free while they queue behind it.  It is remembered for the next set.
+ * Of a partitioned table, which comes first, every other try waits for the table
+ * itself.
  *
  * A try that gets its first lock and misses another has kept others waiting for
  * milliseconds only: account->missed is set, and the pauses need not grow before
@@ -494,6 +496,9 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 	for (int i = 0; i < n; i++)
 		if (list_nth_oid(relids, i) == account->waited_for)
 			first += i;
+	/* whoever got to a partition by its table holds a lock on that too */
+	if (tries % 2 == 0 && get_rel_relkind(linitial_oid(relids)) == RELKIND_PARTITIONED_TABLE)
+		first = 0;
 	first %= n;
 	account->set_size = n;
 

@@ -16,7 +16,9 @@
  *				triggers are made again from their definitions.  Of a
  *				partitioned table all partitions are locked in the same set; its
  *				own indexes, which hold nothing, are made between, and those of
- *				the partitions attached.
+ *				the partitions attached.  A foreign key that refers to a
+ *				partitioned table needs such an index: whether it holds is looked
+ *				up before, it is added NOT VALID, and validated afterwards.
  *	cleanup		the old column goes.
  *
  * Between swap and cleanup the sync trigger runs the other way, so the swap can
@@ -57,6 +59,7 @@
 #include "access/transam.h"
 #include "access/xact.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_constraint.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
 #include "dependents.h"
@@ -90,7 +93,8 @@ enum
 	PHASE_CHECK,				/* is it still what is needed? */
 	PHASE_WAIT,					/* for older snapshots */
 	PHASE_EXCHANGE,
-	PHASE_LOOK					/* the way back: not all rows are looked at */
+	PHASE_LOOK,					/* the way back: not all rows are looked at */
+	PHASE_PROVE					/* exchanged: foreign keys are to be validated */
 };
 
 /* how often a waiting swap looks whether the snapshots are gone, milliseconds */
@@ -362,6 +366,64 @@ make_next(RmRun *run, bool new_side)
 	return d != NULL;
 }
 
+/* 23503 if a foreign key that can be added only in the exchange would not hold */
+static void
+try_foreign_keys(RmRun *run, bool new_side)
+{
+	ListCell   *lc;
+
+	foreach(lc, load_present(run->m, new_side))
+	{
+		RmDependent *d = lfirst(lc);
+
+		if (d->build_name || d->build_sql == NULL)
+			continue;
+		rm_execute(d->build_sql);
+		if (SPI_processed > 0)
+			ereport(ERROR,
+					(errcode(ERRCODE_FOREIGN_KEY_VIOLATION),
+					 errmsg("the foreign key \"%s\" of %s would not hold for the new values of %s",
+							d->name, rm_relation_sql(d->relid), run->m->relation),
+					 errdetail("A row of %s has no row to refer to any more.", rm_relation_sql(d->relid)),
+					 errhint("Change both columns so that they stay equal, or drop the foreign key; or take everything back with CALL rm_rollback(%lld).",
+							 (long long) run->migration_id)));
+	}
+}
+
+/* what is in force and still to be validated; true if there was something */
+static bool
+prove_next(RmRun *run, bool new_side)
+{
+	ListCell   *lc;
+
+	foreach(lc, load_present(run->m, new_side))
+	{
+		RmDependent *d = lfirst(lc);
+		bool		valid = true;
+		HeapTuple	tup;
+
+		if (d->build_name || d->validate_sql == NULL)
+			continue;
+		/* NULL if somebody has dropped it since */
+		tup = SearchSysCache1(CONSTROID,
+							  ObjectIdGetDatum(get_relation_constraint_oid(d->relid, d->name, true)));
+		if (HeapTupleIsValid(tup))
+		{
+			valid = ((Form_pg_constraint) GETSTRUCT(tup))->convalidated;
+			ReleaseSysCache(tup);
+		}
+		if (valid)
+			continue;
+		if (announce(run, psprintf("VALIDATE CONSTRAINT %s", quote_identifier(d->name))))
+			return true;
+		rm_lock_relation(&run->locks, d->relid, ShareUpdateExclusiveLock);
+		rm_check_owner(run->m->relid, run->m->relation);
+		rm_execute(d->validate_sql);
+		return true;
+	}
+	return false;
+}
+
 /*-------------------------------------------------------------------------
  * What a worker could not do
  *-------------------------------------------------------------------------
@@ -537,6 +599,8 @@ build(RmRun *run)
 			return false;
 
 		case PHASE_ANALYZE:
+			rm_check_owner(m->relid, m->relation);
+			try_foreign_keys(run, true);
 			ask_worker(run, psprintf("ANALYZE %s", rm_relation_sql(m->relid)), "ANALYZE", NULL);
 			m->phase = PHASE_CHECK;
 			return false;
@@ -759,11 +823,16 @@ rename_column(const RmMigration *m, const char *from, const char *to)
 						quote_identifier(from), quote_identifier(to)));
 }
 
-/* what is in force goes, last things first */
+/*
+ * What is in force goes, last things first.  NOT NULL is the first thing: it goes
+ * from the table and then from partitions that have it of their own too, as a
+ * primary key makes it from 18 on.
+ */
 static void
 put_out_of_force(RmRun *run, List *list, bool forward)
 {
 	RmMigration *m = run->m;
+	ListCell   *lc;
 
 	for (int i = list_length(list) - 1; i >= 0; i--)
 	{
@@ -774,7 +843,14 @@ put_out_of_force(RmRun *run, List *list, bool forward)
 							 rm_leaf_attnum(m->relid, forward ? m->attnum : m->new_attnum, d->relid),
 							 rm_leaf_attnum(m->relid, forward ? m->new_attnum : m->attnum, d->relid),
 							 d->peer);
-		else if (d->drop_sql)
+		else if (d->drop_sql && strcmp(d->kind, "not null") != 0)
+			rm_execute(d->drop_sql);
+	}
+	foreach(lc, list)
+	{
+		RmDependent *d = lfirst(lc);
+
+		if (strcmp(d->kind, "not null") == 0)
 			rm_execute(d->drop_sql);
 	}
 }
@@ -791,14 +867,22 @@ make_between(List *list)
 }
 
 static void
-put_in_force(List *list)
+put_in_force(RmRun *run, List *list, bool forward)
 {
+	RmMigration *m = run->m;
 	ListCell   *lc;
 	ListCell   *cmd;
 
 	foreach(lc, list)
-		foreach(cmd, ((RmDependent *) lfirst(lc))->take_sql)
+	{
+		RmDependent *d = lfirst(lc);
+
+		foreach(cmd, d->take_sql)
 			rm_execute(lfirst(cmd));
+		if (strcmp(d->kind, "not null") == 0)
+			rm_name_not_null(d, rm_leaf_attnum(m->relid, forward ? m->new_attnum : m->attnum,
+											   d->relid));
+	}
 }
 
 /* the columns change places, with all that hangs on them; the locks are held */
@@ -816,7 +900,7 @@ exchange(RmRun *run, List *list, bool forward)
 	make_between(list);
 	rename_column(m, m->column, forward ? m->old_column : m->new_column);
 	rename_column(m, forward ? m->new_column : m->old_column, m->column);
-	put_in_force(list);
+	put_in_force(run, list, forward);
 	for (int i = list_length(definitions) - 1; i >= 0; i--)
 		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
 			rm_execute(lfirst(cmd));
@@ -904,12 +988,33 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	table_close(rel, NoLock);
 }
 
+/* after the exchange: is anything of it still to be validated? */
+static bool
+to_be_proven(RmRun *run, List *list)
+{
+	ListCell   *lc;
+
+	foreach(lc, list)
+	{
+		RmDependent *d = lfirst(lc);
+
+		if (d->build_name == NULL && d->validate_sql)
+		{
+			run->m->phase = PHASE_PROVE;
+			return true;
+		}
+	}
+	return false;
+}
+
 static RmStepResult
 swap_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	List	   *list;
 
+	if (m->swapped)
+		return prove_next(run, true) ? RM_STEP_AGAIN : RM_STEP_DONE;
 	if (!get_work(run)->planned || m->phase < PHASE_WAIT)
 	{
 		if (build(run))
@@ -933,7 +1038,7 @@ swap_apply(RmRun *run)
 	refuse_unverified(m);
 	run->old_storage = rm_relation_storage(m->relid);
 	exchange(run, list, true);
-	return RM_STEP_DONE;
+	return to_be_proven(run, list) ? RM_STEP_AGAIN : RM_STEP_DONE;
 }
 
 static void
@@ -1222,7 +1327,7 @@ refuse_new_dependents(RmRun *run, List *list)
 	if (SPI_execute_with_args("SELECT string_agg(pg_catalog.format('%s %s', kind, name), ', ')"
 							  " FROM risky_migrations.member_columns($1, $2) m, LATERAL"
 							  " risky_migrations.dependents(m.member, m.number, 0::smallint, m.member, m.number, '', '', $4)"
-							  " WHERE (build_name IS NOT NULL OR make_sql IS NOT NULL)"
+							  " WHERE coalesce(build_name, build_sql, make_sql, validate_sql) IS NOT NULL"
 							  " AND kind <> 'not null' AND name <> ALL ($3)"
 							  /* what another migration keeps for its own way back */
 							  " AND name !~ '^rm_[no]_[0-9]+_[0-9]+$'",
@@ -1279,8 +1384,8 @@ swap_revert(RmRun *run)
 	ListCell   *lc;
 
 	run->back_to = RM_BUILD;	/* what was built on the new column is not there any more */
-	if (!m->swapped)
-		return RM_STEP_DONE;	/* it had only begun */
+	if (!m->swapped)			/* it had only begun, or is taken back but for that */
+		return m->phase == PHASE_PROVE && prove_next(run, false) ? RM_STEP_AGAIN : RM_STEP_DONE;
 	if (!get_work(run)->planned)
 	{
 		(void) way_back_is_open(run);
@@ -1313,7 +1418,7 @@ swap_revert(RmRun *run)
 	foreach(lc, rm_dependents_leftovers(m, false, NIL))
 		rm_execute(lfirst(lc));
 	forget_misfits(m);
-	return RM_STEP_DONE;
+	return to_be_proven(run, list) ? RM_STEP_AGAIN : RM_STEP_DONE;
 }
 
 /*

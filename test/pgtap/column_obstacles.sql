@@ -154,11 +154,12 @@ CREATE TABLE o.tree_mid PARTITION OF o.tree DEFAULT PARTITION BY LIST (d);
 CREATE MATERIALIZED VIEW o.of_leaf AS SELECT c FROM o.tree_leaf;
 CREATE TABLE o.to_tree (d int, c int, CONSTRAINT to_tree FOREIGN KEY (d, c) REFERENCES o.tree (d, c));
 CREATE TABLE o.parted_ref (c int, CONSTRAINT parted_ref FOREIGN KEY (c) REFERENCES o.tree_leaf (c)) PARTITION BY LIST (c);
+ALTER TABLE o.tree ADD e int, ADD CONSTRAINT itself FOREIGN KEY (d, e) REFERENCES o.tree (d, c);
 ALTER TABLE o.tree_mid ADD CONSTRAINT sideways FOREIGN KEY (c) REFERENCES o.tree_leaf (c);
 SELECT bag_eq($$SELECT obstacles('o.tree')$$, ARRAY[
 	'deferrable constraint | tree_pkey on o.tree | while its index is built, rows would be refused that it lets pass until the end of a transaction',
 	'exclusion constraint | own on o.tree_leaf | its index cannot be built beside writers',
-	'foreign key | to_tree on o.to_tree | it refers to a partitioned table',
+	'foreign key | itself on o.tree | the partitioned table refers to itself',
 	'foreign key | parted_ref on o.parted_ref | the table that refers is partitioned',
 	'foreign key | sideways on o.tree_mid | it refers to a partition of the same table',
 	'materialized view | o.of_leaf | it stores what it has read'], 'a partitioned table, and what its partitions have');

@@ -150,6 +150,7 @@ CREATE POLICY elsewhere ON seen USING (id IN (SELECT fact.id FROM fact WHERE fac
 },
 	},
 	{
+		not_null => { 'CONSTRAINT event_at_not_null NOT NULL' => 'NOT NULL' },
 		name => 'partitioned: two levels, a default partition, other columns, indexes and constraints of their own',
 		table => 'event', column => 'at', type => 'timestamp', using => 'at::timestamp', rows => 300,
 		# it names the indexes of partitions anew, gives them the parent's comments, and forgets what is marked
@@ -213,6 +214,7 @@ CREATE RULE leaf_rule AS ON INSERT TO event_2 WHERE NEW.at IS NULL DO INSTEAD NO
 },
 	},
 	{
+		not_null => { 'CONSTRAINT line_order_id_not_null NOT NULL' => 'NOT NULL' },
 		name => 'partitioned: int to bigint, foreign keys, identity, serial',
 		table => 'line', column => 'order_id', type => 'bigint', rows => 200,
 		setup => q{
@@ -233,9 +235,30 @@ INSERT INTO line SELECT g % 20, g, g % 3 FROM generate_series(1, 200) g;
 ALTER TABLE line ADD CONSTRAINT "to far" FOREIGN KEY (order_id) REFERENCES far ON UPDATE CASCADE DEFERRABLE INITIALLY DEFERRED;
 ALTER TABLE line_b ADD CONSTRAINT middle FOREIGN KEY (order_id) REFERENCES orders ON DELETE SET NULL;
 ALTER TABLE line ADD UNIQUE (day, n, order_id);
-ALTER TABLE line_b_0 ADD UNIQUE (order_id), ALTER order_id SET DEFAULT 7;
+ALTER TABLE line_b_0 ADD UNIQUE (order_id);
 CREATE TABLE ref (order_id int REFERENCES line_b_0 (order_id));
 COMMENT ON CONSTRAINT "to far" ON line IS 'far';
+},
+	},
+	{
+		not_null => { 'CONSTRAINT orders_id_not_null NOT NULL' => 'CONSTRAINT "own name" NOT NULL' },
+		name => 'partitioned: int to bigint with foreign keys that refer to it',
+		table => 'orders', column => 'id', type => 'bigint', rows => 200,
+		setup => q{
+CREATE TABLE orders (day int, id int, PRIMARY KEY (day, id)) PARTITION BY RANGE (day);
+CREATE TABLE orders_a (id int CONSTRAINT "own name" NOT NULL UNIQUE DEFAULT 7, day int NOT NULL);
+ALTER TABLE orders ATTACH PARTITION orders_a FOR VALUES FROM (0) TO (10);
+CREATE TABLE orders_b PARTITION OF orders FOR VALUES FROM (10) TO (100) PARTITION BY LIST (day);
+CREATE TABLE orders_b_rest PARTITION OF orders_b DEFAULT;
+INSERT INTO orders SELECT g % 20, g FROM generate_series(1, 200) g;
+CREATE TABLE line (day int, order_id int, n int, CONSTRAINT "line's order" FOREIGN KEY (day, order_id) REFERENCES orders
+	ON UPDATE CASCADE ON DELETE SET NULL (order_id) DEFERRABLE);
+INSERT INTO line SELECT day, id FROM orders;
+INSERT INTO line VALUES (NULL, 77777);
+CREATE TABLE late (day int, order_id int);
+ALTER TABLE late ADD CONSTRAINT unproven FOREIGN KEY (order_id, day) REFERENCES orders (id, day) MATCH FULL NOT VALID;
+CREATE TABLE of_one (order_id int REFERENCES orders_a (id));
+COMMENT ON CONSTRAINT "line's order" ON line IS 'whose line it is';
 },
 	},
 );
@@ -314,6 +337,11 @@ foreach my $s (@scenarios)
 		@{ $s->{lost} // [] }), '', "$s->{name}: ALTER TABLE");
 	is(as_owner("alter_$n", $s->{around}), '', "$s->{name}: what ALTER TABLE would not have around it") if $s->{around};
 	my $altered = dump_of("alter_$n");
+	# from 18 on it also gives the parent's name to the NOT NULL of partitions
+	while (my ($given, $own) = each %{ $s->{not_null} // {} })
+	{
+		$altered =~ s/\Q$given\E/$own/;
+	}
 
 	make("forth_$n", $s, $ident, $s->{around});
 	is(as_owner("forth_$n", @steps), '', "$s->{name}: the three steps and the swap, as the owner");

@@ -146,5 +146,36 @@ sql('CALL rm_cleanup()');
 is_right('timestamp without time zone', 'after the cleanup');
 is(sql('SELECT count(*) FROM risky_migrations.leaf'), 0, 'no partition is remembered');
 
+# A foreign key that refers to a partitioned table cannot be built beforehand: it
+# is tried before the swap, and proven after it.
+sql(q{
+CREATE TABLE orders (day int, id int, PRIMARY KEY (day, id)) PARTITION BY LIST (day);
+CREATE TABLE orders_1 PARTITION OF orders FOR VALUES IN (1);
+INSERT INTO orders SELECT 1, g FROM generate_series(1, 100) g;
+CREATE TABLE line (day int, order_id int, CONSTRAINT fk FOREIGN KEY (day, order_id) REFERENCES orders);
+INSERT INTO line SELECT 1, g FROM generate_series(1, 100) g;
+});
+my $fk = q{SELECT format('%s %s', convalidated, pg_get_constraintdef(oid)) FROM pg_constraint WHERE conrelid = 'line'::regclass AND conname = 'fk'};
+my $proven = 't FOREIGN KEY (day, order_id) REFERENCES orders(day, id)';
+($status, $out, $err) = $node->psql('postgres', q{CALL rm_alter_type('orders', 'id', 'bigint', 'id + 1000')});
+like($err, qr/the foreign key "fk" of public.line would not hold for the new values of public.orders/, 'one that would not hold is told before the swap');
+sql('CALL rm_rollback()');
+is(sql($fk), $proven, 'and is as before');
+sql(q{CALL rm_alter_type('orders', 'id', 'bigint')});
+is(sql($fk), $proven, 'it is proven when the step is done');
+
+# as a crash between the exchange and the proof leaves it
+my $unproven = q{
+UPDATE pg_constraint SET convalidated = false WHERE conrelid = 'line'::regclass AND conname = 'fk';
+UPDATE risky_migrations.migration SET steps_done = 4, phase = 7 WHERE state = 'open'};
+sql($unproven);
+is(sql(q{SELECT next_call ~ 'rm_(swap|resume)' FROM rm_migrations WHERE state = 'open'}), 't', 'interrupted before that, it goes on with the swap');
+sql('CALL rm_swap()');
+is(sql($fk), $proven, 'and proves it');
+sql($unproven);
+sql('CALL rm_rollback()');
+is(sql($fk), $proven, 'or goes back, and proves the old one');
+is(sql(q{SELECT count(*) || ' ' || pg_typeof(min(id)) FROM orders}), '100 integer', 'with the old column in force');
+
 $node->stop;
 done_testing();
