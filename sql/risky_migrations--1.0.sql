@@ -59,6 +59,7 @@ CREATE TABLE risky_migrations.migration (
 	reverse_tree text,
 	fingerprint text,
 	null_on_error boolean NOT NULL DEFAULT false,
+	ranges integer NOT NULL DEFAULT 0,
 	method_reason text,
 	created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 10);
@@ -93,6 +94,27 @@ CREATE TABLE risky_migrations.leaf (
 	PRIMARY KEY (migration_id, relid)
 );
 COMMENT ON TABLE risky_migrations.leaf IS 'partitions of a partitioned table that are filled or verified, one row each; the one under way is in the migration''s row';
+
+-- locked by whoever works on it, for one transaction at a time
+CREATE TABLE risky_migrations.range (
+	migration_id bigint NOT NULL REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	number integer NOT NULL,
+	relid oid NOT NULL,
+	relfilenode oid NOT NULL,
+	-- who works on it: the runner's row of step_log, and there its helper of
+	-- that number or (0) itself
+	run bigint NOT NULL DEFAULT 0,
+	worker integer,
+	first_block bigint NOT NULL,
+	next_block bigint NOT NULL,
+	end_block bigint NOT NULL,
+	rows_checked bigint NOT NULL DEFAULT 0,
+	rows_changed bigint NOT NULL DEFAULT 0,
+	rows_failed bigint NOT NULL DEFAULT 0,
+	rows_nulled bigint NOT NULL DEFAULT 0,
+	PRIMARY KEY (migration_id, number)
+) WITH (fillfactor = 10);
+COMMENT ON TABLE risky_migrations.range IS 'ranges of pages on which several workers are at work: below next_block everything is done';
 
 CREATE TABLE risky_migrations.skipped_row (
 	migration_id bigint NOT NULL,
@@ -137,8 +159,8 @@ CREATE TABLE risky_migrations.step_log (
 	rows_hot bigint NOT NULL DEFAULT 0,
 	lock_retries bigint NOT NULL DEFAULT 0,
 	wal_bytes bigint NOT NULL DEFAULT 0,
-	-- blocks and rows: where this run began, done, total (0: not known)
-	progress bigint[] NOT NULL DEFAULT '{0,0,0,0,0,0}',
+	-- blocks and rows: where this run began, done, total (0: not known); workers
+	progress bigint[] NOT NULL DEFAULT '{0,0,0,0,0,0,1}',
 	-- why it does not go on right now
 	wait_kind text,
 	wait_reason text,
@@ -297,6 +319,11 @@ CREATE PROCEDURE risky_migrations.run(migration bigint)
 AS 'MODULE_PATHNAME', 'rm_run' LANGUAGE C;
 COMMENT ON PROCEDURE risky_migrations.run(bigint) IS
 	'goes on with all steps of a migration, in this session; what a background worker calls';
+
+CREATE PROCEDURE risky_migrations.help()
+AS 'MODULE_PATHNAME', 'rm_help' LANGUAGE C;
+COMMENT ON PROCEDURE risky_migrations.help() IS
+	'works on ranges of pages beside the runner of a migration; what its background workers call';
 
 CREATE PROCEDURE rm_cut_over(migration bigint DEFAULT NULL)
 AS 'MODULE_PATHNAME', 'rm_cut_over' LANGUAGE C;
@@ -1582,7 +1609,7 @@ SELECT m.id AS migration, m.relation, l.step, l.direction, l.pid, l.started_at,
 		ELSE l.wait_reason END AS waiting_reason,
 	CASE WHEN w.mode IS NOT NULL THEN w.waitstart ELSE l.wait_since END AS waiting_since,
 	l.lock_retries, a.wait_event_type, a.wait_event,
-	coalesce(s.wanted = 'paused', false) AS paused
+	coalesce(s.wanted = 'paused', false) AS paused, l.progress[7]::int AS workers
 FROM risky_migrations.migration m
 JOIN risky_migrations.step_log l ON l.migration_id = m.id AND l.state = 'running'
 LEFT JOIN risky_migrations.steering s ON s.migration_id = m.id

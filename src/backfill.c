@@ -26,8 +26,9 @@
  *	for a row.  They commit without waiting for the disk; at the end of each
  *	batch the WAL is flushed, after the locks are gone.
  *
- *	A window counts as done only when all its rows are: only then the state
- *	row's next_block moves.  After a crash the window is looked at again; rows
+ *	A window counts as done only when all its rows are: only then next_block
+ *	moves, of the state row or, where several processes share the pages out
+ *	among them, of the range that the window is in (crew.c).  After a crash the window is looked at again; rows
  *	that are converted already show it by their value.
  *
  *	A row that somebody else has locked is left for the next visit, and, when
@@ -65,6 +66,7 @@
 #include "access/xact.h"
 #include "access/xlog.h"
 #include "catalog/pg_type.h"
+#include "crew.h"
 #include "executor/spi.h"
 #include "leaves.h"
 #include "miscadmin.h"
@@ -81,6 +83,8 @@
 #define WINDOW_PAGES 1024
 /* visits in which a page is to be done; fewer give more rows away */
 #define AIMED_VISITS 14
+/* how often to look whether the others have done the rest, in ms */
+#define LOOK_AT_OTHERS 20
 /* how long to rest in one window for the sake of an old snapshot, in ms */
 #define PATIENCE 200
 /* the same after a window in which resting did not help */
@@ -104,6 +108,7 @@ typedef struct PageState
 typedef struct Backfill
 {
 	Oid			leaf;			/* of a partitioned table: whose window it is */
+	int			range;			/* likewise of a range; 0: of no range */
 	BlockNumber start;			/* window, [start, end) */
 	BlockNumber end;
 	PageState	pages[WINDOW_PAGES];
@@ -127,6 +132,8 @@ typedef struct Backfill
 	int64		base_hot;
 	int64		base_batches;
 	bool		batch_complete;
+	int64		gathered_failures;	/* of all ranges, in this transaction */
+	int64		helpers_rows;	/* of all helpers when the batch began */
 	int64		rows_done;		/* copies of the state row's for the notices */
 	int64		rows_estimated;
 	int64		blocks_done;
@@ -412,12 +419,13 @@ notice_progress(RmRun *run)
 	int64		left = b->blocks - b->blocks_done;
 	char		rows[32];
 	char		total[32];
+	RmCrewSums	helpers = rm_crew_sums(run);
 
-	rm_format_count(rows, sizeof(rows), b->batch_rows);
+	rm_format_count(rows, sizeof(rows), b->batch_rows + helpers.rows_changed - b->helpers_rows);
 	rm_format_count(total, sizeof(total), left <= 0 ? b->rows_done : Max(b->rows_estimated, b->rows_done));
 	ereport(NOTICE,
 			(errmsg("batch %lld: %s rows backfilled (%.1f s), %d %% of %s, about %.0f s left",
-					(long long) run->batches, rows, ms / 1000.0,
+					(long long) (run->batches + helpers.batches), rows, ms / 1000.0,
 					(int) (b->blocks > 0 ? 100 * b->blocks_done / b->blocks : 100),
 					total,
 					visited > 0 ? total_ms / 1000.0 * left / visited : 0.0)));
@@ -428,21 +436,20 @@ static void
 close_window(RmRun *run, BlockNumber end)
 {
 	Backfill   *b = run->work;
-	RmMigration *m = run->m;
 	ListCell   *lc;
 
 	foreach(lc, b->locked)
 	{
 		Oid			types[] = {INT8OID, OIDOID, TIDOID};
-		Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(m->relfilenode),
-		PointerGetDatum(lfirst(lc))};
+		Datum		v[] = {Int64GetDatum(run->m->id),
+		ObjectIdGetDatum(run->range.relfilenode), PointerGetDatum(lfirst(lc))};
 
 		rm_state_execute("INSERT INTO risky_migrations.skipped_row VALUES ($1, $2, $3)",
 						 3, types, v, NULL);
 	}
 	b->patience_ms = b->plain ? LITTLE_PATIENCE : PATIENCE;
 	b->careful = false;
-	m->next_block = b->end;
+	run->range.next_block = b->end;
 	reset_window(b, b->end, end);
 }
 
@@ -588,6 +595,7 @@ start_over(RmRun *run, Relation rel)
 void
 rm_backfill_fix_end(RmMigration *m, Relation rel)
 {
+	rm_ranges_forget(m);
 	m->relfilenode = rel->rd_rel->relfilenode;
 	m->next_block = 0;
 	m->end_block = RelationGetNumberOfBlocks(rel);
@@ -605,11 +613,11 @@ begin_work(RmRun *run)
 		b->patience_ms = PATIENCE;
 		b->null_on_error = run->m->null_on_error;
 		INSTR_TIME_SET_CURRENT(b->batch_started);
-		b->first_block = run->m->next_block;
 		b->clock_every = 1;		/* until it is known how long a row takes */
-		run->progress.blocks_first = run->m->next_block;
-		run->progress.rows_first = run->m->rows_done;
-		reset_window(b, run->m->next_block, run->m->end_block);
+		b->range = -1;			/* of none yet */
+		b->first_block = run->m->next_block + rm_ranges_sum(run, true)->blocks_done;
+		run->progress.blocks_first = b->first_block;
+		run->progress.rows_first = run->m->rows_done + run->range_sums.rows_changed;
 	}
 	else if (b->dirty)
 	{
@@ -617,13 +625,13 @@ begin_work(RmRun *run)
 		run->rows_changed = b->base_rows;
 		run->rows_hot = b->base_hot;
 		run->batches = b->base_batches;
-		reset_window(b, run->m->next_block, run->m->end_block);
+		b->range = -1;
 	}
 	b->dirty = true;
 	b->base_rows = run->rows_changed;
 	b->base_hot = run->rows_hot;
 	b->base_batches = run->batches;
-	b->xact_rows = b->xact_hot = b->xact_failed = 0;
+	b->xact_rows = b->xact_hot = b->xact_failed = b->gathered_failures = 0;
 	b->batch_complete = false;
 	return b;
 }
@@ -634,7 +642,7 @@ note_progress(RmRun *run)
 {
 	Backfill   *b = run->work;
 	RmMigration *m = run->m;
-	int64		done = m->phase == 0 ? m->next_block : m->end_block;
+	int64		done = m->phase == 0 ? m->next_block + run->range_sums.blocks_done : m->end_block;
 
 	if (rm_is_parted(m) && !OidIsValid(m->leaf))
 		return;					/* between two leaves */
@@ -642,11 +650,23 @@ note_progress(RmRun *run)
 		done += b->pages[i].done;
 	run->progress.blocks_done = Min(done, m->end_block);
 	run->progress.blocks_total = m->end_block;
-	run->progress.rows_done = m->rows_done;
-	run->progress.rows_total = Max(m->rows_estimated, m->rows_done);
+	run->progress.rows_done = b->rows_done;
+	run->progress.rows_total = Max(m->rows_estimated, b->rows_done);
 	rm_leaves_progress(run);
-	b->blocks_done = (m->phase == 0 ? b->next : m->end_block) + run->other_blocks_done;
+	b->blocks_done = m->phase == 0 && m->ranges == 0 ? b->next + run->other_blocks_done :
+		run->progress.blocks_done;
 	b->blocks = m->end_block + run->other_blocks;
+}
+
+/*
+ * Before the transaction that ends the step: helpers go, so that what they have
+ * done last is counted.  True if some have been there.
+ */
+static bool
+dismiss_helpers(RmRun *run)
+{
+	run->helpers = 0;
+	return run->crew != NULL;
 }
 
 /* the books of a transaction, at its end */
@@ -656,7 +676,15 @@ end_transaction(RmRun *run, RmStepResult result)
 	RmMigration *m = run->m;
 	Backfill   *b = run->work;
 
-	m->rows_done += b->xact_rows;
+	if (run->range.number > 0)
+	{
+		run->range.rows_changed += b->xact_rows;
+		run->range.rows_failed += b->xact_failed;
+		if (run->helper == 0)
+			rm_range_save(run);
+	}
+	else
+		m->rows_done += b->xact_rows;
 	run->rows_changed += b->xact_rows;
 	run->rows_hot += b->xact_hot;
 	run->async_commit = true;
@@ -664,9 +692,13 @@ end_transaction(RmRun *run, RmStepResult result)
 	if ((b->batch_complete || result == RM_STEP_DONE) &&
 		b->batch_rows + b->xact_rows > 0)
 		run->batches++;
-	b->rows_done = m->rows_done;
-	b->rows_estimated = m->rows_estimated;
-	note_progress(run);
+	if (run->helper == 0)
+	{
+		(void) rm_ranges_sum(run, b->next == b->start);
+		b->rows_done = m->rows_done + run->range_sums.rows_changed;
+		b->rows_estimated = m->rows_estimated;
+		note_progress(run);
+	}
 	if (b->xact_rows + b->xact_failed > 0)
 		b->worked_ms = rm_elapsed_ms(b->first_row);
 	run->may_hold = true;		/* nothing is held in between */
@@ -674,16 +706,17 @@ end_transaction(RmRun *run, RmStepResult result)
 	return result;
 }
 
-/* a partitioned table: the window is one of the leaf under way */
+/* the window is one of another leaf, or of another range */
 static void
-change_leaf(RmRun *run)
+change_range(RmRun *run)
 {
 	Backfill   *b = run->work;
 
-	if (b->leaf == run->m->leaf)
+	if (b->leaf == run->m->leaf && b->range == run->range.number)
 		return;
 	b->leaf = run->m->leaf;
-	reset_window(b, run->m->next_block, run->m->end_block);
+	b->range = run->range.number;
+	reset_window(b, run->range.next_block, run->range.end_block);
 }
 
 /* has a partitioned table another leaf to be filled? */
@@ -692,10 +725,97 @@ next_leaf(RmRun *run)
 {
 	RmMigration *m = run->m;
 
+	rm_ranges_forget(m);		/* likewise */
+	rm_range_whole(run);
 	(void) begin_work(run);
 	forget_skipped_rows(m);		/* of a leaf that is none any more */
 	m->phase = 0;
-	return end_transaction(run, rm_leaves_choose(run) ? RM_STEP_AGAIN : RM_STEP_DONE);
+	if (rm_leaves_choose(run))
+		return end_transaction(run, RM_STEP_AGAIN);
+	if (dismiss_helpers(run))
+		return RM_STEP_AGAIN;
+	return end_transaction(run, RM_STEP_DONE);
+}
+
+/* one transaction's worth of the range under way */
+static void
+work_on_range(RmRun *run, Relation rel)
+{
+	Backfill   *b = run->work;
+	RmRange    *range = &run->range;
+	BlockNumber end = Min(range->end_block, RelationGetNumberOfBlocks(rel));
+
+	change_range(run);
+	b->end = Min(b->end, end);
+	if (range->next_block < end)
+		work_on_window(run, rel, end);
+	if (range->next_block >= end)
+		range->next_block = range->end_block;
+}
+
+/*
+ * Shares what is left of the pages out, if it is worth while: then true, and
+ * this transaction does no more, so that helpers can begin with the next one.
+ */
+static bool
+share_out(RmRun *run)
+{
+	RmMigration *m = run->m;
+	int			workers = rm_workers_for(m->end_block - m->next_block, WINDOW_PAGES);
+
+	run->helpers = workers - 1;
+	if (m->ranges > 0 || workers == 1)
+		return false;
+	rm_ranges_cut(run, OidIsValid(m->leaf) ? m->leaf : m->relid, workers, WINDOW_PAGES);
+	return true;
+}
+
+/* all ranges are done: what they have counted is the state row's now */
+static void
+gather_ranges(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Backfill   *b = run->work;
+
+	m->rows_done += rm_ranges_sum(run, true)->rows_changed;
+	b->gathered_failures = run->range_sums.rows_failed;
+	m->next_block = m->end_block;
+	rm_ranges_forget(m);
+	if (!OidIsValid(m->leaf))
+		run->helpers = 0;		/* the rest is not for them */
+}
+
+/* one transaction's worth of the pages, alone or beside helpers */
+static void
+work_on_pages(RmRun *run, Relation rel)
+{
+	RmMigration *m = run->m;
+
+	if (share_out(run))
+		return;
+	if (m->ranges == 0)
+	{
+		work_on_range(run, rel);
+		m->next_block = run->range.next_block;
+		if (m->next_block >= m->end_block)
+			m->phase = 1;
+		return;
+	}
+	switch (rm_range_take(run))
+	{
+		case RM_RANGE_TAKEN:
+			work_on_range(run, rel);
+			break;
+		case RM_RANGE_NONE_FREE:
+			run->pause_ms = LOOK_AT_OTHERS;
+			run->wait_kind = "helper";
+			run->wait_reason = "the last pages are those that helpers work on";
+			break;
+		case RM_RANGE_ALL_DONE:
+			gather_ranges(run);
+			m->phase = 1;
+			break;
+	}
 }
 
 static RmStepResult
@@ -709,36 +829,53 @@ backfill_apply(RmRun *run)
 	if (rm_is_parted(m) && !OidIsValid(m->leaf))
 		return next_leaf(run);
 	rel = rm_leaf_open(run, RowExclusiveLock);
+	if (m->ranges == 0)
+		rm_range_whole(run);
 	b = begin_work(run);
 	if (rel == NULL)
 		return RM_STEP_AGAIN;
-	change_leaf(run);
 	if (m->relfilenode != rel->rd_rel->relfilenode)
 	{
 		start_over(run, rel);
 		b->first_block = run->progress.blocks_first = 0;
-		reset_window(b, 0, m->end_block);
+		rm_range_whole(run);
+		b->range = -1;
 	}
 
 	if (m->phase == 0)
-	{
-		BlockNumber end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
-
-		b->end = Min(b->end, end);
-		if (m->next_block < end)
-			work_on_window(run, rel, end);
-		if (m->next_block >= end)
-			m->phase = 1;
-	}
+		work_on_pages(run, rel);
 	else if (visit_skipped_row(run, rel))
 	{
 		if (OidIsValid(m->leaf))
 			rm_leaf_done(m);
-		else
+		else if (!dismiss_helpers(run))
 			result = RM_STEP_DONE;
 	}
 	table_close(rel, NoLock);
 	return end_transaction(run, result);
+}
+
+/*
+ * One transaction's worth of a range, in a helper.  Of what has changed
+ * meanwhile the runner takes care.
+ */
+static void
+backfill_help(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Relation	rel;
+
+	m->leaf = run->range.relid == m->relid ? InvalidOid : run->range.relid;
+	m->relfilenode = run->range.relfilenode;
+	rel = rm_leaf_open(run, RowExclusiveLock);
+	(void) begin_work(run);
+	if (rel == NULL || rel->rd_rel->relfilenode != run->range.relfilenode)
+		run->pause_ms = LOOK_AT_OTHERS;
+	else
+		work_on_range(run, rel);
+	if (rel)
+		table_close(rel, NoLock);
+	(void) end_transaction(run, RM_STEP_AGAIN);
 }
 
 static void
@@ -751,15 +888,16 @@ backfill_committed(RmRun *run, RmStepResult result)
 	b->dirty = false;
 	adapt_to_time(b);
 	b->batch_rows += b->xact_rows;
-	b->failures += b->xact_failed;
+	b->failures += run->range.number == 0 ? b->xact_failed + b->gathered_failures : 0;
 	if (!b->batch_complete && result != RM_STEP_DONE)
 		return;
 
 	/* the locks are gone: now the batch may wait for the disk */
 	XLogFlush(XactLastCommitEnd);
-	if (b->batch_rows > 0 && (rm_notice_due(run) || result == RM_STEP_DONE))
+	if (run->helper == 0 && b->batch_rows > 0 && (rm_notice_due(run) || result == RM_STEP_DONE))
 		notice_progress(run);
 	b->batch_rows = 0;
+	b->helpers_rows = rm_crew_sums(run).rows_changed;
 	INSTR_TIME_SET_CURRENT(b->batch_started);
 	if (result == RM_STEP_DONE && b->failures > 0)
 		ereport(WARNING,
@@ -793,4 +931,5 @@ const RmStep rm_step_backfill = {
 	.revert = rm_backfill_revert,
 	.committed = backfill_committed,
 	.retry = backfill_retry,
+	.help = backfill_help,
 };

@@ -89,7 +89,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 					 " leaf::int8, relfilenode::int8,"
 					 " next_block, end_block, rows_done, rows_estimated, inexact_rows,"
 					 " old_column, swapped::int::int8, reverse_tree, fingerprint,"
-					 " null_on_error::int::int8,"
+					 " null_on_error::int::int8, ranges::int8,"
 					 " (SELECT wanted FROM risky_migrations.steering WHERE migration_id = migration.id)"
 					 " FROM risky_migrations.migration WHERE id = $1 %s",
 							  lock ? "FOR NO KEY UPDATE" : ""),
@@ -144,6 +144,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 	m->reverse_tree = rm_result_text(0, ++col);
 	m->fingerprint = rm_result_text(0, ++col);
 	m->null_on_error = rm_result_int64(0, ++col) != 0;
+	m->ranges = rm_result_int64(0, ++col);
 	m->wanted = rm_wanted_by_name(rm_result_text(0, ++col));
 	MemoryContextSwitchTo(oldcxt);
 	return m;
@@ -217,7 +218,7 @@ rm_migration_save(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID, TEXTOID, INT8OID, INT8OID, INT8OID, BOOLOID,
 	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, BOOLOID,
-	TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, OIDOID};
+	TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, OIDOID, INT8OID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -244,13 +245,14 @@ rm_migration_save(const RmMigration *m)
 	v[i++] = CStringGetTextDatum(m->column);
 	v[i] = text_or_null(m->new_column, &n[i]), i++;
 	v[i++] = ObjectIdGetDatum(m->leaf);
+	v[i++] = Int64GetDatum(m->ranges);
 	rm_state_execute("UPDATE risky_migrations.migration SET state = $2,"
 					 " steps_done = $3, phase = $4, new_attnum = $5, enforced = $6,"
 					 " relfilenode = $7::oid, next_block = $8, end_block = $9,"
 					 " rows_done = $10, rows_estimated = $11, inexact_rows = $12,"
 					 " trigger_xmin = $13, swapped = $14, reverse_tree = $15,"
 					 " fingerprint = $16, relation = $17, column_name = $18,"
-					 " new_column = $19, leaf = $20"
+					 " new_column = $19, leaf = $20, ranges = $21"
 					 " WHERE id = $1",
 					 lengthof(types), types, v, n);
 }
@@ -368,7 +370,7 @@ rm_step_begun(const RmMigration *m)
 		return false;
 	return m->phase != 0 ||
 		(m->method == &rm_method_three_step && m->steps_done == RM_BACKFILL &&
-		 (m->rows_done > 0 || m->next_block > 0));
+		 (m->rows_done > 0 || m->next_block > 0 || m->ranges > 0));
 }
 
 /* check_functions_in_node callback: adds who has last written the function */

@@ -17,6 +17,7 @@
 typedef struct RmMethod RmMethod;
 typedef struct RmRun RmRun;
 typedef struct RmThrottle RmThrottle;
+typedef struct RmCrew RmCrew;
 
 /* what is wanted of the runner of a migration, see steer.c */
 typedef enum RmWanted
@@ -64,6 +65,7 @@ typedef struct RmMigration
 	Oid			relfilenode;	/* to which block numbers belong */
 	int64		next_block;		/* below it everything is done */
 	int64		end_block;		/* fixed when the work began */
+	int			ranges;			/* into which the pages are cut, see crew.c; or 0 */
 	int64		rows_done;
 	int64		rows_estimated;
 	int64		inexact_rows;	/* rows the way back cannot restore */
@@ -98,6 +100,8 @@ typedef struct RmStep
 	void		(*explain) (RmRun *run, ErrorData *error);
 	/* not run as one of all steps: only when the user says so */
 	bool		on_request;
+	/* in a helper, which has taken run->range: as apply, see crew.h */
+	void		(*help) (RmRun *run);
 } RmStep;
 
 struct RmMethod
@@ -132,6 +136,41 @@ typedef struct RmProgress
 	int64		rows_total;		/* estimated */
 } RmProgress;
 
+/* pages that one process works on, in one transaction after the other */
+typedef struct RmRange
+{
+	int			number;			/* 0: all, and the state row says how far */
+	Oid			relid;
+	Oid			relfilenode;	/* to which block numbers belong */
+	int64		next_block;		/* below it everything is done */
+	int64		end_block;
+	int64		rows_checked;	/* done so far; a step counts what it likes */
+	int64		rows_changed;
+	int64		rows_failed;
+	int64		rows_nulled;
+} RmRange;
+
+/* sums over all ranges */
+typedef struct RmRangeSums
+{
+	int64		blocks_done;
+	int64		rows_checked;
+	int64		rows_changed;
+	int64		rows_failed;
+	int64		rows_nulled;
+} RmRangeSums;
+
+/* what helpers have done, for the step log */
+typedef struct RmCrewSums
+{
+	int64		transactions;
+	int64		batches;
+	int64		rows_changed;
+	int64		rows_hot;
+	int64		lock_retries;
+	int64		wal_bytes;
+} RmCrewSums;
+
 /* a step while it runs; everything it points to lives in cxt */
 struct RmRun
 {
@@ -160,6 +199,15 @@ struct RmRun
 	bool		batch_ended;	/* with it: to rest for batch_pause */
 	const char *wait_kind;		/* why to rest, if worth telling */
 	const char *wait_reason;
+
+	RmRange		range;			/* pages under way */
+	RmRangeSums range_sums;		/* of all, and when they were added up */
+	instr_time	summed_at;
+	int			helpers;		/* that the step can do with now */
+	bool		ranges_new;		/* there are ranges that helpers do not know of */
+	int			helper;			/* the number of this process; 0: the runner */
+	RmCrew	   *crew;			/* crew.c's own */
+	RmCrewSums	crew_sums;		/* of helpers that have gone */
 
 	RmProgress	progress;		/* kept up by the step, where it can tell */
 	Oid			summed_leaf;	/* to which these two belong: pages of the others */
@@ -213,6 +261,7 @@ extern void rm_procedure_end(void);
 extern void rm_commit(void);
 extern void rm_become_runner(const RmMigration *m);
 extern void rm_run_step(RmMigration *m, int step_index, bool revert, int batch);
+extern void rm_run_helper(RmRun *run);
 extern void rm_run_free_step(const char *approach, const RmStep *step,
 							 bool revert, void *work);
 extern ErrorData *rm_between(RmRun *run, void (*work) (void *arg), void *arg);

@@ -25,6 +25,7 @@
  *						the methods: lists of steps
  *	runner.c			the step runner: transactions, waits, the step log
  *	throttle.c			rests between its transactions, for the sake of others
+ *	crew.c				helpers beside the runner, on ranges of pages
  *	rows.c, conversion.c, dependents.c, twin.c, locks.c, state.c
  *						rows of a page, the expression, what hangs on a column,
  *						an empty copy to try things on, locks, our own tables
@@ -43,6 +44,7 @@
 
 #include <limits.h>
 
+#include "crew.h"
 #include "fmgr.h"
 #include "locks.h"
 #include "risky_migrations.h"
@@ -58,6 +60,7 @@ int			rm_lock_timeout = 250;
 int			rm_lock_retries = 50;
 int			rm_lock_retry_max_delay = 10000;
 int			rm_max_row_lock_time = 25;
+int			rm_workers = 1;
 int			rm_snapshot_timeout = 3600000;
 bool		rm_accept_publications = false;
 int			rm_end_blockers_after = 0;
@@ -97,6 +100,16 @@ _PG_init(void)
 							"It commits at least this often, and at least once a batch.",
 							&rm_max_row_lock_time, 25, 1, 60000, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	/*
+	 * Each takes a processor and writes WAL as fast as it can, and one of
+	 * max_worker_processes; so more than one only where somebody asks for it.
+	 */
+	DefineCustomIntVariable("risky_migrations.workers",
+							"Processes that work on the backfill and the verification.",
+							"With more than one, helpers are background workers, as many as are free.",
+							&rm_workers, 1, 1, RM_MAX_WORKERS, PGC_USERSET, 0,
+							NULL, NULL, NULL);
 
 	/*
 	 * Before the columns change places, snapshots that are older than the last

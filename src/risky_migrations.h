@@ -15,6 +15,7 @@ extern int	rm_lock_timeout;	/* milliseconds */
 extern int	rm_lock_retries;
 extern int	rm_lock_retry_max_delay;	/* milliseconds */
 extern int	rm_max_row_lock_time;	/* milliseconds */
+extern int	rm_workers;		/* processes for one step, the runner included */
 extern int	rm_snapshot_timeout;	/* milliseconds */
 extern bool rm_accept_publications;
 extern int	rm_end_blockers_after;	/* milliseconds, 0: never */

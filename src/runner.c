@@ -47,6 +47,7 @@
 #include "catalog/pg_type.h"
 #include "common/pg_prng.h"
 #include "compat.h"
+#include "crew.h"
 #include "executor/instrument.h"
 #include "executor/spi.h"
 #include "fmgr.h"
@@ -381,14 +382,14 @@ log_begin(void *arg)
 	run->log_id = rm_result_int64(0, 1);
 }
 
-/* the fields of an RmProgress in their order, as the column progress */
+/* the fields of an RmProgress in their order, and workers, as the column progress */
 static Datum
-progress_array(const RmProgress *p)
+progress_array(const RmProgress *p, int workers)
 {
 	Datum		fields[] = {Int64GetDatum(p->blocks_first),
 		Int64GetDatum(p->blocks_done), Int64GetDatum(p->blocks_total),
 		Int64GetDatum(p->rows_first), Int64GetDatum(p->rows_done),
-	Int64GetDatum(p->rows_total)};
+	Int64GetDatum(p->rows_total), Int64GetDatum(workers)};
 
 	return PointerGetDatum(construct_array(fields, lengthof(fields), INT8OID,
 										   sizeof(int64), FLOAT8PASSBYVAL,
@@ -404,18 +405,19 @@ log_sums(RmRun *run, const char *state, ErrorData *error)
 	TEXTOID, TEXTOID, TEXTOID, INT8ARRAYOID};
 	Datum		v[18];
 	char		n[18];
+	RmCrewSums	crew = rm_crew_sums(run);
 	int			i = 0;
 
 	memset(n, ' ', sizeof(n));
 	v[i++] = Int64GetDatum(run->log_id);
 	v[i++] = CStringGetTextDatum(state);
 	v[i++] = Float8GetDatum(rm_elapsed_ms(run->started));
-	v[i++] = Int64GetDatum(run->transactions);
-	v[i++] = Int64GetDatum(run->batches);
-	v[i++] = Int64GetDatum(run->rows_changed);
-	v[i++] = Int64GetDatum(run->rows_hot);
-	v[i++] = Int64GetDatum(run->lock_retries);
-	v[i++] = Int64GetDatum((int64) (pgWalUsage.wal_bytes - run->wal_started));
+	v[i++] = Int64GetDatum(run->transactions + crew.transactions);
+	v[i++] = Int64GetDatum(run->batches + crew.batches);
+	v[i++] = Int64GetDatum(run->rows_changed + crew.rows_changed);
+	v[i++] = Int64GetDatum(run->rows_hot + crew.rows_hot);
+	v[i++] = Int64GetDatum(run->lock_retries + crew.lock_retries);
+	v[i++] = Int64GetDatum((int64) (pgWalUsage.wal_bytes - run->wal_started) + crew.wal_bytes);
 	for (int field = 0; field < 4; field++, i++)
 	{
 		const char *s = NULL;
@@ -431,7 +433,7 @@ log_sums(RmRun *run, const char *state, ErrorData *error)
 	v[i++] = CStringGetTextDatum(run->relation);
 	v[i++] = CStringGetTextDatum(run->wait_kind ? run->wait_kind : "");
 	v[i++] = CStringGetTextDatum(run->wait_reason ? run->wait_reason : "");
-	v[i++] = progress_array(&run->progress);
+	v[i++] = progress_array(&run->progress, rm_crew_size(run));
 	rm_state_execute("UPDATE risky_migrations.step_log SET state = $2, duration_ms = $3,"
 					 " transactions = $4, batches = $5, rows_changed = $6,"
 					 " rows_hot = $7, lock_retries = $8, wal_bytes = $9,"
@@ -476,7 +478,10 @@ log_wait(void *arg)
 					 4, types, v, n);
 }
 
-/* what is known only after the commit: the locks' holds, the whole duration */
+/*
+ * What is known only after the commit: the locks' holds, the whole duration.
+ * Helpers add theirs to the runner's, or it to theirs.
+ */
 static void
 log_locks(void *arg)
 {
@@ -485,8 +490,9 @@ log_locks(void *arg)
 	Datum		id_values[] = {Int64GetDatum(run->log_id), Float8GetDatum(run->duration_ms)};
 	ListCell   *lc;
 
-	rm_state_execute("UPDATE risky_migrations.step_log SET duration_ms = $2 WHERE id = $1",
-					 2, id_types, id_values, NULL);
+	if (run->helper == 0)
+		rm_state_execute("UPDATE risky_migrations.step_log SET duration_ms = $2 WHERE id = $1",
+						 2, id_types, id_values, NULL);
 	foreach(lc, run->locks.stats)
 	{
 		RmLockStat *stat = lfirst(lc);
@@ -511,9 +517,14 @@ log_locks(void *arg)
 		v[9] = BoolGetDatum(stat->explicit);
 		v[10] = Int64GetDatum(stat->times);
 		v[11] = BoolGetDatum(stat->rewritten);
-		rm_state_execute("INSERT INTO risky_migrations.step_lock VALUES"
+		rm_state_execute("INSERT INTO risky_migrations.step_lock AS l VALUES"
 						 " ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)"
-						 " ON CONFLICT DO NOTHING",
+						 " ON CONFLICT (step_id, relid, lock_mode) DO UPDATE SET"
+						 " wait_ms = greatest(l.wait_ms, excluded.wait_ms),"
+						 " hold_ms = greatest(l.hold_ms, excluded.hold_ms),"
+						 " hold_is_exact = l.hold_is_exact AND excluded.hold_is_exact,"
+						 " times = l.times + excluded.times,"
+						 " rewritten = l.rewritten OR excluded.rewritten",
 						 12, types, v, n);
 	}
 }
@@ -588,13 +599,10 @@ check_step_applies(RmRun *run)
 			 errhint("SELECT * FROM rm_migrations says what to call next.")));
 }
 
-/* one transaction of a step */
+/* a transaction of a step, or of a helper, as it begins */
 static void
-attempt_step(void *arg)
+begin_attempt(RmRun *run)
 {
-	Attempt    *attempt = arg;
-	RmRun	   *run = attempt->run;
-
 	rm_lock_bound_waits();
 	rm_lock_account_begin(&run->locks);
 	run->async_commit = false;
@@ -603,6 +611,16 @@ attempt_step(void *arg)
 	run->top_level = NULL;
 	run->may_hold = run->batch_ended = false;
 	run->wait_kind = run->wait_reason = NULL;
+}
+
+/* one transaction of a step */
+static void
+attempt_step(void *arg)
+{
+	Attempt    *attempt = arg;
+	RmRun	   *run = attempt->run;
+
+	begin_attempt(run);
 	if (run->migration_id)
 	{
 		run->m = rm_migration_load(run->migration_id, true, CurrentMemoryContext);
@@ -710,6 +728,7 @@ rm_between(RmRun *run, void (*work) (void *arg), void *arg)
 ErrorData *
 rm_rest(RmRun *run, int ms)
 {
+	rm_crew_hold(run);
 	return rest_out(run, ms, true, run->cxt);
 }
 
@@ -791,6 +810,7 @@ fail(RmRun *run, ErrorData *error)
 {
 	Attempt		attempt = {.run = run,.error = error};
 
+	rm_crew_dismiss(run);
 	run->duration_ms = rm_elapsed_ms(run->started);
 	if (rm_try(record_failure, &attempt, run->cxt) == NULL)
 		rm_commit();
@@ -908,6 +928,9 @@ run_transactions(RmRun *run)
 		error = rm_throttle(run);
 		if (error && !rm_steer_interrupted(run, error))
 			fail(run, error);
+		error = rm_crew_tend(run);
+		if (error)
+			fail(run, error);
 		error = rm_try(attempt_step, &attempt, run->cxt);
 		run->m = NULL;
 		if (error == NULL)
@@ -918,6 +941,7 @@ run_transactions(RmRun *run)
 		if (error == NULL && attempt.steered)
 		{
 			rm_lock_account_end(&run->locks);
+			rm_crew_dismiss(run);	/* a pause holds nothing */
 			error = rm_steer_obey(run);
 			if (error)
 				fail(run, error);
@@ -957,9 +981,132 @@ run_to_the_end(RmRun *run)
 	run->may_hold = run->step->throttled && !run->revert;
 
 	rm_transaction(log_begin, run);
-	run_transactions(run);
+	PG_TRY();
+	{
+		run_transactions(run);
+	}
+	PG_FINALLY();
+	{
+		rm_crew_dismiss(run);
+	}
+	PG_END_TRY();
 	rm_transaction(log_locks, run);
 	MemoryContextDelete(run->cxt);
+}
+
+/*-------------------------------------------------------------------------
+ * A helper
+ *-------------------------------------------------------------------------
+ */
+
+/* one transaction of a helper; done if there is nothing for it to do */
+static void
+attempt_help(void *arg)
+{
+	Attempt    *attempt = arg;
+	RmRun	   *run = attempt->run;
+
+	begin_attempt(run);
+	attempt->result = RM_STEP_DONE;
+	run->m = rm_migration_load(run->migration_id, false, CurrentMemoryContext);
+	if (rm_range_take(run) != RM_RANGE_TAKEN)
+		return;
+	attempt->result = RM_STEP_AGAIN;
+	run->step->help(run);
+	run->transactions++;
+	rm_range_save(run);
+	rm_lock_account_collect(&run->locks, run->relid, NIL);
+	choose_synchronous_commit(run);
+}
+
+/* reads what does not change */
+static void
+prepare_help(void *arg)
+{
+	RmRun	   *run = arg;
+	RmMigration *m = rm_migration_load(run->migration_id, false, run->cxt);
+
+	run->step = m->method->steps[run->step_index];
+	run->approach = m->method->name;
+	run->relid = m->relid;
+	run->relation = m->relation;
+}
+
+/*
+ * A transaction of a helper has failed and is rolled back: how long to rest
+ * before the next try.  Raises what the runner would have raised.
+ */
+static int
+after_failed_help(RmRun *run, ErrorData *error)
+{
+	if (is_lock_failure(error) && run->tries < rm_lock_retries)
+	{
+		run->tries++;
+		run->lock_retries++;
+		return retry_delay(run->tries - 1);
+	}
+	if (run->step->retry && run->step->retry(run, error))
+		return 0;
+	if (is_lock_failure(error))
+		explain_lock_failure(run, error, run->tries + 1);
+	ReThrowError(error);
+	return 0;					/* not reached */
+}
+
+/*
+ * What a helper does, from its beginning to its end: one transaction after the
+ * other on ranges that it takes, as long as the runner lets it.  Errors are
+ * raised, for the runner to record them.
+ */
+void
+rm_run_helper(RmRun *run)
+{
+	MemoryContext xact_cxt;
+	MemoryContext oldcxt = CurrentMemoryContext;
+	ErrorData  *error = NULL;
+	bool		idle = false;
+
+	run->cxt = AllocSetContextCreate(CurrentMemoryContext, "rm helper's step",
+									 ALLOCSET_DEFAULT_SIZES);
+	run->locks.cxt = run->cxt;
+	xact_cxt = AllocSetContextCreate(run->cxt, "rm transaction", ALLOCSET_DEFAULT_SIZES);
+	INSTR_TIME_SET_CURRENT(run->started);
+	run->wal_started = pgWalUsage.wal_bytes;
+	rm_transaction(prepare_help, run);
+
+	while (rm_crew_may_go_on(run, idle, &error))
+	{
+		Attempt		attempt = {.run = run,.result = RM_STEP_DONE};
+		int			pause_ms;
+
+		MemoryContextSwitchTo(xact_cxt);
+		MemoryContextReset(xact_cxt);
+		error = rm_try(attempt_help, &attempt, run->cxt);
+		run->m = NULL;
+		if (error == NULL)
+			error = commit_attempt(run);
+		else
+			roll_back();
+		rm_lock_account_end(&run->locks);
+		idle = error == NULL && attempt.result == RM_STEP_DONE;
+		if (error)
+			pause_ms = after_failed_help(run, error);
+		else
+		{
+			run->tries = 0;
+			pause_ms = run->pause_ms;
+			if (!idle && run->step->committed)
+				run->step->committed(run, RM_STEP_AGAIN);
+		}
+		rm_crew_publish(run);
+		error = rest_out(NULL, pause_ms, false, run->cxt);
+		if (error)
+			break;
+	}
+	MemoryContextSwitchTo(oldcxt);
+	if (error)
+		ReThrowError(error);
+	rm_transaction(log_locks, run);
 }
 
 /*

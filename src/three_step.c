@@ -57,6 +57,7 @@
 #include "commands/defrem.h"
 #include "commands/trigger.h"
 #include "compat.h"
+#include "crew.h"
 #include "executor/executor.h"
 #include "executor/spi.h"
 #include "leaves.h"
@@ -82,6 +83,10 @@
 #define VERIFY_PAGES 4096
 /* and for how long, in milliseconds */
 #define VERIFY_TIME 200
+/* what is shared out among workers has a multiple of so many */
+#define VERIFY_RANGE_PAGES 1024
+/* how often to look whether the others have done the rest, in ms */
+#define LOOK_AT_OTHERS 20
 
 /* phases of enforce_not_null, in the state row */
 enum
@@ -439,6 +444,7 @@ forget_rows(RmMigration *m)
 	Oid			types[] = {INT8OID};
 	Datum		v[] = {Int64GetDatum(m->id)};
 
+	rm_ranges_forget(m);
 	rm_state_execute("DELETE FROM risky_migrations.skipped_row WHERE migration_id = $1",
 					 1, types, v, NULL);
 	rm_state_execute("DELETE FROM risky_migrations.conversion_error WHERE migration_id = $1",
@@ -766,14 +772,15 @@ verify_row(RmRun *run, RmRows *rows)
 	}
 }
 
-/* a range of pages; moves next_block */
+/* one transaction's worth of the range under way */
 static void
-verify_range(RmRun *run, Relation rel, BlockNumber end)
+verify_range(RmRun *run, Relation rel)
 {
-	RmMigration *m = run->m;
-	RmRows	   *rows = rm_rows_open(m, rel, RM_ROWS_MANY);
-	BlockNumber block = m->next_block;
-	BlockNumber stop = Min((int64) end, m->next_block + VERIFY_PAGES);
+	RmRange    *range = &run->range;
+	RmRows	   *rows = rm_rows_open(run->m, rel, RM_ROWS_MANY);
+	BlockNumber end = Min(range->end_block, RelationGetNumberOfBlocks(rel));
+	BlockNumber block = range->next_block;
+	BlockNumber stop = Min((int64) end, range->next_block + VERIFY_PAGES);
 	instr_time	started;
 	Enforce    *e = run->work;
 
@@ -798,8 +805,78 @@ verify_range(RmRun *run, Relation rel, BlockNumber end)
 		if (e->xact_mended > 0 || rm_elapsed_ms(started) > VERIFY_TIME)
 			break;
 	}
-	m->next_block = block;
+	range->next_block = block >= end ? range->end_block : block;
 	rm_rows_close(rows);
+}
+
+/* what the transaction has found is the range's, from where it will be gathered */
+static void
+count_in_range(RmRun *run)
+{
+	Enforce    *e = run->work;
+	RmRange    *range = &run->range;
+
+	range->rows_checked += e->xact_checked;
+	range->rows_changed += e->xact_mended;
+	range->rows_failed += e->xact_failures;
+	range->rows_nulled += e->xact_nulled;
+	run->rows_changed += e->xact_mended;
+	e->xact_checked = e->xact_failures = e->xact_nulled = e->xact_mended = 0;
+}
+
+/* all ranges are done */
+static void
+gather_ranges(RmRun *run)
+{
+	Enforce    *e = run->work;
+	const RmRangeSums *sums = rm_ranges_sum(run, true);
+
+	e->xact_checked = sums->rows_checked;
+	e->xact_mended = sums->rows_changed;
+	e->xact_failures = sums->rows_failed;
+	e->xact_nulled = sums->rows_nulled;
+	run->m->next_block = run->m->end_block;
+	rm_ranges_forget(run->m);
+}
+
+/* one transaction's worth of the pages, alone or beside helpers */
+static void
+verify_pages(RmRun *run, Relation rel)
+{
+	RmMigration *m = run->m;
+	int			workers = rm_workers_for(m->end_block - m->next_block, VERIFY_RANGE_PAGES);
+
+	run->helpers = workers - 1;
+	if (m->ranges == 0 && workers > 1)
+	{
+		/* no more in this transaction: helpers can begin with the next one */
+		rm_ranges_cut(run, RelationGetRelid(rel), workers, VERIFY_RANGE_PAGES);
+		return;
+	}
+	if (m->ranges == 0)
+	{
+		rm_range_whole(run);
+		verify_range(run, rel);
+		m->next_block = run->range.next_block;
+		run->rows_changed += ((Enforce *) run->work)->xact_mended;
+		return;
+	}
+	switch (rm_range_take(run))
+	{
+		case RM_RANGE_TAKEN:
+			verify_range(run, rel);
+			count_in_range(run);
+			rm_range_save(run);
+			break;
+		case RM_RANGE_NONE_FREE:
+			run->pause_ms = LOOK_AT_OTHERS;
+			run->wait_kind = "helper";
+			run->wait_reason = "the last pages are those that helpers work on";
+			break;
+		case RM_RANGE_ALL_DONE:
+			gather_ranges(run);
+			break;
+	}
 }
 
 static void
@@ -908,20 +985,23 @@ verify(RmRun *run, Relation rel)
 	}
 	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
 	if (m->next_block < end)
-		verify_range(run, rel, end);
-	run->progress.blocks_done = m->next_block;
+		verify_pages(run, rel);
+	(void) rm_ranges_sum(run, false);
+	run->progress.blocks_done = m->next_block + run->range_sums.blocks_done;
 	run->progress.blocks_total = m->end_block;
-	run->progress.rows_done = e->checked + e->xact_checked;
+	run->progress.rows_done = e->checked + e->xact_checked + run->range_sums.rows_checked;
 	run->progress.rows_total = Max(m->rows_estimated, run->progress.rows_done);
 	rm_leaves_progress(run);
 	if (m->next_block >= end)
 	{
+		rm_ranges_forget(m);
 		if (OidIsValid(m->leaf))
 			rm_leaf_done(m);
 		else
 			m->phase = ENFORCE_ADD_CHECK;
 	}
-	run->rows_changed += e->xact_mended;
+	if (m->phase != ENFORCE_VERIFY)
+		run->helpers = 0;
 	run->may_hold = m->phase == ENFORCE_VERIFY;
 }
 
@@ -939,8 +1019,12 @@ verify_some(RmRun *run)
 	{
 		if (m->phase == ENFORCE_BEGIN)
 			begin_verification(run);
+		rm_ranges_forget(m);
 		if (!rm_leaves_choose(run))
+		{
 			m->phase = ENFORCE_ADD_CHECK;
+			run->helpers = 0;
+		}
 		return;
 	}
 	rel = rm_leaf_open(run, RowExclusiveLock);
@@ -953,6 +1037,36 @@ verify_some(RmRun *run)
 	else
 		verify(run, rel);
 	table_close(rel, NoLock);
+}
+
+/*
+ * The same in a helper.  Whether what it finds is enough is the runner's to
+ * know, which watches the trigger.
+ */
+static void
+enforce_help(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Enforce    *e = run->work;
+	Relation	rel;
+
+	if (e == NULL)
+		e = run->work = MemoryContextAllocZero(run->cxt, sizeof(Enforce));
+	e->nullable = !attribute_not_null(m->relid, m->attnum);
+	e->xact_checked = e->xact_failures = e->xact_nulled = e->xact_mended = 0;
+	m->leaf = run->range.relid == m->relid ? InvalidOid : run->range.relid;
+	m->relfilenode = run->range.relfilenode;
+	rel = rm_leaf_open(run, RowExclusiveLock);
+	rm_check_owner(m->relid, m->relation);
+	if (rel == NULL || rel->rd_rel->relfilenode != run->range.relfilenode)
+		run->pause_ms = LOOK_AT_OTHERS;
+	else
+	{
+		verify_range(run, rel);
+		count_in_range(run);
+	}
+	if (rel)
+		table_close(rel, NoLock);
 }
 
 /* is the trigger the one that was there when the verification began? */
@@ -1170,6 +1284,7 @@ const RmStep rm_step_enforce_not_null = {
 	.revert = enforce_revert,
 	.committed = enforce_committed,
 	.retry = enforce_retry,
+	.help = enforce_help,
 };
 
 static const RmStep *const steps[] = {

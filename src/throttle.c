@@ -202,8 +202,9 @@ reload(void *arg)
 	ProcessConfigFile(PGC_SIGHUP);
 }
 
-static ErrorData *
-reload_if_asked(RmRun *run)
+/* reads the configuration again if it was reloaded; between two transactions */
+ErrorData *
+rm_throttle_reload(RmRun *run)
 {
 	if (!ConfigReloadPending)
 		return NULL;
@@ -608,7 +609,7 @@ hold_while(RmRun *run, ErrorData *(*find_reason) (RmRun *run, Reason *reason))
 		if (error == NULL)
 			error = rm_rest(run, rest_ms);
 		if (error == NULL)
-			error = reload_if_asked(run);
+			error = rm_throttle_reload(run);
 		/* a pause or a cancellation is obeyed by the next transaction */
 		if (error || rm_steer_wanted(run) != RM_WANT_RUN)
 			break;
@@ -641,7 +642,7 @@ pause_after_batch(RmRun *run)
 			break;
 		error = rm_rest(run, (int) Max(1, left));
 		if (error == NULL)
-			error = reload_if_asked(run);
+			error = rm_throttle_reload(run);
 	}
 	return error;
 }
@@ -661,7 +662,7 @@ prepare(RmRun *run)
 ErrorData *
 rm_throttle(RmRun *run)
 {
-	ErrorData  *error = reload_if_asked(run);
+	ErrorData  *error = rm_throttle_reload(run);
 
 	prepare(run);
 	if (error == NULL && run->batch_ended)

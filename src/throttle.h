@@ -14,6 +14,7 @@
 
 extern void rm_throttle_init(void);
 extern ErrorData *rm_throttle(RmRun *run);
+extern ErrorData *rm_throttle_reload(RmRun *run);
 extern ErrorData *rm_throttle_wraparound(RmRun *run);
 extern const char *rm_batch_pause_reason(void);
 

@@ -86,16 +86,6 @@
 #define CANCEL_PATIENCE 1000
 #define TERMINATE_PATIENCE 9000
 
-/* One message, in fields of fixed size; "" is a field that is not there. */
-typedef struct Report
-{
-	int			sqlerrcode;
-	char		message[1024];
-	char		detail[2048];
-	char		hint[1024];
-	char		context[2048];
-} Report;
-
 /* What starter and worker share. */
 typedef struct Segment
 {
@@ -112,9 +102,9 @@ typedef struct Segment
 	bool		attached;
 	bool		done;
 	bool		failed;
-	Report		error;			/* valid if failed */
+	RmReport		error;			/* valid if failed */
 	int			nwarnings;
-	Report		warnings[MAX_WARNINGS];
+	RmReport		warnings[MAX_WARNINGS];
 
 	char		text[FLEXIBLE_ARRAY_MEMBER];	/* the statement, settings */
 } Segment;
@@ -159,8 +149,8 @@ copy_field(char *field, Size size, const char *text)
 	field[len] = '\0';
 }
 
-static void
-copy_report(Report *report, const ErrorData *edata)
+void
+rm_report_copy(RmReport *report, const ErrorData *edata)
 {
 	report->sqlerrcode = edata->sqlerrcode;
 	copy_field(report->message, sizeof(report->message), edata->message);
@@ -170,8 +160,8 @@ copy_report(Report *report, const ErrorData *edata)
 }
 
 /* Says again, in the starter, what was said in the worker. */
-static void
-repeat_report(int elevel, const Report *report, const char *what)
+void
+rm_report_repeat(int elevel, const RmReport *report, const char *what)
 {
 	ereport(elevel,
 			(errcode(report->sqlerrcode),
@@ -387,7 +377,7 @@ static void
 raise_result(const Segment *result, const char *what)
 {
 	for (int i = 0; i < result->nwarnings; i++)
-		repeat_report(WARNING, &result->warnings[i], what);
+		rm_report_repeat(WARNING, &result->warnings[i], what);
 
 	if (result->done)
 		return;
@@ -400,7 +390,7 @@ raise_result(const Segment *result, const char *what)
 				 errhint("Look for the reason in the server's log.")));
 
 	if (result->failed && result->error.sqlerrcode != ERRCODE_ADMIN_SHUTDOWN)
-		repeat_report(ERROR, &result->error, what);
+		rm_report_repeat(ERROR, &result->error, what);
 
 	ereport(ERROR,
 			(errcode(ERRCODE_ADMIN_SHUTDOWN),
@@ -460,12 +450,12 @@ pick_up_report(ErrorData *edata)
 {
 	if (edata->elevel >= ERROR && !segment->failed)
 	{
-		copy_report(&segment->error, edata);
+		rm_report_copy(&segment->error, edata);
 		segment->failed = true;
 	}
 	else if (edata->elevel == WARNING && segment->nwarnings < MAX_WARNINGS)
 	{
-		copy_report(&segment->warnings[segment->nwarnings++], edata);
+		rm_report_copy(&segment->warnings[segment->nwarnings++], edata);
 		edata->output_to_server = false;
 	}
 	if (previous_log_hook)
@@ -658,7 +648,7 @@ rm_worker_main(Datum main_arg)
 		MemoryContextSwitchTo(context);
 		edata = CopyErrorData();
 		FlushErrorState();
-		copy_report(&segment->error, edata);
+		rm_report_copy(&segment->error, edata);
 		segment->failed = true;
 		debug_query_string = NULL;
 		AbortCurrentTransaction();

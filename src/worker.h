@@ -26,6 +26,16 @@
  */
 extern void rm_worker_run(const char *sql, const char *what);
 
+/* one message, in fields of fixed size; "" is a field that is not there */
+typedef struct RmReport
+{
+	int			sqlerrcode;
+	char		message[1024];
+	char		detail[2048];
+	char		hint[1024];
+	char		context[2048];
+} RmReport;
+
 /* what other background workers of ours have in common with it */
 extern BackgroundWorkerHandle *rm_worker_register(const char *name, const char *type,
 												  const char *function, Datum arg,
@@ -34,5 +44,7 @@ extern BackgroundWorkerHandle *rm_worker_register(const char *name, const char *
 extern List *rm_session_settings(void);
 extern void rm_worker_become(Oid role, List *settings, int elevel);
 extern void rm_worker_statement(const char *sql);
+extern void rm_report_copy(RmReport *report, const ErrorData *edata);
+extern void rm_report_repeat(int elevel, const RmReport *report, const char *what);
 
 #endif							/* RM_WORKER_H */

@@ -59,6 +59,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'tools'$$, ARRAY[
 SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations'$$, ARRAY[
 	'function may_see(relid oid, owner oid) boolean stable parallel safe',
 	'procedure run(IN migration bigint) volatile',
+	'procedure help() volatile',
 	'function step_name(method text, steps_done integer) text immutable strict parallel safe',
 	'function sync() trigger volatile',
 	'function steady_text(value text) text immutable strict parallel safe',
@@ -86,7 +87,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 ], 'what the extension calls');
 
 SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE type IN ('table', 'view', 'index')$$, ARRAY[
-	'table risky_migrations.migration', 'table risky_migrations.steering', 'table risky_migrations.skipped_row', 'table risky_migrations.leaf', 'table risky_migrations.conversion_error',
+	'table risky_migrations.migration', 'table risky_migrations.steering', 'table risky_migrations.skipped_row', 'table risky_migrations.range', 'table risky_migrations.leaf', 'table risky_migrations.conversion_error',
 	'table risky_migrations.dependent',
 	'table risky_migrations.step_log', 'table risky_migrations.step_lock', 'table risky_migrations.lab',
 	'table risky_migrations.probe', 'table risky_migrations.probe_sample', 'table risky_migrations.comparison',
@@ -152,7 +153,8 @@ SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, setting, unit, context,
 	'risky_migrations.launcher_interval 60s sighup 1..86400',
 	'risky_migrations.lock_timeout 250ms user 10..60000',
 	'risky_migrations.max_row_lock_time 25ms user 1..60000',
-	'risky_migrations.snapshot_timeout 3600000ms user 100..2147483647'], 'the settings, their defaults and ranges');
+	'risky_migrations.snapshot_timeout 3600000ms user 100..2147483647',
+	'risky_migrations.workers 1 user 1..16'], 'the settings, their defaults and ranges');
 SELECT is_empty($$SELECT name FROM pg_settings WHERE name ~ '^risky_migrations\.' AND coalesce(short_desc, '') = ''$$,
 	'each of them is described');
 

@@ -775,6 +775,12 @@ SET risky_migrations.lock_retries = -1;
 SET risky_migrations.max_row_lock_time = 0;
 \set VERBOSITY default
 \set VERBOSITY sqlstate
+SET risky_migrations.workers = 0;
+\set VERBOSITY default
+\set VERBOSITY sqlstate
+SET risky_migrations.workers = 17;
+\set VERBOSITY default
+\set VERBOSITY sqlstate
 SET risky_migrations.lock_retry_max_delay = 0;
 \set VERBOSITY default
 \set VERBOSITY sqlstate
