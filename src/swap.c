@@ -1405,6 +1405,8 @@ swap_revert(RmRun *run)
 
 	list = load_present(m, false);
 	lock_for_exchange(run, list, false);
+	/* since it was planned somebody may have added an index, which would go with the column */
+	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
 	refuse_renamed(m);
 	if (m->trigger_xmin != rm_trigger_xmin(m) || misfits_recorded(m))
 	{

@@ -363,6 +363,31 @@ SELECT applied, number FROM rm_showmigrations();
 SELECT * FROM rm_lab_check();
 CALL rm_migrate('zero');
 
+-- 13. Conditions are made again from what PostgreSQL says of them: the cast to text
+-- that a varchar is compared by stays, as ALTER TABLE leaves it in a CHECK
+SET search_path = swap, public;
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+CREATE TABLE said (id int PRIMARY KEY, v varchar(50) CHECK (v <> 'x'));
+INSERT INTO said VALUES (1, '2024-01-01 00:00:00');
+CREATE TABLE altered (LIKE said INCLUDING ALL);
+CREATE VIEW said_view AS SELECT id FROM said WHERE v <> 'x';
+CREATE TRIGGER said_trigger AFTER UPDATE OF v ON said FOR EACH ROW
+	WHEN (old.v IS DISTINCT FROM new.v) EXECUTE FUNCTION nothing();
+CREATE POLICY said_policy ON said USING (v <> 'x');
+CREATE RULE said_rule AS ON DELETE TO said WHERE old.v = 'x' DO INSTEAD NOTHING;
+CALL rm_alter_type('said', 'v', 'timestamp', 'v::timestamp');
+CALL rm_cleanup();
+ALTER TABLE altered ALTER v TYPE timestamp USING v::timestamp;
+SELECT conrelid::regclass, pg_get_constraintdef(oid) FROM pg_constraint
+WHERE conrelid IN ('said'::regclass, 'altered'::regclass) AND contype = 'c' ORDER BY 1;
+SELECT pg_get_viewdef('said_view') ~ 'v\)::text <> ''x''::text' AS view,
+	pg_get_triggerdef((SELECT oid FROM pg_trigger WHERE tgname = 'said_trigger'))
+		~ '\(old\.v\)::text IS DISTINCT FROM \(new\.v\)::text' AS trigger,
+	(SELECT pg_get_expr(polqual, polrelid) FROM pg_policy WHERE polname = 'said_policy')
+		= '((v)::text <> ''x''::text)' AS policy,
+	pg_get_ruledef((SELECT oid FROM pg_rewrite WHERE rulename = 'said_rule'))
+		~ '\(old\.v\)::text = ''x''::text' AS rule;
+
 SET search_path = public;
 DROP SCHEMA swap_lab;
 DROP SCHEMA swap CASCADE;

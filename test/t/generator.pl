@@ -20,8 +20,11 @@
 # A reader with an old snapshot compares table and ledger meanwhile.  Writers may
 # be refused what the table's constraints refuse, and nothing else.
 #
-# RM_ROUNDS=1000 RM_SEED=17 prove ... runs rounds 17 to 1016.  A round that fails
-# says its seed; RM_ROUNDS=1 and that seed repeat all but the timing.
+# Without being told otherwise it runs the same rounds each time, so that whether
+# a change passes is not decided by chance: only the timing differs.  New tables
+# are found by RM_SEED=random (which says the seed it has taken), and by
+# RM_ROUNDS=1000 RM_SEED=17, which runs rounds 17 to 1016.  A round that fails says
+# its seed; RM_ROUNDS=1 and that seed repeat all but the timing.
 
 use strict;
 use warnings;
@@ -34,8 +37,10 @@ use Test::More;
 use Time::HiRes qw(time usleep);
 
 my $rounds = $ENV{RM_ROUNDS} || 24;
-my $base_seed = $ENV{RM_SEED} || int(time);
-note "RM_SEED=$base_seed RM_ROUNDS=$rounds";
+my $base_seed = $ENV{RM_SEED} // 1;
+$base_seed = int(time) if $base_seed eq 'random';
+die "RM_SEED is a number or \"random\", not \"$base_seed\"" if $base_seed !~ /^\d+$/;
+diag "RM_SEED=$base_seed RM_ROUNDS=$rounds";
 
 my $node = PostgreSQL::Test::Cluster->new('generator');
 $node->init;
@@ -261,9 +266,7 @@ sub make_dependents_sql
 	if (chance(0.2))
 	{
 		push @$late, q{CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END'},
-		  "CREATE TRIGGER of_column AFTER UPDATE OF $c ON $t FOR EACH ROW "
-		  # (of a domain's value it would be made again with the cast to its base type)
-		  . ($s->{new} ne 'jsonb' && $s->{old} ne 'bounded' ? "WHEN (old.$c IS DISTINCT FROM new.$c) " : '') . 'EXECUTE FUNCTION nothing()';
+		  "CREATE TRIGGER of_column AFTER UPDATE OF $c ON $t FOR EACH ROW WHEN (old.$c IS DISTINCT FROM new.$c) EXECUTE FUNCTION nothing()";
 	}
 	push @$late, "CREATE VIEW v_one AS SELECT rid, $c, note FROM $t WHERE $c IS NOT NULL" if chance(0.3);
 	push @$late, "CREATE VIEW v_two WITH (security_barrier) AS SELECT $c AS again, count(*) AS n FROM v_one GROUP BY $c",
@@ -676,14 +679,30 @@ sub check_advice
 	return $advice eq $truth ? '' : "advice: $advice, but it is: $truth\n";
 }
 
+# The statements of "late".  Of the condition of a trigger on the column the swap
+# knows only what PostgreSQL says of it, with casts written out (of varchar to
+# text, of a domain to its base type), just as ALTER TABLE does of a CHECK.  So that
+# is what the twin gets; it is asked while its column has the old type.
+sub late_as_made_again
+{
+	my ($s) = @_;
+	my @made = grep { /FUNCTION nothing/ } @{ $s->{late} };
+	return @{ $s->{late} } if !@made;
+	my $text = sql(join ";\n", 'SET ROLE keeper', 'SET search_path = tw, public', @made,
+		q{SELECT pg_get_triggerdef(oid) FROM pg_trigger WHERE tgname = 'of_column' AND tgrelid = } . literal("tw.$s->{t}") . '::regclass',
+		'DROP FUNCTION nothing() CASCADE');
+	return map { /^CREATE TRIGGER of_column/ ? $text : $_ } @{ $s->{late} };
+}
+
 # The table and all with it against the twin's
 sub check_catalogs
 {
 	my ($s, $back) = @_;
 	my @head = ('SET ROLE keeper', 'SET search_path = tw, public');
 	sql(join ";\n", @head, $s->{late_index}) if $s->{has_late_index};
+	my @late = $back ? @{ $s->{late} } : late_as_made_again($s);
 	my $advice = $back ? '' : check_advice($s);
-	sql(join ";\n", @head, $back ? () : @{ $s->{lost} }, @{ $s->{late} });
+	sql(join ";\n", @head, $back ? () : @{ $s->{lost} }, @late);
 	my ($is, $should) = map { $back ? dump_of($_) : without_order(dump_of($_)) } 'gen', 'tw';
 	return $advice . ($is eq $should ? '' : "catalogs:\n" . difference($is, $should) . "\n");
 }
