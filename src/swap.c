@@ -1405,8 +1405,6 @@ swap_revert(RmRun *run)
 
 	list = load_present(m, false);
 	lock_for_exchange(run, list, false);
-	/* since it was planned somebody may have added an index, which would go with the column */
-	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
 	refuse_renamed(m);
 	if (m->trigger_xmin != rm_trigger_xmin(m) || misfits_recorded(m))
 	{
@@ -1414,6 +1412,8 @@ swap_revert(RmRun *run)
 		memset(get_work(run), 0, sizeof(Swap));
 		return RM_STEP_AGAIN;
 	}
+	/* since it was planned somebody may have added an index, which would go with the column */
+	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
 	run->old_storage = rm_relation_storage(m->relid);
 	exchange(run, list, false);
 	/* what was kept on the old column and is not needed any more */
