@@ -122,6 +122,9 @@ attach(q{at varchar(40) NOT NULL CONSTRAINT p_at_check CHECK (at <> ''), at_new 
 my ($status, $out, $err) = $node->psql('postgres', 'CALL rm_swap()');
 like($err, qr/has been switched off for a while.*CALL rm_enforce_not_null\(\d+\) verifies/s, 'one attached with rows after that has to be verified');
 sql('CALL rm_enforce_not_null()');
+# an empty one needs nothing
+sql("CREATE TABLE p$next PARTITION OF p FOR VALUES FROM ($next) TO (@{[$next + 10]})");
+$next += 10;
 sql("ALTER TABLE p DETACH PARTITION p1");
 sql('CALL rm_swap()');
 is(sql(q{SELECT count(*) FROM pg_class WHERE relname = 'only here'}), 1, 'one that was detached keeps what it has');
