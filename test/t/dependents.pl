@@ -11,6 +11,7 @@
 use strict;
 use warnings;
 
+use IPC::Run;
 use PostgreSQL::Test::Cluster;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -364,6 +365,32 @@ foreach my $s (@scenarios)
 # The sequence of an identity column is the same one, with what it had.
 is($node->safe_psql('forth_1', q{SET search_path = it; INSERT INTO orders (x) VALUES ('next') RETURNING id}),
 	7 + 3 * 500, 'the sequence goes on where it was');
+
+# An index that somebody makes while the way back, already planned, waits for its
+# lock behind a reader: refused, for it would go with the column.
+{
+	my $name = 'while_going_back';
+	$node->safe_psql('postgres', "CREATE DATABASE $name");
+	$node->safe_psql($name, q{
+CREATE EXTENSION risky_migrations;
+CREATE TABLE item (id int PRIMARY KEY, v int);
+INSERT INTO item SELECT g, g FROM generate_series(1, 100) g});
+	$node->psql($name, q{CALL rm_alter_type('item', 'v', 'bigint')});
+	my $reader = $node->background_psql($name);
+	$reader->query_safe('BEGIN; LOCK TABLE item IN ACCESS SHARE MODE');
+	$node->safe_psql($name, q{ALTER DATABASE while_going_back SET risky_migrations.lock_retries = 1000});
+	$node->safe_psql($name, q{ALTER DATABASE while_going_back SET risky_migrations.lock_retry_max_delay = 100});
+	my ($out, $err) = ('', '');
+	my $back = IPC::Run::start([ 'psql', '-XAtq', '-d', $node->connstr($name), '-c', 'CALL rm_rollback()' ], '<', \undef, '>', \$out, '2>', \$err);
+	$node->poll_query_until($name, q{SELECT waiting_for = 'lock' FROM rm_progress}) or die 'the way back does not wait';
+	$node->safe_psql($name, 'CREATE INDEX late ON item (v)');
+	$reader->query_safe('COMMIT');
+	$back->finish;
+	like($err, qr/something has been added to the new column.*index late/s, 'an index made while the way back waits: refused');
+	$node->safe_psql($name, 'DROP INDEX late');
+	is($node->psql($name, 'CALL rm_rollback()'), 0, 'and once it is dropped the way back is free');
+	$reader->quit;
+}
 
 $node->stop;
 done_testing();
