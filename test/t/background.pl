@@ -231,7 +231,8 @@ is( stands($id, 'run_state, last_step_state, sqlstate, message, next_call'),
 	'the state says who has cancelled it, and what to call');
 is(sql("SELECT lock_retries FROM risky_migrations.step_log WHERE migration_id = $id"), 0,
 	'no wait for the lock came to its end');
-sql("SELECT rm_resume($id)");
+# a worker that is started anew has the settings of whoever starts it
+sql("$patient SELECT rm_resume($id)");
 becomes($waits, '1', 'resumed, it waits for its lock');
 sql("SELECT rm_cancel($id)");
 becomes("SELECT running_pid IS NULL AND last_step_state = 'failed' FROM rm_migrations WHERE id = $id",
