@@ -83,8 +83,6 @@
 #define WINDOW_PAGES 1024
 /* visits in which a page is to be done; fewer give more rows away */
 #define AIMED_VISITS 14
-/* how often to look whether the others have done the rest, in ms */
-#define LOOK_AT_OTHERS 20
 /* how long to rest in one window for the sake of an old snapshot, in ms */
 #define PATIENCE 200
 /* the same after a window in which resting did not help */
@@ -807,9 +805,7 @@ work_on_pages(RmRun *run, Relation rel)
 			work_on_range(run, rel);
 			break;
 		case RM_RANGE_NONE_FREE:
-			run->pause_ms = LOOK_AT_OTHERS;
-			run->wait_kind = "helper";
-			run->wait_reason = "the last pages are those that helpers work on";
+			rm_range_wait(run);
 			break;
 		case RM_RANGE_ALL_DONE:
 			gather_ranges(run);
@@ -870,7 +866,7 @@ backfill_help(RmRun *run)
 	rel = rm_leaf_open(run, RowExclusiveLock);
 	(void) begin_work(run);
 	if (rel == NULL || rel->rd_rel->relfilenode != run->range.relfilenode)
-		run->pause_ms = LOOK_AT_OTHERS;
+		run->pause_ms = RM_LOOK_AT_OTHERS;
 	else
 		work_on_range(run, rel);
 	if (rel)

@@ -358,6 +358,15 @@ rm_range_take(RmRun *run)
 	return SPI_processed == 0 ? RM_RANGE_ALL_DONE : RM_RANGE_NONE_FREE;
 }
 
+/* all ranges that are left are others': the runner rests, and says why */
+void
+rm_range_wait(RmRun *run)
+{
+	run->pause_ms = RM_LOOK_AT_OTHERS;
+	run->wait_kind = "helper";
+	run->wait_reason = "the last pages are those that helpers work on";
+}
+
 /* writes down how far the range is, at the end of the transaction that took it */
 void
 rm_range_save(RmRun *run)

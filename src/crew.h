@@ -38,10 +38,14 @@ typedef enum RmRangeTaken
 } RmRangeTaken;
 
 /* ranges; need SPI, in a transaction of the step */
+/* how often to look whether the others have done the rest, in ms */
+#define RM_LOOK_AT_OTHERS 20
+
 extern int	rm_workers_for(int64 blocks, int multiple_of);
 extern void rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of);
 extern void rm_ranges_forget(RmMigration *m);
 extern RmRangeTaken rm_range_take(RmRun *run);
+extern void rm_range_wait(RmRun *run);
 extern void rm_range_save(RmRun *run);
 extern void rm_range_whole(RmRun *run);
 extern const RmRangeSums *rm_ranges_sum(RmRun *run, bool now);

@@ -85,8 +85,6 @@
 #define VERIFY_TIME 200
 /* what is shared out among workers has a multiple of so many */
 #define VERIFY_RANGE_PAGES 1024
-/* how often to look whether the others have done the rest, in ms */
-#define LOOK_AT_OTHERS 20
 
 /* phases of enforce_not_null, in the state row */
 enum
@@ -869,9 +867,7 @@ verify_pages(RmRun *run, Relation rel)
 			rm_range_save(run);
 			break;
 		case RM_RANGE_NONE_FREE:
-			run->pause_ms = LOOK_AT_OTHERS;
-			run->wait_kind = "helper";
-			run->wait_reason = "the last pages are those that helpers work on";
+			rm_range_wait(run);
 			break;
 		case RM_RANGE_ALL_DONE:
 			gather_ranges(run);
@@ -1059,7 +1055,7 @@ enforce_help(RmRun *run)
 	rel = rm_leaf_open(run, RowExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	if (rel == NULL || rel->rd_rel->relfilenode != run->range.relfilenode)
-		run->pause_ms = LOOK_AT_OTHERS;
+		run->pause_ms = RM_LOOK_AT_OTHERS;
 	else
 	{
 		verify_range(run, rel);
