@@ -1678,7 +1678,7 @@ BEGIN ATOMIC
 	ORDER BY r.step_id, r.relation, r.lock_mode;
 END;
 COMMENT ON FUNCTION rm_lock_report() IS
-	'the locks of every step run so far on user relations; wait and hold in milliseconds, the longest of the step''s transactions, exact or upper bounds; a new table is one that the step has just made, which blocks nobody';
+	'the locks of every step run so far on user relations; wait and hold in milliseconds, the longest of the step''s transactions, exact or upper bounds; a new table is one that the step has just made, a dropped index one that nobody could use, which block nobody; transactions are those that CREATE INDEX CONCURRENTLY has waited for';
 
 CREATE FUNCTION rm_blocked_queries(OUT waiting_pid integer, OUT waiting_query text,
 	OUT relation text, OUT lock_mode text, OUT waited interval,

@@ -1081,7 +1081,7 @@ compare_approach(Compare *c, const char *approach, int target)
 	go_to(&c->lab, 1);
 	rm_transaction(do_seed, c);
 	rm_worker_run(psprintf("VACUUM (ANALYZE) %s", lab_sql(c->lab.nspid, LARGE)),
-				  "VACUUM of the lab");
+				  "VACUUM of the lab", NULL);
 	if (has_privs_of_role(GetUserId(), ROLE_PG_CHECKPOINT))
 		rm_transaction(do_checkpoint, c);
 

@@ -11,7 +11,7 @@
  * that (an ordinary autovacuum yields only when the waiter's deadlock check
  * runs).  The step runner rolls the transaction back, pauses and tries again.
  *
- * The account says what a step really held.  Three sources, in this order:
+ * The account says what a step really held.  Four sources, in this order:
  *
  *	rm_lock_relation() stamps the time before and after it waits, and a
  *	resource release callback stamps the moment at which the transaction's
@@ -21,6 +21,12 @@
  *	before commit: all modes that statements took inside themselves.  For
  *	those the hold is an upper bound (since the transaction began), the wait
  *	is not known, and both are marked so.
+ *
+ *	rm_lock_watch() does the same in a worker, whose statement commits in its
+ *	middle: it takes the table's lock for the session, stamped, and reads the
+ *	lock table before each of those commits.  Whom CREATE INDEX CONCURRENTLY
+ *	waits for, one virtual transaction after the other, leaves no trace there:
+ *	the starter looks at the worker meanwhile (worker.c).
  *
  *	File numbers before and after tell whether storage was rewritten.
  *
@@ -39,6 +45,7 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "access/transam.h"
+#include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_class.h"
 #include "compat.h"
@@ -53,6 +60,7 @@
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
+#include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/resowner.h"
 #include "utils/syscache.h"
@@ -67,16 +75,26 @@ typedef struct RelationStorage
 static bool release_armed = false;
 static instr_time release_time;
 
+/* in a worker: what its statement holds, and where to tell it in the end */
+static RmLockAccount *watched = NULL;
+static RmLockNotes *watched_notes = NULL;
+
+static void collect_watched(XactEvent event, void *arg);
+
 /* stamps the moment at which the transaction's locks have been released */
 static void
 release_callback(ResourceReleasePhase phase, bool isCommit, bool isTopLevel,
 				 void *arg)
 {
-	if (release_armed && isTopLevel && phase == RESOURCE_RELEASE_AFTER_LOCKS)
+	if (!isTopLevel || phase != RESOURCE_RELEASE_AFTER_LOCKS)
+		return;
+	if (release_armed)
 	{
 		INSTR_TIME_SET_CURRENT(release_time);
 		release_armed = false;
 	}
+	if (watched)
+		INSTR_TIME_SET_CURRENT(watched->xact_start);	/* the next one */
 }
 
 /* once per process, from _PG_init */
@@ -84,6 +102,7 @@ void
 rm_locks_init(void)
 {
 	RegisterResourceReleaseCallback(release_callback, NULL);
+	RegisterXactCallback(collect_watched, NULL);
 }
 
 static double
@@ -238,10 +257,12 @@ note_lock(RmLockAccount *account, LOCKMODE mode, Form_pg_class form, const char 
 								quote_qualified_identifier(get_namespace_name(form->relnamespace),
 														   NameStr(form->relname)));
 	stat->role = role;
+	stat->seen = true;
 	if (!stat->current)
 	{
 		stat->current = true;
 		stat->acquired = account->xact_start;
+		stat->current_bound = true;
 	}
 	return stat;
 }
@@ -276,24 +297,41 @@ note_new_table(RmLockAccount *account, LockInstanceData *lock, Form_pg_class for
 
 	while ((lock->holdMask & LOCKBIT_ON(mode)) == 0)
 		mode--;
-	note_lock(account, mode, form, "new table")->is_new = true;
+	note_lock(account, mode, form, "new table")->harmless = true;
 }
 
 /*
- * Notes every relation lock that this transaction holds.  Call it as the last
- * thing before commit; target is the migration's table.  old_storage is what
- * rm_relation_storage() gave before the work, or NIL: nothing can have been
- * rewritten.  Once they are known, transactions that take no other lock by
- * rm_lock_relation() and rewrite nothing are believed to take the same ones.
+ * An index that was known before and is being dropped by this transaction.  To
+ * everybody else it is dead already, see index_drop(): nobody opens it.
  */
-void
-rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
+static void
+note_dropped_index(RmLockAccount *account, Oid relid)
 {
-	LockData   *data;
+	RmLockStat *known = NULL;
+	RmLockStat *stat;
+	ListCell   *lc;
 
-	if (account->complete && old_storage == NIL)
-		return;					/* a batch like the one before it */
-	data = GetLockStatusData();
+	foreach(lc, account->stats)
+	{
+		stat = lfirst(lc);
+		if (stat->relid == relid && strcmp(stat->role, "index") == 0)
+			known = stat;
+	}
+	if (known == NULL)
+		return;
+	stat = stat_for(account, relid, AccessExclusiveLock);
+	stat->relation = known->relation;
+	stat->role = "dropped index";
+	stat->harmless = stat->current = stat->current_bound = stat->seen = true;
+	stat->acquired = account->xact_start;
+}
+
+/* reads our own entries in the lock table into the account */
+static void
+read_lock_table(RmLockAccount *account, Oid target, List *old_storage)
+{
+	LockData   *data = GetLockStatusData();
+
 	for (int i = 0; i < data->nelements; i++)
 	{
 		LockInstanceData *lock = &data->locks[i];
@@ -308,7 +346,13 @@ rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
 		relid = lock->locktag.locktag_field2;
 		tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
 		if (!HeapTupleIsValid(tup))
-			continue;			/* dropped by this very transaction */
+		{
+			/* dropped by this very transaction */
+			if (account == watched &&
+				(lock->holdMask & LOCKBIT_ON(AccessExclusiveLock)) != 0)
+				note_dropped_index(account, relid);
+			continue;
+		}
 		form = (Form_pg_class) GETSTRUCT(tup);
 
 		/* an index made anew for a table that was there before is worth telling */
@@ -320,7 +364,42 @@ rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
 			note_new_table(account, lock, form);
 		ReleaseSysCache(tup);
 	}
+}
+
+/*
+ * Notes every relation lock that this transaction holds.  Call it as the last
+ * thing before commit; target is the migration's table.  old_storage is what
+ * rm_relation_storage() gave before the work, or NIL: nothing can have been
+ * rewritten.  Once they are known, transactions that take no other lock by
+ * rm_lock_relation() and rewrite nothing are believed to take the same ones.
+ */
+void
+rm_lock_account_collect(RmLockAccount *account, Oid target, List *old_storage)
+{
+	if (account->complete && old_storage == NIL)
+		return;					/* a batch like the one before it */
+	read_lock_table(account, target, old_storage);
 	account->complete = true;
+}
+
+/* a lock was held for so long, or, if bound, not longer */
+static void
+add_hold(RmLockStat *stat, double ms, bool bound)
+{
+	if (stat->times == 0 || ms > stat->hold_ms)
+	{
+		stat->hold_ms = ms;
+		stat->bound = bound;
+	}
+	stat->times++;
+}
+
+/* the lock of a transaction, held until then */
+static void
+end_hold(RmLockStat *stat, instr_time until)
+{
+	add_hold(stat, ms_between(stat->acquired, until), stat->current_bound);
+	stat->current = false;
 }
 
 /*
@@ -341,12 +420,157 @@ rm_lock_account_end(RmLockAccount *account)
 	{
 		RmLockStat *stat = lfirst(lc);
 
-		if (!stat->current)
-			continue;
-		stat->current = false;
-		stat->times++;
-		stat->hold_ms = Max(stat->hold_ms, ms_between(stat->acquired, release_time));
+		if (stat->current)
+			end_hold(stat, release_time);
 	}
+}
+
+/*-------------------------------------------------------------------------
+ * A statement in a worker, in transactions of its own
+ *-------------------------------------------------------------------------
+ */
+
+/*
+ * At the end of each of its transactions.  What is not there any more was let
+ * go with the one before; the table's lock is the session's, and goes last.
+ */
+static void
+collect_watched(XactEvent event, void *arg)
+{
+	ListCell   *lc;
+
+	if (watched == NULL || event != XACT_EVENT_PRE_COMMIT)
+		return;
+	foreach(lc, watched->stats)
+		((RmLockStat *) lfirst(lc))->seen = false;
+	read_lock_table(watched, watched_notes->target, NIL);
+	foreach(lc, watched->stats)
+	{
+		RmLockStat *stat = lfirst(lc);
+
+		if (stat->current && !stat->seen && !stat->explicit)
+			end_hold(stat, watched->xact_start);
+	}
+}
+
+/*
+ * Takes SHARE UPDATE EXCLUSIVE on notes->relid, if given, until rm_lock_watch_end():
+ * the lock that CREATE INDEX CONCURRENTLY takes on its table for all its
+ * transactions, so that its wait and its hold can be stamped.  From here on all
+ * locks are noted.  Outside of a transaction.
+ */
+void
+rm_lock_watch(RmLockNotes *notes)
+{
+	RmLockAccount *account = MemoryContextAllocZero(TopMemoryContext, sizeof(RmLockAccount));
+	LockRelId	lockrelid = {.relId = notes->relid,.dbId = MyDatabaseId};
+
+	account->cxt = AllocSetContextCreate(TopMemoryContext, "rm locks of a statement",
+										 ALLOCSET_DEFAULT_SIZES);
+	watched_notes = notes;
+	if (OidIsValid(notes->relid))
+	{
+		RmLockStat *stat = stat_for(account, notes->relid, ShareUpdateExclusiveLock);
+		instr_time	before;
+
+		stat->explicit = true;
+		StartTransactionCommand();
+		INSTR_TIME_SET_CURRENT(before);
+		LockRelationIdForSession(&lockrelid, ShareUpdateExclusiveLock);
+		INSTR_TIME_SET_CURRENT(stat->acquired);
+		stat->wait_ms = ms_between(before, stat->acquired);
+		stat->current = true;
+		CommitTransactionCommand();
+	}
+	INSTR_TIME_SET_CURRENT(account->xact_start);
+	watched = account;
+}
+
+/*
+ * The statement has ended, and its transaction; also one that failed, which has
+ * lost the session's locks.  Or this process is on its way out and has let
+ * everything go.  Writes the notes.
+ */
+void
+rm_lock_watch_end(void)
+{
+	RmLockAccount *account = watched;
+	RmLockNotes *notes = watched_notes;
+	LOCKTAG		tag;
+	ListCell   *lc;
+
+	if (account == NULL)
+		return;
+	watched = NULL;
+	SET_LOCKTAG_RELATION(tag, MyDatabaseId, notes->relid);
+	if (OidIsValid(notes->relid) && rm_holds_lock(&tag, ShareUpdateExclusiveLock))
+		(void) LockRelease(&tag, ShareUpdateExclusiveLock, true);
+	release_armed = true;
+	rm_lock_account_end(account);
+	foreach(lc, account->stats)
+	{
+		RmLockStat *stat = lfirst(lc);
+		RmLockNote *note;
+
+		/* a relation without a name was gone before the first commit */
+		if (stat->relation == NULL)
+			continue;
+		if (notes->n == notes->size)
+		{
+			notes->left_off++;
+			continue;
+		}
+		note = &notes->notes[notes->n++];
+		note->relid = stat->relid;
+		note->mode = stat->mode;
+		note->bound = stat->bound;
+		note->rewritten = stat->rewritten;
+		note->harmless = stat->harmless;
+		note->wait_ms = stat->wait_ms;
+		note->hold_ms = stat->hold_ms;
+		strlcpy(note->role, stat->role, sizeof(note->role));
+		strlcpy(note->relation, stat->relation, sizeof(note->relation));
+	}
+	MemoryContextDelete(account->cxt);
+	pfree(account);
+}
+
+/* what another process has told goes into the account */
+void
+rm_lock_notes_add(RmLockAccount *account, const RmLockNotes *notes)
+{
+	for (int i = 0; i < notes->n; i++)
+	{
+		const RmLockNote *note = &notes->notes[i];
+		RmLockStat *stat = stat_for(account, note->relid, note->mode);
+
+		if (stat->relation == NULL)
+			stat->relation = MemoryContextStrdup(account->cxt, note->relation);
+		stat->role = MemoryContextStrdup(account->cxt, note->role);
+		add_hold(stat, note->hold_ms, note->bound);
+		stat->rewritten |= note->rewritten;
+		stat->harmless |= note->harmless;
+		stat->wait_ms = Max(stat->wait_ms, note->wait_ms);
+	}
+	if (notes->left_off > 0)
+		ereport(LOG,
+				(errmsg("rm_lock_report() has no room for %d locks of a background worker's statement",
+						notes->left_off)));
+}
+
+/*
+ * A statement has waited so long for transactions of others.  Such a lock is on
+ * no relation, and is let go at once.
+ */
+void
+rm_lock_note_wait(RmLockAccount *account, double wait_ms)
+{
+	RmLockStat *stat = stat_for(account, InvalidOid, ShareLock);
+
+	stat->role = "transactions";
+	stat->harmless = true;
+	stat->wait_ms = Max(stat->wait_ms, wait_ms);
+	stat->times++;
 }
 
 /*
@@ -385,6 +609,7 @@ note_taken(RmLockAccount *account, RmLockStat *stat, Oid relid)
 {
 	INSTR_TIME_SET_CURRENT(stat->acquired);
 	stat->current = true;
+	stat->current_bound = false;
 	if (stat->mode >= ShareLock)
 		account->blocking = true;
 

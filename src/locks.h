@@ -17,20 +17,48 @@
 /* one lock of a step on one relation: the longest of its transactions */
 typedef struct RmLockStat
 {
-	Oid			relid;
+	Oid			relid;			/* 0: others' transactions, waited for */
 	char	   *relation;		/* qualified name when the lock was held */
 	const char *role;			/* table, new table, index, toast table, ... */
 	LOCKMODE	mode;
-	bool		explicit;		/* taken by rm_lock_relation: times are exact */
+	bool		explicit;		/* asked for by rm_lock_relation() */
 	bool		rewritten;		/* storage was replaced while it was held */
-	bool		is_new;			/* on a table that nobody else knows yet */
+	bool		harmless;		/* on something that nobody else uses */
 	double		wait_ms;		/* longest wait, -1 if not known */
-	double		hold_ms;		/* longest hold or its upper bound */
+	double		hold_ms;		/* longest hold */
+	bool		bound;			/* which is an upper bound */
 	int64		times;			/* transactions that held it */
 	/* of the transaction under way */
 	bool		current;
+	bool		current_bound;	/* when it was taken is not known */
+	bool		seen;			/* found when the lock table was last read */
 	instr_time	acquired;
 } RmLockStat;
+
+/* one of them as another process tells of it */
+typedef struct RmLockNote
+{
+	Oid			relid;
+	LOCKMODE	mode;
+	bool		bound;
+	bool		rewritten;
+	bool		harmless;
+	double		wait_ms;
+	double		hold_ms;
+	char		role[16];
+	char		relation[4 * NAMEDATALEN + 6];
+} RmLockNote;
+
+/* the locks of a statement that goes through transactions of its own */
+typedef struct RmLockNotes
+{
+	Oid			relid;			/* to be locked before it, or 0 */
+	Oid			target;			/* the migration's table */
+	int			size;
+	int			n;
+	int			left_off;		/* for which there was no room */
+	RmLockNote	notes[FLEXIBLE_ARRAY_MEMBER];
+} RmLockNotes;
 
 /* the locks of a step; lives in one memory context across transactions */
 typedef struct RmLockAccount
@@ -53,6 +81,11 @@ extern void rm_lock_account_collect(RmLockAccount *account, Oid relid,
 									List *old_storage);
 extern void rm_lock_account_end(RmLockAccount *account);
 extern List *rm_relation_storage(Oid relid);
+
+extern void rm_lock_watch(RmLockNotes *notes);
+extern void rm_lock_watch_end(void);
+extern void rm_lock_notes_add(RmLockAccount *account, const RmLockNotes *notes);
+extern void rm_lock_note_wait(RmLockAccount *account, double wait_ms);
 
 extern void rm_lock_bound_waits(void);
 extern void rm_lock_yield_in_deadlocks(void);

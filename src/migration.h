@@ -192,6 +192,8 @@ struct RmRun
 	List	   *old_storage;	/* of the table before it may be rewritten */
 	const char *top_level;		/* a statement for a worker after the commit */
 	const char *top_level_what;
+	Oid			top_level_relid;	/* which it has locked all the while, or 0 */
+	int			top_level_tables;	/* that it may lock at most */
 	int			back_to;		/* reverting: steps that are done now, if fewer */
 	int			tries;			/* for a lock, in vain, since the last commit */
 	instr_time	first_try;		/* when the first of them had failed */

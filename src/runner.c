@@ -501,20 +501,20 @@ log_locks(void *arg)
 		Datum		v[12];
 		char		n[12];
 
-		if (stat->relation == NULL || stat->times == 0)
+		if (stat->times == 0 || (stat->relation == NULL && OidIsValid(stat->relid)))
 			continue;
 		memset(n, ' ', sizeof(n));
 		v[0] = Int64GetDatum(run->log_id);
 		v[1] = ObjectIdGetDatum(stat->relid);
-		v[2] = CStringGetTextDatum(stat->relation);
+		v[2] = CStringGetTextDatum(stat->relation ? stat->relation : run->relation);
 		v[3] = CStringGetTextDatum(stat->role);
 		v[4] = CStringGetTextDatum(GetLockmodeName(DEFAULT_LOCKMETHOD, stat->mode));
-		v[5] = BoolGetDatum(!stat->is_new && DoLockModesConflict(stat->mode, AccessShareLock));
-		v[6] = BoolGetDatum(!stat->is_new && DoLockModesConflict(stat->mode, RowExclusiveLock));
+		v[5] = BoolGetDatum(!stat->harmless && DoLockModesConflict(stat->mode, AccessShareLock));
+		v[6] = BoolGetDatum(!stat->harmless && DoLockModesConflict(stat->mode, RowExclusiveLock));
 		v[7] = Float8GetDatum(stat->wait_ms);
-		n[7] = stat->explicit ? ' ' : 'n';
+		n[7] = stat->wait_ms >= 0 ? ' ' : 'n';
 		v[8] = Float8GetDatum(stat->hold_ms);
-		v[9] = BoolGetDatum(stat->explicit);
+		v[9] = BoolGetDatum(!stat->bound);
 		v[10] = Int64GetDatum(stat->times);
 		v[11] = BoolGetDatum(stat->rewritten);
 		rm_state_execute("INSERT INTO risky_migrations.step_lock AS l VALUES"
@@ -522,7 +522,8 @@ log_locks(void *arg)
 						 " ON CONFLICT (step_id, relid, lock_mode) DO UPDATE SET"
 						 " wait_ms = greatest(l.wait_ms, excluded.wait_ms),"
 						 " hold_ms = greatest(l.hold_ms, excluded.hold_ms),"
-						 " hold_is_exact = l.hold_is_exact AND excluded.hold_is_exact,"
+						 " hold_is_exact = CASE WHEN excluded.hold_ms > l.hold_ms"
+						 " THEN excluded.hold_is_exact ELSE l.hold_is_exact END,"
 						 " times = l.times + excluded.times,"
 						 " rewritten = l.rewritten OR excluded.rewritten",
 						 12, types, v, n);
@@ -824,6 +825,8 @@ static void
 run_top_level(void *arg)
 {
 	RmRun	   *run = arg;
+	RmWorkerLocks locks = {.account = &run->locks,.relid = run->top_level_relid,
+	.target = run->relid,.tables = run->top_level_tables};
 
 	/*
 	 * Such a statement may wait for others: it blocks no reader or writer
@@ -833,7 +836,7 @@ run_top_level(void *arg)
 	(void) set_config_option("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_LOCAL, true, 0, false);
 	rm_lock_yield_in_deadlocks();
-	rm_worker_run(run->top_level, run->top_level_what);
+	rm_worker_run(run->top_level, run->top_level_what, &locks);
 }
 
 /* a transaction has committed: what is to come of it, before the next one */

@@ -221,12 +221,18 @@ refuse_unverified(const RmMigration *m)
  *-------------------------------------------------------------------------
  */
 
-/* has a statement run by a worker after this transaction's commit; name may be NULL */
+/*
+ * Has a statement run by a worker after this transaction's commit.  relid is the
+ * table on which it holds a lock from its beginning to its end, if it does; name
+ * may be NULL.
+ */
 static void
-ask_worker(RmRun *run, const char *sql, const char *what, const char *name)
+ask_worker(RmRun *run, const char *sql, const char *what, Oid relid, const char *name)
 {
 	run->top_level = MemoryContextStrdup(run->cxt, sql);
 	run->top_level_what = MemoryContextStrdup(run->cxt, what);
+	run->top_level_relid = relid;
+	run->top_level_tables = list_length(rm_members(run->m->relid));
 	run->wait_kind = "worker";
 	run->wait_reason = name ? psprintf("%s %s", what, quote_identifier(name)) : what;
 	get_work(run)->asked = true;
@@ -302,10 +308,10 @@ make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
 
 		if (invalid)
 			ask_worker(run, psprintf("DROP INDEX CONCURRENTLY %s", name),
-					   "DROP INDEX CONCURRENTLY", d->build_name);
+					   "DROP INDEX CONCURRENTLY", d->relid, d->build_name);
 		else
 		{
-			ask_worker(run, d->build_sql, "CREATE INDEX CONCURRENTLY", d->name);
+			ask_worker(run, d->build_sql, "CREATE INDEX CONCURRENTLY", d->relid, d->name);
 			get_work(run)->asked_index = true;
 		}
 	}
@@ -601,7 +607,8 @@ build(RmRun *run)
 		case PHASE_ANALYZE:
 			rm_check_owner(m->relid, m->relation);
 			try_foreign_keys(run, true);
-			ask_worker(run, psprintf("ANALYZE %s", rm_relation_sql(m->relid)), "ANALYZE", NULL);
+			ask_worker(run, psprintf("ANALYZE %s", rm_relation_sql(m->relid)), "ANALYZE",
+					   rm_is_parted(m) ? InvalidOid : m->relid, NULL);
 			m->phase = PHASE_CHECK;
 			return false;
 

@@ -18,6 +18,12 @@
  * The segment needs no lock: the starter writes before the worker exists, the
  * worker writes alone, and the starter reads when the worker is gone.
  *
+ * The worker notes the locks that its statement holds (rm_lock_watch()), and
+ * leaves the notes behind however it ends.  What cannot be noted there is how
+ * long CREATE INDEX CONCURRENTLY waits for the transactions of others, since that
+ * is over before its next commit.  The starter looks at it from time to time: a
+ * process tells everybody when it began to wait.
+ *
  * Easy to get wrong:
  *
  * - A snapshot of the starter.  CREATE INDEX CONCURRENTLY waits for all older
@@ -67,6 +73,7 @@
 #include "storage/ipc.h"
 #include "storage/latch.h"
 #include "storage/proc.h"
+#include "storage/procarray.h"
 #include "tcop/dest.h"
 #include "tcop/tcopprot.h"
 #include "tcop/utility.h"
@@ -86,6 +93,17 @@
 #define CANCEL_PATIENCE 1000
 #define TERMINATE_PATIENCE 9000
 
+/*
+ * How often a starter looks what its worker waits for, milliseconds; in between,
+ * at each hundredth of the time that has gone by.
+ */
+#define FIRST_LOOK 10
+#define LAST_LOOK 100
+
+/* room for notes on locks: of the statement, and of each table in the tree */
+#define LOCK_NOTES 32
+#define LOCK_NOTES_PER_TABLE 16
+
 /* What starter and worker share. */
 typedef struct Segment
 {
@@ -97,6 +115,7 @@ typedef struct Segment
 	Oid			role;
 	int			nsettings;
 	Size		settings;		/* where in text: name=value, one after the other */
+	Size		locks;			/* from the segment's beginning: RmLockNotes */
 
 	/* the result, written by the worker */
 	bool		attached;
@@ -106,14 +125,19 @@ typedef struct Segment
 	int			nwarnings;
 	RmReport		warnings[MAX_WARNINGS];
 
-	char		text[FLEXIBLE_ARRAY_MEMBER];	/* the statement, settings */
+	char		text[FLEXIBLE_ARRAY_MEMBER];	/* the statement, settings, locks */
 } Segment;
 
-/* What the starter must clean up. */
+/* What the starter must clean up, and what it keeps an eye on. */
 typedef struct Run
 {
 	dsm_segment *dsm;
 	BackgroundWorkerHandle *handle;
+	RmLockAccount *account;		/* where the worker's locks go, or NULL */
+	PGPROC	   *proc;			/* the worker, once it was seen */
+	TimestampTz began;
+	TimestampTz waits_since;	/* for a transaction of others, or 0 */
+	double		waited_ms;		/* altogether */
 } Run;
 
 PGDLLEXPORT void rm_worker_main(Datum main_arg);
@@ -228,9 +252,17 @@ rm_session_settings(void)
 	return settings;
 }
 
+static RmLockNotes *
+lock_notes(dsm_segment *dsm)
+{
+	Segment    *order = dsm_segment_address(dsm);
+
+	return (RmLockNotes *) ((char *) order + order->locks);
+}
+
 /* Writes the order into a new segment, which lives as the resource owner. */
 static dsm_segment *
-create_segment(const char *sql)
+create_segment(const char *sql, const RmWorkerLocks *known)
 {
 	StringInfoData text;
 	Size		offset;
@@ -238,6 +270,9 @@ create_segment(const char *sql)
 	ListCell   *lc;
 	dsm_segment *dsm;
 	Segment    *order;
+	RmLockNotes *notes;
+	Size		locks;
+	int			size = known ? LOCK_NOTES + LOCK_NOTES_PER_TABLE * known->tables : 0;
 
 	initStringInfo(&text);
 	appendBinaryStringInfo(&text, sql, strlen(sql) + 1);
@@ -245,7 +280,8 @@ create_segment(const char *sql)
 	foreach(lc, settings)
 		appendBinaryStringInfo(&text, lfirst(lc), strlen(lfirst(lc)) + 1);
 
-	dsm = dsm_create(offsetof(Segment, text) + text.len, 0);
+	locks = MAXALIGN(offsetof(Segment, text) + text.len);
+	dsm = dsm_create(locks + offsetof(RmLockNotes, notes) + size * sizeof(RmLockNote), 0);
 	order = dsm_segment_address(dsm);
 	memset(order, 0, offsetof(Segment, text));
 	order->magic = SEGMENT_MAGIC;
@@ -254,7 +290,13 @@ create_segment(const char *sql)
 	order->role = GetUserId();
 	order->nsettings = list_length(settings);
 	order->settings = offset;
+	order->locks = locks;
 	memcpy(order->text, text.data, text.len);
+	notes = lock_notes(dsm);
+	memset(notes, 0, offsetof(RmLockNotes, notes));
+	notes->relid = known ? known->relid : InvalidOid;
+	notes->target = known ? known->target : InvalidOid;
+	notes->size = size;
 	pfree(text.data);
 	list_free_deep(settings);
 	return dsm;
@@ -303,12 +345,49 @@ rm_worker_register(const char *name, const char *type, const char *function,
 	return NULL;
 }
 
+/* A wait of the worker's, if there was one, has ended by now. */
+static void
+add_wait(Run *run)
+{
+	if (run->waits_since != 0)
+		run->waited_ms += (GetCurrentTimestamp() - run->waits_since) / 1000.0;
+	run->waits_since = 0;
+}
+
+/*
+ * Is the worker waiting for somebody's transaction, and since when?  Both words
+ * are single ones, which it sets without a lock; they may belong to two waits,
+ * and then the next look sees that.  Returns when to look again, milliseconds.
+ */
+static long
+look_at_waits(Run *run, pid_t pid)
+{
+	uint32		event;
+	TimestampTz since = 0;
+
+	if (run->proc == NULL)
+		run->proc = BackendPidGetProc(pid);
+	if (run->proc && run->proc->pid == pid)
+	{
+		event = *(volatile uint32 *) &run->proc->wait_event_info;
+		if (event == (PG_WAIT_LOCK | LOCKTAG_VIRTUALTRANSACTION) ||
+			event == (PG_WAIT_LOCK | LOCKTAG_TRANSACTION))
+			since = (TimestampTz) pg_atomic_read_u64(&run->proc->waitStart);
+	}
+	if (since != run->waits_since)
+		add_wait(run);
+	run->waits_since = since;
+	return Min(LAST_LOOK,
+			   Max(FIRST_LOOK,
+				   TimestampDifferenceMilliseconds(run->began, GetCurrentTimestamp()) / 100));
+}
+
 /*
  * Waits for the worker's end, but not longer than patience (milliseconds; -1:
  * as long as it takes, and only then interruptible).  Returns whether it ended.
  */
 static bool
-wait_for_end(BackgroundWorkerHandle *handle, long patience)
+wait_for_end(Run *run, long patience)
 {
 	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
 													   patience);
@@ -316,7 +395,7 @@ wait_for_end(BackgroundWorkerHandle *handle, long patience)
 
 	for (;;)
 	{
-		int			events = WL_LATCH_SET | WL_EXIT_ON_PM_DEATH;
+		BgwHandleStatus status;
 		long		timeout = -1;
 
 		if (patience < 0)
@@ -324,7 +403,8 @@ wait_for_end(BackgroundWorkerHandle *handle, long patience)
 			CHECK_FOR_INTERRUPTS();
 			InvalidateCatalogSnapshot();
 		}
-		if (GetBackgroundWorkerPid(handle, &pid) == BGWH_STOPPED)
+		status = GetBackgroundWorkerPid(run->handle, &pid);
+		if (status == BGWH_STOPPED)
 			return true;
 		if (patience >= 0)
 		{
@@ -332,11 +412,26 @@ wait_for_end(BackgroundWorkerHandle *handle, long patience)
 													  deadline);
 			if (timeout <= 0)
 				return false;
-			events |= WL_TIMEOUT;
 		}
-		(void) WaitLatch(MyLatch, events, timeout, WAIT_EVENT_BGWORKER_SHUTDOWN);
+		else if (run->account && status == BGWH_STARTED)
+			timeout = look_at_waits(run, pid);
+		(void) WaitLatch(MyLatch, WL_LATCH_SET | WL_EXIT_ON_PM_DEATH |
+						 (timeout >= 0 ? WL_TIMEOUT : 0),
+						 timeout, WAIT_EVENT_BGWORKER_SHUTDOWN);
 		ResetLatch(MyLatch);
 	}
+}
+
+/* The worker is gone: what it has held and waited for goes into the account. */
+static void
+take_locks(Run *run)
+{
+	if (run->account == NULL)
+		return;
+	rm_lock_notes_add(run->account, lock_notes(run->dsm));
+	add_wait(run);
+	if (run->waited_ms > 0)
+		rm_lock_note_wait(run->account, run->waited_ms);
 }
 
 /*
@@ -355,12 +450,14 @@ stop_worker(int code, Datum arg)
 		GetBackgroundWorkerPid(run->handle, &pid) == BGWH_STARTED)
 	{
 		kill(pid, SIGINT);
-		(void) wait_for_end(run->handle, CANCEL_PATIENCE);
+		(void) wait_for_end(run, CANCEL_PATIENCE);
 	}
 	TerminateBackgroundWorker(run->handle);
 	if (code == 0)
 	{
-		if (!wait_for_end(run->handle, TERMINATE_PATIENCE))
+		if (wait_for_end(run, TERMINATE_PATIENCE))
+			take_locks(run);
+		else
 			ereport(WARNING,
 					(errcode(ERRCODE_QUERY_CANCELED),
 					 errmsg("the background worker did not end within %d s of being terminated",
@@ -400,9 +497,10 @@ raise_result(const Segment *result, const char *what)
 }
 
 void
-rm_worker_run(const char *sql, const char *what)
+rm_worker_run(const char *sql, const char *what, const RmWorkerLocks *locks)
 {
-	Run			run;
+	Run			run = {.account = locks ? locks->account : NULL,
+	.began = GetCurrentTimestamp()};
 	Segment    *result;
 
 	Assert(IsTransactionState());
@@ -415,16 +513,17 @@ rm_worker_run(const char *sql, const char *what)
 				 errhint("Connect as a role that may log in, then SET ROLE.")));
 	require_no_snapshot(what);
 
-	run.dsm = create_segment(sql);
+	run.dsm = create_segment(sql, locks);
 	run.handle = rm_worker_register(psprintf("risky_migrations worker for %s", what),
 									"risky_migrations worker", "rm_worker_main",
 									UInt32GetDatum(dsm_segment_handle(run.dsm)),
 									NULL, 0, true, what);
 	PG_ENSURE_ERROR_CLEANUP(stop_worker, PointerGetDatum(&run));
 	{
-		(void) wait_for_end(run.handle, -1);
+		(void) wait_for_end(&run, -1);
 	}
 	PG_END_ENSURE_ERROR_CLEANUP(stop_worker, PointerGetDatum(&run));
+	take_locks(&run);
 
 	/* a copy: raising an error leaves no chance to detach */
 	result = palloc(offsetof(Segment, text));
@@ -462,6 +561,13 @@ pick_up_report(ErrorData *edata)
 		previous_log_hook(edata);
 }
 
+/* This process ends, and has let go of its locks. */
+static void
+leave_notes(dsm_segment *dsm, Datum arg)
+{
+	rm_lock_watch_end();
+}
+
 /*
  * Attaches to the starter's segment for as long as this process lives, and
  * begins to report into it.  False if the starter has gone meanwhile.
@@ -483,6 +589,7 @@ attach_segment(dsm_handle handle)
 				 errmsg("shared memory segment of a risky_migrations worker has another format"),
 				 errdetail("The library was replaced while the session was connected."),
 				 errhint("Reconnect: the session uses an older version of the library.")));
+	on_dsm_detach(dsm, leave_notes, (Datum) 0);
 	segment->attached = true;
 	previous_log_hook = emit_log_hook;
 	emit_log_hook = pick_up_report;
@@ -636,8 +743,15 @@ rm_worker_main(Datum main_arg)
 
 	PG_TRY();
 	{
+		const char *sql = MemoryContextStrdup(TopMemoryContext, segment->text);
+		RmLockNotes *notes = (RmLockNotes *) ((char *) segment + segment->locks);
+
 		rm_worker_become(segment->role, settings_of_starter(), ERROR);
-		rm_worker_statement(MemoryContextStrdup(TopMemoryContext, segment->text));
+		pgstat_report_activity(STATE_RUNNING, sql);
+		if (notes->size > 0)
+			rm_lock_watch(notes);
+		rm_worker_statement(sql);
+		rm_lock_watch_end();
 		segment->done = true;
 	}
 	PG_CATCH();
@@ -652,6 +766,7 @@ rm_worker_main(Datum main_arg)
 		segment->failed = true;
 		debug_query_string = NULL;
 		AbortCurrentTransaction();
+		rm_lock_watch_end();
 	}
 	PG_END_TRY();
 }

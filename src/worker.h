@@ -10,8 +10,18 @@
 #ifndef RM_WORKER_H
 #define RM_WORKER_H
 
+#include "locks.h"
 #include "nodes/pg_list.h"
 #include "postmaster/bgworker.h"
+
+/* what is known beforehand of the locks of a statement, and where they are told */
+typedef struct RmWorkerLocks
+{
+	RmLockAccount *account;
+	Oid			relid;			/* SHARE UPDATE EXCLUSIVE all the while, or 0 */
+	Oid			target;			/* the migration's table */
+	int			tables;			/* in its tree */
+} RmWorkerLocks;
 
 /*
  * Runs one statement that PostgreSQL accepts only at top level (VACUUM, CREATE
@@ -21,10 +31,13 @@
  * their SQLSTATE, message, detail and hint; 53000 if no worker can be had.
  * Cancelling the caller cancels the statement.
  *
+ * Its locks go into locks->account, also if it fails; locks may be NULL.
+ *
  * The caller must hold no snapshot and no lock that the statement needs
  * (asserted: CREATE INDEX CONCURRENTLY would wait for it for ever).
  */
-extern void rm_worker_run(const char *sql, const char *what);
+extern void rm_worker_run(const char *sql, const char *what,
+						  const RmWorkerLocks *locks);
 
 /* one message, in fields of fixed size; "" is a field that is not there */
 typedef struct RmReport
