@@ -19,7 +19,7 @@ COMMENT ON SCHEMA risky_migrations IS
 
 CREATE TABLE risky_migrations.migration (
 	id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-	method text NOT NULL CHECK (method IN ('direct', 'three_step')),
+	method text NOT NULL CHECK (method IN ('direct', 'three_step', 'online_rewrite')),
 	state text NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'done', 'rolled back')),
 	steps_done integer NOT NULL DEFAULT 0,
 	phase integer NOT NULL DEFAULT 0,
@@ -115,6 +115,24 @@ CREATE TABLE risky_migrations.range (
 	PRIMARY KEY (migration_id, number)
 ) WITH (fillfactor = 10);
 COMMENT ON TABLE risky_migrations.range IS 'ranges of pages on which several workers are at work: below next_block everything is done';
+
+CREATE TABLE risky_migrations.rewrite (
+	migration_id bigint PRIMARY KEY REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	shadow oid NOT NULL,
+	log oid NOT NULL,
+	key_index oid NOT NULL,
+	trigger_mark bigint NOT NULL,
+	ground text NOT NULL,
+	-- the transactions that were in progress when the change log began
+	s0_next bigint NOT NULL,
+	s0_xmin bigint NOT NULL,
+	s0_running bigint[] NOT NULL,
+	s0_overflowed boolean NOT NULL,
+	shadow_blocks bigint NOT NULL DEFAULT 0,
+	rows_failed bigint NOT NULL DEFAULT 0,
+	to_prove text[] NOT NULL DEFAULT '{}'
+);
+COMMENT ON TABLE risky_migrations.rewrite IS 'what online_rewrite keeps of a migration besides its row: shadow table, change log, and how far they are';
 
 CREATE TABLE risky_migrations.skipped_row (
 	migration_id bigint NOT NULL,
@@ -288,6 +306,49 @@ CREATE FUNCTION risky_migrations.sync() RETURNS trigger
 AS 'MODULE_PATHNAME', 'rm_sync' LANGUAGE C;
 COMMENT ON FUNCTION risky_migrations.sync() IS
 	'the sync trigger; made by rm_add_column() with the migration''s id as its argument';
+
+CREATE FUNCTION risky_migrations.log_change() RETURNS trigger
+AS 'MODULE_PATHNAME', 'rm_log_change' LANGUAGE C;
+COMMENT ON FUNCTION risky_migrations.log_change() IS
+	'the trigger that writes the change log of online_rewrite, with the migration''s id as its argument';
+
+CREATE FUNCTION risky_migrations.rewrite_ground(relid oid) RETURNS text
+LANGUAGE sql VOLATILE
+SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT md5(coalesce(string_agg(f.line, ',' ORDER BY f.line), '')) FROM (
+		SELECT format('a%s/%s %s %s %s %s %s', a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attisdropped,
+			a.attgenerated, a.attcollation) AS line
+		FROM pg_attribute a WHERE a.attrelid = rewrite_ground.relid AND a.attnum > 0
+		UNION ALL SELECT format('k%s/%s', k.oid, k.xmin) FROM pg_constraint k
+		WHERE k.conrelid = rewrite_ground.relid AND k.contype = 'c'
+		UNION ALL SELECT format('c%s %s %s %s', c.relkind, c.relpersistence, c.relam, c.relowner)
+		FROM pg_class c WHERE c.oid = rewrite_ground.relid) f (line);
+END;
+COMMENT ON FUNCTION risky_migrations.rewrite_ground(oid) IS
+	'changes with everything that a table''s shadow was made for: columns, CHECK constraints, owner, persistence';
+
+CREATE FUNCTION risky_migrations.column_foreign_keys(relid oid, attnum smallint)
+RETURNS TABLE (relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text)
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT k.conrelid, k.confrelid,
+		format('ALTER TABLE ONLY %s DROP CONSTRAINT %I', r.name, k.conname),
+		format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s%s', r.name, k.conname, pg_get_constraintdef(k.oid),
+			CASE WHEN k.convalidated THEN ' NOT VALID' ELSE '' END),
+		CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
+			THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, r.name, obj_description(k.oid, 'pg_constraint')) END,
+		CASE WHEN k.convalidated THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', r.name, k.conname) END
+	FROM pg_constraint k
+	CROSS JOIN LATERAL (SELECT format('%I.%I', n.nspname, c.relname) AS name
+		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = k.conrelid) r
+	WHERE k.contype = 'f' AND k.conparentid = 0
+		AND (k.conrelid = column_foreign_keys.relid AND column_foreign_keys.attnum = ANY (k.conkey)
+			OR k.confrelid = column_foreign_keys.relid AND column_foreign_keys.attnum = ANY (k.confkey))
+	ORDER BY k.oid;
+END;
+COMMENT ON FUNCTION risky_migrations.column_foreign_keys(oid, smallint) IS
+	'foreign keys on a column, at either end, with the statements that drop them, add them NOT VALID, and prove them';
 
 CREATE FUNCTION risky_migrations.steady_text(value text) RETURNS text
 AS 'MODULE_PATHNAME', 'rm_steady_text' LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
@@ -1557,7 +1618,7 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 		WHEN r.pid IS NOT NULL THEN CASE WHEN s.wanted = 'paused' THEN format('SELECT rm_resume(%s)', m.id) END
 		WHEN (s.all_steps OR s.wanted <> 'run') AND NOT coalesce(l.direction = 'rollback' AND l.state <> 'done', false)
 			AND EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid = m.relid)
-			THEN CASE WHEN risky_migrations.step_name(m.method, m.steps_done) = 'swap' AND s.cut_over = 'manual'
+			THEN CASE WHEN risky_migrations.step_name(m.method, m.steps_done) IN ('swap', 'cut_over') AND s.cut_over = 'manual'
 					THEN format('CALL rm_cut_over(%s)', m.id)
 				WHEN risky_migrations.step_name(m.method, m.steps_done) = 'cleanup'
 					THEN format('CALL rm_cleanup(%s)', m.id)

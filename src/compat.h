@@ -13,15 +13,21 @@
 #ifndef RM_COMPAT_H
 #define RM_COMPAT_H
 
+#include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/tableam.h"
+#include "catalog/index.h"
 #include "catalog/pg_authid.h"
+#include "catalog/pg_class.h"
 #include "catalog/pg_namespace.h"
+#include "commands/defrem.h"
 #include "executor/executor.h"
 #include "miscadmin.h"
 #include "parser/parse_type.h"
 #include "postmaster/bgworker.h"
 #include "replication/slot.h"
+#include "storage/bufmgr.h"
+#include "storage/lmgr.h"
 #include "storage/lock.h"
 #include "storage/proc.h"
 #include "storage/procarray.h"
@@ -202,6 +208,126 @@ rm_qualified_name_list(const char *name)
 	return stringToQualifiedNameList(name);
 #else
 	return stringToQualifiedNameList(name, NULL);
+#endif
+}
+
+/* an attribute in a descriptor of our own has been changed */
+static inline void
+rm_attribute_changed(TupleDesc desc, int i)
+{
+#if PG_VERSION_NUM >= 180000
+	populate_compact_attribute(desc, i);
+#endif
+}
+
+/* gives a relation new, empty storage; the old one goes at commit */
+static inline void
+rm_set_new_storage(Relation rel)
+{
+#if PG_VERSION_NUM < 160000
+	RelationSetNewRelfilenode(rel, rel->rd_rel->relpersistence);
+#else
+	RelationSetNewRelfilenumber(rel, rel->rd_rel->relpersistence);
+#endif
+}
+
+/* this backend knows that the relation's storage is of this subtransaction */
+static inline void
+rm_assume_new_storage(Relation rel)
+{
+#if PG_VERSION_NUM < 160000
+	RelationAssumeNewRelfilenode(rel);
+#else
+	RelationAssumeNewRelfilelocator(rel);
+#endif
+}
+
+/* ... that it is older than this transaction */
+static inline void
+rm_assume_old_storage(Relation rel)
+{
+	rel->rd_createSubid = InvalidSubTransactionId;
+#if PG_VERSION_NUM < 160000
+	rel->rd_newRelfilenodeSubid = InvalidSubTransactionId;
+	rel->rd_firstRelfilenodeSubid = InvalidSubTransactionId;
+#else
+	rel->rd_newRelfilelocatorSubid = InvalidSubTransactionId;
+	rel->rd_firstRelfilelocatorSubid = InvalidSubTransactionId;
+#endif
+}
+
+/* builds all indexes of a table, and those of its TOAST table, anew */
+static inline void
+rm_reindex_relation(Oid relid)
+{
+	ReindexParams params = {0};
+
+#if PG_VERSION_NUM < 170000
+	(void) reindex_relation(relid, REINDEX_REL_PROCESS_TOAST, &params);
+#else
+	(void) reindex_relation(NULL, relid, REINDEX_REL_PROCESS_TOAST, &params);
+#endif
+}
+
+/* defines and builds an index, without checks of privileges */
+static inline Oid
+rm_define_index(Oid relid, IndexStmt *stmt)
+{
+#if PG_VERSION_NUM < 160000
+	return DefineIndex(relid, stmt, InvalidOid, InvalidOid, InvalidOid,
+					   false, false, false, false, true).objectId;
+#else
+	return DefineIndex(relid, stmt, InvalidOid, InvalidOid, InvalidOid, -1,
+					   false, false, false, false, true).objectId;
+#endif
+}
+
+/* index entries for a row that has just been stored; errors of unique indexes */
+static inline void
+rm_insert_new_index_tuples(ResultRelInfo *rri, TupleTableSlot *slot, EState *estate)
+{
+#if PG_VERSION_NUM < 160000
+	list_free(ExecInsertIndexTuples(rri, slot, estate, false, false, NULL, NIL));
+#else
+	list_free(ExecInsertIndexTuples(rri, slot, estate, false, false, NULL, NIL, false));
+#endif
+}
+
+static inline IndexScanDesc
+rm_index_beginscan(Relation heap, Relation index, Snapshot snapshot, int nkeys)
+{
+#if PG_VERSION_NUM < 180000
+	return index_beginscan(heap, index, snapshot, nkeys, 0);
+#else
+	return index_beginscan(heap, index, snapshot, NULL, nkeys, 0);
+#endif
+}
+
+/* a new page at the end of a relation that nobody else extends, locked */
+static inline Buffer
+rm_extend(Relation rel, BufferAccessStrategy strategy)
+{
+#if PG_VERSION_NUM < 160000
+	Buffer		buf;
+
+	LockRelationForExtension(rel, ExclusiveLock);
+	buf = ReadBufferExtended(rel, MAIN_FORKNUM, P_NEW, RBM_ZERO_AND_LOCK, strategy);
+	UnlockRelationForExtension(rel, ExclusiveLock);
+	return buf;
+#else
+	return ExtendBufferedRel(BMR_REL(rel), MAIN_FORKNUM, strategy, EB_LOCK_FIRST);
+#endif
+}
+
+/* exchanges what pg_class says of the pages that are all-frozen, where it does */
+static inline void
+rm_swap_all_frozen(Form_pg_class a, Form_pg_class b)
+{
+#if PG_VERSION_NUM >= 180000
+	int32		swap = a->relallfrozen;
+
+	a->relallfrozen = b->relallfrozen;
+	b->relallfrozen = swap;
 #endif
 }
 

@@ -51,11 +51,13 @@ rm_method_by_name(const char *name)
 		return &rm_method_direct;
 	if (strcmp(name, rm_method_three_step.name) == 0)
 		return &rm_method_three_step;
+	if (strcmp(name, rm_method_online_rewrite.name) == 0)
+		return &rm_method_online_rewrite;
 	ereport(ERROR,
 			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 			 errmsg("unknown method \"%s\"", name),
 			 errdetail("The row of state was written by another version, or by hand."),
-			 errhint("Methods are direct and three_step.")));
+			 errhint("Methods are direct, three_step and online_rewrite.")));
 }
 
 /* as in the table steering, where NULL stands for a migration without a row */
@@ -397,6 +399,40 @@ add_functions_walker(Node *node, void *context)
 	return expression_tree_walker(node, add_functions_walker, context);
 }
 
+/* the transaction that has last written a trigger's row in pg_trigger; 0: none */
+TransactionId
+rm_trigger_row_xmin(Oid relid, const char *name)
+{
+	Relation	pg_trigger = table_open(TriggerRelationId, AccessShareLock);
+	ScanKeyData keys[2];
+	SysScanDesc scan;
+	HeapTuple	tup;
+	TransactionId xmin = InvalidTransactionId;
+
+	ScanKeyInit(&keys[0], Anum_pg_trigger_tgrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(relid));
+	ScanKeyInit(&keys[1], Anum_pg_trigger_tgname, BTEqualStrategyNumber, F_NAMEEQ,
+				CStringGetDatum(name));
+	scan = systable_beginscan(pg_trigger, TriggerRelidNameIndexId, true, NULL, 2, keys);
+	tup = systable_getnext(scan);
+	if (HeapTupleIsValid(tup))
+		xmin = HeapTupleHeaderGetRawXmin(tup->t_data);
+	systable_endscan(scan);
+	table_close(pg_trigger, AccessShareLock);
+	return xmin;
+}
+
+/* a mark that changes when a function of the migration's expression is replaced */
+uint64
+rm_expression_mark(const RmMigration *m)
+{
+	uint64		mark = 0;
+
+	if (m->server_version == PG_VERSION_NUM / 10000)
+		(void) add_functions_walker(stringToNode(m->tree), &mark);
+	return mark;
+}
+
 /*
  * A mark of what gives a row of a leaf its new value: the transactions that have
  * last written the sync trigger's row in pg_trigger (another one after every
@@ -406,25 +442,10 @@ add_functions_walker(Node *node, void *context)
 int64
 rm_trigger_xmin_of(const RmMigration *m, Oid relid)
 {
-	Relation	pg_trigger = table_open(TriggerRelationId, AccessShareLock);
-	ScanKeyData keys[2];
-	SysScanDesc scan;
-	HeapTuple	tup;
-	uint64		mark = 0;
+	TransactionId xmin = rm_trigger_row_xmin(relid, rm_trigger_name(m->id));
 
-	ScanKeyInit(&keys[0], Anum_pg_trigger_tgrelid, BTEqualStrategyNumber, F_OIDEQ,
-				ObjectIdGetDatum(relid));
-	ScanKeyInit(&keys[1], Anum_pg_trigger_tgname, BTEqualStrategyNumber, F_NAMEEQ,
-				CStringGetDatum(rm_trigger_name(m->id)));
-	scan = systable_beginscan(pg_trigger, TriggerRelidNameIndexId, true, NULL, 2, keys);
-	tup = systable_getnext(scan);
-	if (HeapTupleIsValid(tup))
-		mark = HeapTupleHeaderGetRawXmin(tup->t_data);
-	systable_endscan(scan);
-	table_close(pg_trigger, AccessShareLock);
-	if (mark != 0 && m->server_version == PG_VERSION_NUM / 10000)
-		(void) add_functions_walker(stringToNode(m->tree), &mark);
-	return (int64) mark;
+	return xmin == InvalidTransactionId ? 0 :
+		(int64) hash_combine64(xmin, rm_expression_mark(m));
 }
 
 /*

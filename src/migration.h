@@ -80,7 +80,9 @@ typedef struct RmMigration
 typedef enum RmStepResult
 {
 	RM_STEP_AGAIN,				/* commit, then call it again */
-	RM_STEP_DONE				/* commit, the step is complete */
+	RM_STEP_DONE,				/* commit, the step is complete */
+	RM_STEP_BACK				/* commit, an earlier step comes next: it has
+								 * written which into steps_done */
 } RmStepResult;
 
 /* one step; its functions run inside a transaction of the runner */
@@ -100,6 +102,8 @@ typedef struct RmStep
 	void		(*explain) (RmRun *run, ErrorData *error);
 	/* not run as one of all steps: only when the user says so */
 	bool		on_request;
+	/* cut_over => 'manual' stops before it */
+	bool		cuts_over;
 	/* in a helper, which has taken run->range: as apply, see crew.h */
 	void		(*help) (RmRun *run);
 } RmStep;
@@ -113,6 +117,7 @@ struct RmMethod
 
 extern const RmMethod rm_method_direct;
 extern const RmMethod rm_method_three_step;
+extern const RmMethod rm_method_online_rewrite;
 
 /* positions in the list of three_step */
 typedef enum RmThreeStep
@@ -241,6 +246,8 @@ extern int64 rm_open_migration(const char *method);
 extern void rm_check_owner(Oid relid, const char *relation);
 extern char *rm_trigger_name(int64 id);
 extern const char *rm_relation_sql(Oid relid);
+extern TransactionId rm_trigger_row_xmin(Oid relid, const char *name);
+extern uint64 rm_expression_mark(const RmMigration *m);
 extern int64 rm_trigger_xmin(const RmMigration *m);
 extern int64 rm_trigger_xmin_of(const RmMigration *m, Oid relid);
 extern char *rm_check_name(const RmMigration *m);

@@ -647,7 +647,7 @@ attempt_step(void *arg)
 		run->wait_reason = rm_batch_pause_reason();
 		run->wait_kind = run->wait_reason ? "pause" : NULL;
 	}
-	log_sums(run, attempt->result == RM_STEP_DONE ? "done" : "running", NULL);
+	log_sums(run, attempt->result == RM_STEP_AGAIN ? "running" : "done", NULL);
 	rm_lock_account_collect(&run->locks, run->relid, run->old_storage);
 	choose_synchronous_commit(run);
 }
@@ -849,7 +849,7 @@ after_commit(RmRun *run, RmStepResult result)
 	run->duration_ms = rm_elapsed_ms(run->started);
 	if (run->step->committed)
 		run->step->committed(run, result);
-	if (result != RM_STEP_DONE && run->top_level)
+	if (result == RM_STEP_AGAIN && run->top_level)
 	{
 		error = rm_try(run_top_level, run, run->cxt);
 		if (error)
@@ -919,7 +919,7 @@ run_transactions(RmRun *run)
 	MemoryContext oldcxt = CurrentMemoryContext;
 	RmStepResult result = RM_STEP_AGAIN;
 
-	while (result != RM_STEP_DONE)
+	while (result == RM_STEP_AGAIN)
 	{
 		Attempt		attempt = {.run = run,.result = RM_STEP_AGAIN};
 		ErrorData  *error;

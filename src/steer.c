@@ -92,9 +92,6 @@
 /* how often a paused runner looks by itself, milliseconds */
 #define PAUSE_LOOK 500
 
-/* the step before which cut_over => 'manual' stops */
-#define CUT_OVER_STEP "swap"
-
 PG_FUNCTION_INFO_V1(rm_alter_type);
 PG_FUNCTION_INFO_V1(rm_cut_over);
 PG_FUNCTION_INFO_V1(rm_run);
@@ -310,7 +307,7 @@ next_step(const RmMethod *method, int steps_done, bool manual_cut_over)
 		return NULL;
 	step = method->steps[steps_done];
 	if (step->on_request ||
-		(manual_cut_over && strcmp(step->name, CUT_OVER_STEP) == 0))
+		(manual_cut_over && step->cuts_over))
 		return NULL;
 	return step;
 }
@@ -326,7 +323,7 @@ static bool
 stands_before_cut_over(const RmMigration *m)
 {
 	return m->steps_done < m->method->nsteps &&
-		strcmp(m->method->steps[m->steps_done]->name, CUT_OVER_STEP) == 0;
+		m->method->steps[m->steps_done]->cuts_over;
 }
 
 static void
@@ -408,18 +405,13 @@ method_argument(FunctionCallInfo fcinfo, int arg)
 
 	if (strcmp(name, "auto") == 0)
 		return NULL;
-	if (strcmp(name, "online_rewrite") == 0)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("the method \"%s\" is not supported yet", name),
-				 errdetail("There are three_step, which lets everybody go on, and direct, which locks the table; auto chooses one of them."),
-				 errhint("Use the method three_step.")));
 	if (strcmp(name, rm_method_direct.name) != 0 &&
-		strcmp(name, rm_method_three_step.name) != 0)
+		strcmp(name, rm_method_three_step.name) != 0 &&
+		strcmp(name, rm_method_online_rewrite.name) != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("unknown method \"%s\"", name),
-				 errdetail("There are three_step, which lets everybody go on, and direct, which locks the table; auto chooses one of them."),
+				 errdetail("There are three_step and online_rewrite, which let everybody go on, and direct, which locks the table; auto chooses one of them."),
 				 errhint("Give one of these, or leave it out for three_step.")));
 	return rm_method_by_name(name);
 }

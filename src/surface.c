@@ -29,6 +29,7 @@
 #include "fmgr.h"
 #include "migration.h"
 #include "miscadmin.h"
+#include "rewrite.h"
 #include "risky_migrations.h"
 #include "state.h"
 #include "steer.h"
@@ -263,7 +264,7 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 static void
 refuse_null_on_error(Relation rel, const RmMigrationSpec *spec, AttrNumber attnum)
 {
-	if (spec->method != &rm_method_three_step)
+	if (spec->method == &rm_method_direct)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("on_error => 'null' is not possible with the method %s",
@@ -290,13 +291,37 @@ rm_spec_use_method(RmMigrationSpec *spec, const RmMethod *method)
 	spec->new_column = NULL;
 	if (method == &rm_method_three_step)
 		spec->new_column = rm_shadow_column_name(spec->column);
-	else if (spec->manual_cut_over)
+	else if (spec->manual_cut_over && method == &rm_method_direct)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg("cut_over => 'manual' is not possible with the method %s",
 						method->name),
 				 errdetail("It changes the table in one transaction."),
 				 errhint("Use the method three_step, or leave cut_over out.")));
+}
+
+/*
+ * A table that is being rewritten must keep its columns, and one whose columns
+ * come and go cannot be rewritten (55006).  Needs SPI.
+ */
+static void
+refuse_beside_rewrite(const RmMigrationSpec *spec)
+{
+	Oid			types[] = {OIDOID, BOOLOID};
+	Datum		v[] = {ObjectIdGetDatum(spec->relid),
+	BoolGetDatum(spec->method == &rm_method_online_rewrite)};
+
+	rm_state_execute("SELECT id FROM risky_migrations.migration WHERE state = 'open'"
+					 " AND relid = $1 AND steps_done > 0 AND ($2 OR method = 'online_rewrite')"
+					 " ORDER BY id LIMIT 1", 2, types, v, NULL);
+	if (SPI_processed > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("migration %lld of the same table is open",
+						(long long) rm_result_int64(0, 1)),
+				 errdetail("online_rewrite needs the table for itself."),
+				 errhint("Take that one to its end first, or give it up with CALL rm_rollback(%lld).",
+						 (long long) rm_result_int64(0, 1))));
 }
 
 /*
@@ -341,6 +366,9 @@ rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 		rm_refuse_entangled(spec->relid, def->attnum, def->tree);
 		rm_dependents_refuse(spec->relid, def->attnum, !rm_accept_publications);
 	}
+	refuse_beside_rewrite(spec);
+	if (spec->method == &rm_method_online_rewrite)
+		rm_rewrite_refuse(rel, def);
 
 	oldcxt = MemoryContextSwitchTo(cxt);
 	m = palloc0(sizeof(RmMigration));

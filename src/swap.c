@@ -62,12 +62,14 @@
 #include "catalog/pg_constraint.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
+#include "definitions.h"
 #include "dependents.h"
 #include "executor/spi.h"
 #include "leaves.h"
 #include "miscadmin.h"
 #include "risky_migrations.h"
 #include "rows.h"
+#include "snapshots.h"
 #include "state.h"
 #include "steps.h"
 #include "storage/bufmgr.h"
@@ -110,9 +112,7 @@ typedef struct Swap
 	bool		planned;		/* by this run: else plan anew */
 	bool		parted;
 	int			gone;			/* how often a partition was dropped just then */
-	VirtualTransactionId *waiting;	/* whose snapshots may be too old */
-	int			nwaiting;
-	TimestampTz wait_began;
+	RmSnapshotWait snapshots;	/* whom it has waited for */
 	Oid			leaf;			/* of the look at the way back, and ... */
 	BlockNumber next_block;		/* ... where it goes on in it */
 	bool		looked;
@@ -681,128 +681,20 @@ const RmStep rm_step_build = {
  *-------------------------------------------------------------------------
  */
 
-/* whose snapshots may be older than what is committed by now */
-static VirtualTransactionId *
-older_snapshots(int *n)
-{
-	return GetCurrentVirtualXIDs(ReadNextTransactionId(), true, false,
-								 PROC_IS_AUTOVACUUM | PROC_IN_VACUUM, n);
-}
-
-/*
- * True when nobody in this database has a snapshot any more that was taken
- * before this run began to wait.  On a later visit of the same session another
- * snapshot, which cannot be told from the first, counts too: only its
- * transaction's end does.
- */
-static bool
-snapshots_are_gone(RmRun *run, PGPROC **oldest)
-{
-	Swap	   *s = get_work(run);
-	VirtualTransactionId *now;
-	int			n;
-	int			left = 0;
-
-	InvalidateCatalogSnapshot();
-	now = older_snapshots(&n);
-	if (s->waiting == NULL)
-	{
-		s->waiting = MemoryContextAlloc(run->cxt, sizeof(VirtualTransactionId) * Max(n, 1));
-		memcpy(s->waiting, now, sizeof(VirtualTransactionId) * n);
-		s->nwaiting = n;
-		s->wait_began = GetCurrentTimestamp();
-	}
-	*oldest = NULL;
-	for (int i = 0; i < s->nwaiting; i++)
-		for (int j = 0; j < n; j++)
-			if (VirtualTransactionIdEquals(s->waiting[i], now[j]))
-			{
-				if (*oldest == NULL)
-					*oldest = rm_backend_proc(s->waiting[i]);
-				s->waiting[left++] = s->waiting[i];
-				break;
-			}
-	s->nwaiting = left;
-	return left == 0;
-}
-
 /* waits for older snapshots; true when they are gone, an error after too long */
 static bool
 wait_for_snapshots(RmRun *run)
 {
-	Swap	   *s = get_work(run);
-	PGPROC	   *oldest;
-
-	if (snapshots_are_gone(run, &oldest))
-		return true;
-	if (TimestampDifferenceExceeds(s->wait_began, GetCurrentTimestamp(), rm_snapshot_timeout))
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_IN_USE),
-				 errmsg("an older snapshot keeps the columns from being exchanged"),
-				 errdetail("Process %d has held it for more than %d s; with it, it would find rows without a value in the column that takes the place.",
-						   oldest ? oldest->pid : 0, rm_snapshot_timeout / 1000),
-				 errhint("End that transaction, or raise risky_migrations.snapshot_timeout; then CALL %s(%lld) again.",
-						 run->revert ? "rm_rollback" : "rm_swap",
-						 (long long) run->migration_id)));
-	if (rm_notice_due(run))
-		ereport(NOTICE,
-				(errmsg("migration %lld: waiting for %d transactions with snapshots older than the last batch, the first is process %d",
-						(long long) run->migration_id, s->nwaiting, oldest ? oldest->pid : 0)));
-	run->pause_ms = SNAPSHOT_LOOK;
-	run->wait_kind = "snapshot";
-	run->wait_reason = psprintf("%d transactions have snapshots older than the last batch, the first is process %d",
-								s->nwaiting, oldest ? oldest->pid : 0);
-	return false;
+	return rm_wait_for_snapshots(run, &get_work(run)->snapshots, "the columns from being exchanged",
+								 "with it, it would find rows without a value in the column that takes the place",
+								 psprintf("CALL %s(%lld) again", run->revert ? "rm_rollback" : "rm_swap",
+										  (long long) run->migration_id));
 }
 
 /*-------------------------------------------------------------------------
  * The exchange
  *-------------------------------------------------------------------------
  */
-
-/* views, rules, policies, triggers: dropped before, and made again after it */
-typedef struct Definition
-{
-	char	   *drop_sql;
-	List	   *make_sql;
-} Definition;
-
-static List *
-definitions_on(const RmMigration *m, AttrNumber attnum)
-{
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
-	List	   *list = NIL;
-
-	if (SPI_execute_with_args("SELECT drop_sql, make_sql FROM risky_migrations.column_objects($1, $2) ORDER BY ord",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the definitions");
-	for (uint64 i = 0; i < SPI_processed; i++)
-	{
-		Definition *d = palloc(sizeof(Definition));
-
-		d->drop_sql = rm_result_text(i, 1);
-		d->make_sql = rm_settings_list(rm_result_datum(i, 2));
-		list = lappend(list, d);
-	}
-	return list;
-}
-
-/* relations besides the table that the exchange changes, by OID */
-static List *
-relations_of_definitions(const RmMigration *m, AttrNumber attnum)
-{
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
-	List	   *list = NIL;
-
-	if (SPI_execute_with_args("SELECT r FROM risky_migrations.column_relations($1, $2) r",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the relations");
-	for (uint64 i = 0; i < SPI_processed; i++)
-		list = lappend_oid(list, DatumGetObjectId(rm_result_datum(i, 1)));
-	return list;
-}
 
 /* nothing may still read the column that has gone aside (55000) */
 static void
@@ -897,20 +789,15 @@ static void
 exchange(RmRun *run, List *list, bool forward)
 {
 	RmMigration *m = run->m;
-	List	   *definitions = definitions_on(m, forward ? m->attnum : m->new_attnum);
-	ListCell   *lc;
-	ListCell   *cmd;
+	List	   *definitions = rm_definitions_on(m, forward ? m->attnum : m->new_attnum);
 
-	foreach(lc, definitions)
-		rm_execute(((Definition *) lfirst(lc))->drop_sql);
+	rm_definitions_drop(definitions);
 	put_out_of_force(run, list, forward);
 	make_between(list);
 	rename_column(m, m->column, forward ? m->old_column : m->new_column);
 	rename_column(m, forward ? m->new_column : m->old_column, m->column);
 	put_in_force(run, list, forward);
-	for (int i = list_length(definitions) - 1; i >= 0; i--)
-		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
-			rm_execute(lfirst(cmd));
+	rm_definitions_make(definitions);
 
 	check_nothing_left_behind(m, forward ? m->attnum : m->new_attnum);
 	m->swapped = forward;
@@ -931,17 +818,12 @@ static void
 rehearse_exchange(void *arg)
 {
 	RmMigration *m = arg;
-	List	   *definitions = definitions_on(m, m->attnum);
-	ListCell   *lc;
-	ListCell   *cmd;
+	List	   *definitions = rm_definitions_on(m, m->attnum);
 
-	foreach(lc, definitions)
-		rm_execute(((Definition *) lfirst(lc))->drop_sql);
+	rm_definitions_drop(definitions);
 	rename_column(m, m->column, m->old_column);
 	rename_column(m, m->new_column, m->column);
-	for (int i = list_length(definitions) - 1; i >= 0; i--)
-		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
-			rm_execute(lfirst(cmd));
+	rm_definitions_make(definitions);
 	check_nothing_left_behind(m, m->attnum);
 }
 
@@ -955,10 +837,10 @@ void
 rm_swap_rehearse(RmRun *run)
 {
 	RmMigration *m = run->m;
-	List	   *relids = relations_of_definitions(m, m->attnum);
+	List	   *relids = rm_relations_of_definitions(m, m->attnum);
 	ErrorData  *error;
 
-	if (definitions_on(m, m->attnum) == NIL)
+	if (rm_definitions_on(m, m->attnum) == NIL)
 		return;
 	rm_lock_relations(&run->locks, lcons_oid(m->relid, relids), AccessExclusiveLock, 0);
 	error = rm_rehearse(rehearse_exchange, m, CurrentMemoryContext);
@@ -979,12 +861,12 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	RmMigration *m = run->m;
 	AttrNumber	attnum = forward ? m->attnum : m->new_attnum;
 	List	   *relids = list_concat_unique_oid(rm_dependents_relations(m, list),
-												relations_of_definitions(m, attnum));
+												rm_relations_of_definitions(m, attnum));
 	Relation	rel;
 
 	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
 	/* a view or a partition that was made before we had the locks: again */
-	if (list_difference_oid(relations_of_definitions(m, attnum), relids) != NIL ||
+	if (list_difference_oid(rm_relations_of_definitions(m, attnum), relids) != NIL ||
 		list_difference_oid(rm_members(m->relid), relids) != NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
@@ -1493,6 +1375,7 @@ swap_explain(RmRun *run, ErrorData *error)
 
 const RmStep rm_step_swap = {
 	.name = "swap",
+	.cuts_over = true,
 	.apply = swap_apply,
 	.revert = swap_revert,
 	.committed = swap_committed,

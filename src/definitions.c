@@ -1,0 +1,86 @@
+/*-------------------------------------------------------------------------
+ *
+ * definitions.c
+ *	  Views, rules, policies and triggers on a column: dropped, and made again.
+ *
+ * ALTER TABLE refuses to change the type of a column that they read, and when
+ * another column takes its name they would stay with the old one.  So each is
+ * read as the statements that make it (risky_migrations.column_objects(), in the
+ * install script), dropped, and made again in the same transaction.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "catalog/pg_type.h"
+#include "conversion.h"
+#include "definitions.h"
+#include "executor/spi.h"
+#include "state.h"
+
+/* views, rules, policies, triggers: dropped before, and made again after it */
+typedef struct Definition
+{
+	char	   *drop_sql;
+	List	   *make_sql;
+} Definition;
+
+/* what has to go before the column can change, in the order in which it goes */
+List *
+rm_definitions_on(const RmMigration *m, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	List	   *list = NIL;
+
+	if (SPI_execute_with_args("SELECT drop_sql, make_sql FROM risky_migrations.column_objects($1, $2) ORDER BY ord",
+							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read the definitions");
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		Definition *d = palloc(sizeof(Definition));
+
+		d->drop_sql = rm_result_text(i, 1);
+		d->make_sql = rm_settings_list(rm_result_datum(i, 2));
+		list = lappend(list, d);
+	}
+	return list;
+}
+
+/* relations besides the table that the exchange changes, by OID */
+List *
+rm_relations_of_definitions(const RmMigration *m, AttrNumber attnum)
+{
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	List	   *list = NIL;
+
+	if (SPI_execute_with_args("SELECT r FROM risky_migrations.column_relations($1, $2) r",
+							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read the relations");
+	for (uint64 i = 0; i < SPI_processed; i++)
+		list = lappend_oid(list, DatumGetObjectId(rm_result_datum(i, 1)));
+	return list;
+}
+
+void
+rm_definitions_drop(List *definitions)
+{
+	ListCell   *lc;
+
+	foreach(lc, definitions)
+		rm_execute(((Definition *) lfirst(lc))->drop_sql);
+}
+
+/* the other way round */
+void
+rm_definitions_make(List *definitions)
+{
+	ListCell   *cmd;
+
+	for (int i = list_length(definitions) - 1; i >= 0; i--)
+		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
+			rm_execute(lfirst(cmd));
+}

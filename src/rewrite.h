@@ -1,0 +1,125 @@
+/*-------------------------------------------------------------------------
+ *
+ * rewrite.h
+ *	  The method online_rewrite: what its files share.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_REWRITE_H
+#define RM_REWRITE_H
+
+#include "access/tableam.h"
+#include "migration.h"
+#include "nodes/execnodes.h"
+#include "storage/itemptr.h"
+
+/* positions in the list of steps */
+typedef enum RmRewriteStep
+{
+	RM_REWRITE_BEGIN,
+	RM_REWRITE_COPY,
+	RM_REWRITE_INDEX,
+	RM_REWRITE_CATCH_UP,
+	RM_REWRITE_VERIFY,
+	RM_REWRITE_CUT_OVER,
+	RM_REWRITE_FINISH
+} RmRewriteStep;
+
+/* what is in a row of the change log, besides the key */
+#define RM_LOG_CHANGED		'c' /* the row with this key has changed */
+#define RM_LOG_FAILED		'f' /* its new version cannot be made: try again */
+#define RM_LOG_TRUNCATED	't' /* all rows are gone; no key */
+
+/*
+ * What the method keeps of a migration: a row of risky_migrations.rewrite, loaded
+ * anew in each transaction, as the migration's own.
+ */
+typedef struct RmRewrite
+{
+	int64		id;				/* of the migration */
+	Oid			shadow;			/* the shadow table */
+	Oid			log;			/* the change log */
+	Oid			key_index;		/* of the table: its columns tell the rows apart */
+	int64		trigger_mark;	/* see rm_rewrite_trigger_mark() */
+	char	   *ground;			/* columns and CHECK constraints when it began */
+	/* S0: the transactions that were in progress when the log began */
+	uint64		next_xid;		/* with epoch: this and later ones had not begun */
+	TransactionId xmin;			/* all before it had ended */
+	TransactionId *running;		/* in between: these had not, in order */
+	int			nrunning;
+	bool		overflowed;		/* some subtransactions are not among them */
+	int64		shadow_blocks;	/* pages of the shadow that are committed copies */
+	int64		rows_failed;	/* at the last catch-up: rows without a new version */
+} RmRewrite;
+
+/*
+ * The rows of the table on their way to the shadow, in one transaction.  From
+ * rm_transfer_begin() on we are the table's owner, in a security-restricted
+ * operation.
+ */
+typedef struct RmTransfer
+{
+	RmMigration *m;
+	RmRewrite  *rw;
+	Relation	rel;			/* the table */
+	Relation	shadow;
+	RmConversion *conv;
+	TupleTableSlot *slot;		/* a row of the table; holds a pin */
+	TupleTableSlot *new_slot;	/* what it becomes; virtual */
+	MemoryContext row_cxt;		/* reset for each row */
+	EState	   *estate;
+	ResultRelInfo *rri;			/* of the shadow; its indexes are open if asked for */
+	Snapshot	snapshot;
+	bool		converting;		/* the user's code is being run */
+	int64		failed;			/* rows that could not be made */
+	int64		nulled;			/* the same, accepted as NULL */
+	Oid			save_userid;
+	int			save_sec_context;
+} RmTransfer;
+
+/* rewrite.c */
+extern RmRewrite *rm_rewrite_load(const RmMigration *m);
+extern void rm_rewrite_save(const RmRewrite *rw);
+extern void rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel);
+extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
+extern char *rm_rewrite_index_name(const RmMigration *m, Oid index);
+extern RmStepResult rm_rewrite_nothing(RmRun *run);
+extern void rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw);
+extern void rm_rewrite_drop_triggers(const RmMigration *m);
+extern int64 rm_rewrite_trigger_mark(const RmMigration *m, Oid relid);
+extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);
+extern RmStepResult rm_rewrite_start_over(RmRun *run, const char *why);
+extern bool rm_rewrite_indexes_complete(RmRun *run);
+
+extern RmTransfer *rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel,
+									 LOCKMODE shadow_lock, bool indexes);
+extern void rm_transfer_end(RmTransfer *t);
+extern void rm_transfer_make(RmTransfer *t);
+extern bool rm_transfer_try(RmTransfer *t, ErrorData **error);
+extern bool rm_transfer_settle(RmTransfer *t, ErrorData *error);
+
+/* rewrite_log.c */
+extern Oid	rm_log_create(const RmMigration *m, Relation rel, Relation key_index);
+extern void rm_log_key(Relation log, TupleTableSlot *slot, char kind);
+extern int64 rm_log_count(Relation log, Snapshot snapshot, int64 limit);
+
+/* rewrite_replay.c */
+extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, bool careful,
+					   int64 *counts);
+extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, LOCKMODE lock, int64 *counts,
+							 RmStepResult *result);
+
+/* rewrite_exchange.c */
+extern void rm_empty_relation(Relation rel);
+
+extern const RmStep rm_step_rewrite_begin;
+extern const RmStep rm_step_rewrite_copy;
+extern const RmStep rm_step_rewrite_index;
+extern const RmStep rm_step_rewrite_catch_up;
+extern const RmStep rm_step_rewrite_verify;
+extern const RmStep rm_step_rewrite_cut_over;
+extern const RmStep rm_step_rewrite_finish;
+
+#endif							/* RM_REWRITE_H */

@@ -1,0 +1,483 @@
+/*-------------------------------------------------------------------------
+ *
+ * rewrite_copy.c
+ *	  online_rewrite: the step "copy".
+ *
+ * The table is read page by page, in short transactions.  Of the row versions
+ * that a transaction's snapshot sees, those are copied whose xmin had ended when
+ * the change log began (S0); all others are in the log already.  A version that
+ * cannot be judged is not copied either, and its key is put into the log.
+ *
+ * The new rows are put on pages that nobody else knows, whole pages, appended
+ * to the shadow and written to the WAL as images.  They are frozen, and the pages
+ * all-visible, from the beginning: the rows had been committed before anybody's
+ * snapshot that may still be in use when the shadow takes the table's place
+ * (the cut-over waits for that), and nobody has to come back to them, neither
+ * VACUUM nor the first reader with its hint bits.
+ *
+ * Frozen rows do not go away with the transaction that stored them.  How many
+ * pages of the shadow are good is in the state row, written in the same
+ * transaction; the next one cuts the shadow back to that before it appends.  So
+ * an error or a crash at any point leaves no row twice.
+ *
+ * Which transactions may be open beside it does not matter: the copy locks
+ * nothing but ACCESS SHARE on the table, for as long as a range of pages takes.
+ *
+ * Easy to get wrong:
+ *
+ *	A frozen version keeps its raw xmin, which may be of an earlier epoch: by the
+ *	number alone it could look like one that was made after S0.  It cannot be
+ *	judged, then.
+ *
+ *	Page numbers mean something for one relfilenode only: with other storage all
+ *	begins again (rm_rewrite_missed).
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/heapam.h"
+#include "access/heaptoast.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/transam.h"
+#include "access/visibilitymap.h"
+#include "access/xact.h"
+#include "access/xloginsert.h"
+#include "catalog/storage.h"
+#include "compat.h"
+#include "miscadmin.h"
+#include "rewrite.h"
+#include "rows.h"
+#include "risky_migrations.h"
+#include "steps.h"
+#include "storage/bufmgr.h"
+#include "storage/bufpage.h"
+#include "storage/lmgr.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+
+/* how long one transaction copies, milliseconds, and pages, at most */
+#define COPY_TIME 250
+#define COPY_PAGES 16384
+
+/* pages of the shadow under construction */
+typedef struct PageWriter
+{
+	Relation	rel;
+	PGAlignedBlock page;
+	bool		started;		/* the page has a row */
+	Size		keep_free;		/* fillfactor */
+	BlockNumber next;			/* number that it will have */
+	Buffer		vmbuf;
+	BufferAccessStrategy strategy;
+} PageWriter;
+
+/* the copy; lives across transactions */
+typedef struct Copy
+{
+	bool		begun;			/* a transaction of this run has committed */
+	bool		careful;		/* some row does not convert: one by one */
+	bool		converting;		/* the user's code was run when it failed */
+	int64		failed;
+	int64		xact_failed;
+} Copy;
+
+/*-------------------------------------------------------------------------
+ * Pages
+ *-------------------------------------------------------------------------
+ */
+
+static void
+writer_begin(PageWriter *w, Relation rel, BlockNumber next)
+{
+	w->rel = rel;
+	w->started = false;
+	w->keep_free = RelationGetTargetPageFreeSpace(rel, HEAP_DEFAULT_FILLFACTOR);
+	w->next = next;
+	w->vmbuf = InvalidBuffer;
+	w->strategy = GetAccessStrategy(BAS_BULKWRITE);
+}
+
+/* the rows on the page know their place */
+static void
+set_places(Page page, BlockNumber block)
+{
+	OffsetNumber max = PageGetMaxOffsetNumber(page);
+
+	for (OffsetNumber off = FirstOffsetNumber; off <= max; off = OffsetNumberNext(off))
+	{
+		HeapTupleHeader tup = (HeapTupleHeader) PageGetItem(page, PageGetItemId(page, off));
+
+		ItemPointerSet(&tup->t_ctid, block, off);
+	}
+}
+
+/* appends the page to the shadow */
+static void
+writer_flush(PageWriter *w)
+{
+	Buffer		buf;
+
+	if (!w->started)
+		return;
+	visibilitymap_pin(w->rel, w->next, &w->vmbuf);
+	buf = rm_extend(w->rel, w->strategy);
+	if (BufferGetBlockNumber(buf) != w->next)
+		elog(ERROR, "page %u of the shadow was to be appended, it is %u", w->next,
+			 BufferGetBlockNumber(buf));
+	set_places(w->page.data, w->next);
+	PageSetAllVisible(w->page.data);
+
+	START_CRIT_SECTION();
+	memcpy(BufferGetPage(buf), w->page.data, BLCKSZ);
+	MarkBufferDirty(buf);
+	if (RelationNeedsWAL(w->rel))
+		log_newpage_buffer(buf, true);
+	END_CRIT_SECTION();
+
+	visibilitymap_set(w->rel, w->next, buf, InvalidXLogRecPtr, w->vmbuf, InvalidTransactionId,
+					  VISIBILITYMAP_ALL_VISIBLE | VISIBILITYMAP_ALL_FROZEN);
+	UnlockReleaseBuffer(buf);
+	w->next++;
+	w->started = false;
+}
+
+static void
+writer_end(PageWriter *w)
+{
+	writer_flush(w);
+	if (BufferIsValid(w->vmbuf))
+		ReleaseBuffer(w->vmbuf);
+	FreeAccessStrategy(w->strategy);
+}
+
+/* adds a row, frozen; large values go into the TOAST table */
+static void
+writer_add(PageWriter *w, HeapTuple tup)
+{
+	HeapTupleHeader header;
+	Size		len;
+
+	if (HeapTupleHasExternal(tup) || tup->t_len > TOAST_TUPLE_THRESHOLD)
+		tup = heap_toast_insert_or_update(w->rel, tup, NULL, HEAP_INSERT_SKIP_FSM | HEAP_INSERT_NO_LOGICAL);
+	header = tup->t_data;
+	header->t_infomask &= ~HEAP_XACT_MASK;
+	header->t_infomask2 &= ~HEAP2_XACT_MASK;
+	header->t_infomask |= HEAP_XMAX_INVALID;
+	HeapTupleHeaderSetXmin(header, GetCurrentTransactionId());
+	HeapTupleHeaderSetXminFrozen(header);
+	HeapTupleHeaderSetCmin(header, FirstCommandId);
+	HeapTupleHeaderSetXmax(header, InvalidTransactionId);
+
+	len = MAXALIGN(tup->t_len);
+	if (len > MaxHeapTupleSize)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("row is too big: size %zu, maximum size %zu", len, MaxHeapTupleSize)));
+	if (w->started && len + w->keep_free > PageGetHeapFreeSpace(w->page.data))
+		writer_flush(w);
+	if (!w->started)
+	{
+		PageInit(w->page.data, BLCKSZ, 0);
+		w->started = true;
+	}
+	if (PageAddItem(w->page.data, (Item) header, tup->t_len, InvalidOffsetNumber, false, true) ==
+		InvalidOffsetNumber)
+		elog(ERROR, "could not add a row to a page of the shadow");
+}
+
+/*-------------------------------------------------------------------------
+ * Which rows
+ *-------------------------------------------------------------------------
+ */
+
+typedef enum Verdict
+{
+	OLD,						/* was there when the log began */
+	LOGGED,						/* made since: the log has it */
+	UNKNOWN
+} Verdict;
+
+/* see the top of the file; only of versions that a snapshot sees */
+static Verdict
+judge(const RmRewrite *rw, HeapTupleHeader tup)
+{
+	TransactionId xmin = HeapTupleHeaderGetRawXmin(tup);
+	TransactionId next = (TransactionId) rw->next_xid;
+	int			low = 0;
+	int			high = rw->nrunning;
+
+	if (!TransactionIdIsNormal(xmin) || TransactionIdPrecedes(xmin, rw->xmin))
+		return OLD;
+	if (HeapTupleHeaderXminFrozen(tup))
+		/* what has not even begun by now is of an earlier epoch */
+		return TransactionIdPrecedes(xmin, ReadNextTransactionId()) ? UNKNOWN : OLD;
+	if (TransactionIdFollowsOrEquals(xmin, next))
+		return LOGGED;
+	while (low < high)
+	{
+		int			mid = (low + high) / 2;
+
+		if (rw->running[mid] == xmin)
+			return LOGGED;
+		if (rw->running[mid] < xmin)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return rw->overflowed ? UNKNOWN : OLD;
+}
+
+/* offsets of the versions on a pinned page that are to be copied, or logged */
+static int
+rows_on_page(RmTransfer *t, Buffer buf, OffsetNumber *offsets, bool *unknown)
+{
+	Page		page;
+	BlockNumber block = BufferGetBlockNumber(buf);
+	OffsetNumber max;
+	bool		all_visible;
+	int			n = 0;
+
+	LockBuffer(buf, BUFFER_LOCK_SHARE);
+	page = BufferGetPage(buf);
+	max = PageGetMaxOffsetNumber(page);
+	all_visible = PageIsAllVisible(page);
+	for (OffsetNumber off = FirstOffsetNumber; off <= max; off = OffsetNumberNext(off))
+	{
+		ItemId		lp = PageGetItemId(page, off);
+		HeapTupleData tup;
+		Verdict		verdict;
+
+		if (!ItemIdIsNormal(lp))
+			continue;
+		tup.t_data = (HeapTupleHeader) PageGetItem(page, lp);
+		tup.t_len = ItemIdGetLength(lp);
+		tup.t_tableOid = RelationGetRelid(t->rel);
+		ItemPointerSet(&tup.t_self, block, off);
+		if (!all_visible && !HeapTupleSatisfiesVisibility(&tup, t->snapshot, buf))
+			continue;
+		verdict = judge(t->rw, tup.t_data);
+		if (verdict == LOGGED)
+			continue;
+		unknown[n] = verdict == UNKNOWN;
+		offsets[n++] = off;
+	}
+	LockBuffer(buf, BUFFER_LOCK_UNLOCK);
+	return n;
+}
+
+static void
+store_in_slot(RmTransfer *t, Buffer buf, OffsetNumber off)
+{
+	Page		page = BufferGetPage(buf);
+	ItemId		lp = PageGetItemId(page, off);
+	BufferHeapTupleTableSlot *bslot = (BufferHeapTupleTableSlot *) t->slot;
+
+	bslot->base.tupdata.t_data = (HeapTupleHeader) PageGetItem(page, lp);
+	bslot->base.tupdata.t_len = ItemIdGetLength(lp);
+	bslot->base.tupdata.t_tableOid = RelationGetRelid(t->rel);
+	ItemPointerSet(&bslot->base.tupdata.t_self, BufferGetBlockNumber(buf), off);
+	ExecStoreBufferHeapTuple(&bslot->base.tupdata, t->slot, buf);
+}
+
+/* makes the row in slot, and appends it; false if it cannot be made */
+static bool
+copy_row(RmTransfer *t, PageWriter *w, bool careful)
+{
+	MemoryContext oldcxt;
+	HeapTuple	tup;
+	ErrorData  *error;
+
+	if (!careful)
+		rm_transfer_make(t);
+	else if (!rm_transfer_try(t, &error) && !rm_transfer_settle(t, error))
+		return false;
+	oldcxt = MemoryContextSwitchTo(t->row_cxt);
+	tup = heap_form_tuple(RelationGetDescr(t->shadow), t->new_slot->tts_values,
+						  t->new_slot->tts_isnull);
+	writer_add(w, tup);
+	MemoryContextSwitchTo(oldcxt);
+	return true;
+}
+
+/* one page of the table; returns the rows that were copied */
+static int
+copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf, bool careful)
+{
+	OffsetNumber offsets[MaxHeapTuplesPerPage];
+	bool		unknown[MaxHeapTuplesPerPage];
+	int			n = rows_on_page(t, buf, offsets, unknown);
+	int			copied = 0;
+
+	for (int i = 0; i < n; i++)
+	{
+		MemoryContextReset(t->row_cxt);
+		store_in_slot(t, buf, offsets[i]);
+		if (unknown[i])
+			rm_log_key(log, t->slot, RM_LOG_CHANGED);
+		else if (copy_row(t, w, careful))
+			copied++;
+		else
+			rm_log_key(log, t->slot, RM_LOG_FAILED);
+	}
+	ExecClearTuple(t->slot);
+	return copied;
+}
+
+/*-------------------------------------------------------------------------
+ * The step
+ *-------------------------------------------------------------------------
+ */
+
+/* what a failed transaction has appended goes, before we append */
+static void
+cut_back(RmTransfer *t)
+{
+	BlockNumber blocks = RelationGetNumberOfBlocks(t->shadow);
+
+	if (blocks == t->rw->shadow_blocks)
+		return;
+	LockRelationOid(t->rw->shadow, AccessExclusiveLock);
+	RelationTruncate(t->shadow, (BlockNumber) t->rw->shadow_blocks);
+}
+
+/* a range of pages; moves next_block */
+static void
+copy_range(RmRun *run, RmRewrite *rw, Relation rel, BlockNumber end)
+{
+	RmMigration *m = run->m;
+	Copy	   *c = run->work;
+	RmTransfer *t = rm_transfer_begin(m, rw, rel, ShareUpdateExclusiveLock, false);
+	Relation	log = table_open(rw->log, RowExclusiveLock);
+	BlockNumber block = m->next_block;
+	BlockNumber stop = Min((int64) end, m->next_block + COPY_PAGES);
+	BufferAccessStrategy strategy = GetAccessStrategy(BAS_BULKREAD);
+	PageWriter *w = palloc(sizeof(PageWriter));
+	int64		copied = 0;
+	instr_time	started;
+
+	cut_back(t);
+	writer_begin(w, t->shadow, (BlockNumber) rw->shadow_blocks);
+	c->converting = true;
+	INSTR_TIME_SET_CURRENT(started);
+	while (block < stop && copied < run->batch)
+	{
+		Buffer		buf;
+
+		CHECK_FOR_INTERRUPTS();
+		buf = ReadBufferExtended(rel, MAIN_FORKNUM, block++, RBM_NORMAL, strategy);
+		copied += copy_page(t, w, log, buf, c->careful);
+		ReleaseBuffer(buf);
+		if (block % 64 == 0 && rm_elapsed_ms(started) > COPY_TIME)
+			break;
+	}
+	c->converting = false;
+	writer_end(w);
+	rw->shadow_blocks = w->next;
+	pfree(w);
+	FreeAccessStrategy(strategy);
+	table_close(log, NoLock);
+	c->xact_failed = t->failed + t->nulled;
+	rm_transfer_end(t);
+	m->next_block = block;
+	m->rows_done += copied;
+	run->rows_changed += copied;
+}
+
+/* an unlogged table, and with it the shadow, is empty after a crash */
+static bool
+shadow_shrunk(const RmRewrite *rw)
+{
+	Relation	shadow = table_open(rw->shadow, AccessShareLock);
+	bool		shrunk = RelationGetNumberOfBlocks(shadow) < rw->shadow_blocks;
+
+	table_close(shadow, AccessShareLock);
+	return shrunk;
+}
+
+static RmStepResult
+copy_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	RmRewrite  *rw = rm_rewrite_load(m);
+	Copy	   *c = run->work;
+	Relation	rel;
+	BlockNumber end;
+	const char *missed;
+
+	if (c == NULL)
+		c = run->work = MemoryContextAllocZero(run->cxt, sizeof(Copy));
+	c->xact_failed = 0;
+	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
+	rel = table_open(m->relid, NoLock);
+	rm_rewrite_check_ground(m, rw, rel);
+	missed = rm_rewrite_missed(m, rw, rel);
+	if (missed == NULL && shadow_shrunk(rw))
+		missed = "the shadow was emptied by a crash";
+	if (missed)
+	{
+		table_close(rel, NoLock);
+		return rm_rewrite_start_over(run, missed);
+	}
+	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
+	if (m->next_block < end)
+		copy_range(run, rw, rel, end);
+	table_close(rel, NoLock);
+	rm_rewrite_save(rw);
+
+	run->progress.blocks_done = m->next_block;
+	run->progress.blocks_total = m->end_block;
+	run->progress.rows_done = m->rows_done;
+	run->progress.rows_total = Max(m->rows_estimated, m->rows_done);
+	run->async_commit = true;
+	run->may_hold = true;
+	run->batch_ended = true;
+	run->batches++;
+	return m->next_block < end ? RM_STEP_AGAIN : RM_STEP_DONE;
+}
+
+static void
+copy_committed(RmRun *run, RmStepResult result)
+{
+	Copy	   *c = run->work;
+	char		rows[32];
+
+	c->begun = true;
+	c->careful = false;
+	c->failed += c->xact_failed;
+	if (result == RM_STEP_BACK || (result == RM_STEP_AGAIN && !rm_notice_due(run)))
+		return;
+	rm_format_count(rows, sizeof(rows), run->progress.rows_done);
+	ereport(NOTICE,
+			(errmsg("copy: %s rows, %d %% of %s", rows,
+					run->progress.blocks_total == 0 || result == RM_STEP_DONE ? 100 :
+					(int) (100 * run->progress.blocks_done / run->progress.blocks_total),
+					run->relation)));
+}
+
+/* a value does not convert: the same range again, row by row */
+static bool
+copy_retry(RmRun *run, ErrorData *error)
+{
+	Copy	   *c = run->work;
+
+	if (c == NULL || !c->converting || c->careful || !rm_is_conversion_failure(error->sqlerrcode))
+		return false;
+	c->converting = false;
+	c->careful = true;
+	return true;
+}
+
+const RmStep rm_step_rewrite_copy = {
+	.name = "copy",
+	.throttled = true,
+	.apply = copy_apply,
+	.revert = rm_rewrite_nothing,
+	.committed = copy_committed,
+	.retry = copy_retry,
+};

@@ -1,0 +1,640 @@
+/*-------------------------------------------------------------------------
+ *
+ * rewrite_exchange.c
+ *	  online_rewrite: the steps "cut_over" and "finish".
+ *
+ * When the shadow is complete, verified and nearly up to date, all snapshots that
+ * are older than the last rounds of catching up are waited out, holding nothing.
+ * Then one transaction, with ACCESS EXCLUSIVE on the table and on all whose
+ * definition changes with it:
+ *
+ *	the rest of the log is replayed; if that is more than a few rows, the locks are
+ *	let go and a round comes in between, so that the hold is bounded;
+ *	foreign keys on the column are put aside, views, rules, policies and triggers
+ *	are dropped (their definitions have been read);
+ *	the table gets new, empty storage, as by TRUNCATE, and PostgreSQL's own ALTER
+ *	TABLE changes the type: all that the catalogs have to say is its work, and
+ *	on an empty table it takes milliseconds;
+ *	table and shadow exchange their files, each index with its counterpart, and
+ *	their TOAST tables; what has been dropped is made again, foreign keys NOT VALID;
+ *	shadow, log and triggers go.
+ *
+ * "finish" proves the foreign keys, beside everybody, so that they are what they
+ * were.
+ *
+ * Who may be under way: nobody who has touched the table.  A transaction with a
+ * snapshot taken after the last round but before the exchange, which first reads
+ * the table after it (REPEATABLE READ), finds the rows that changed in that time
+ * as the last round has left them, since what was replayed under the lock is of a
+ * transaction that its snapshot does not see.  Older snapshots do not exist in
+ * this database; on standbys nobody waits for them.
+ *
+ * Easy to get wrong:
+ *
+ *	With wal_level = minimal, storage of this very transaction is not written to
+ *	the WAL.  The table's empty storage is such, the shadow's is not: with the
+ *	files the marks in the relcache must change places too, or the next write to
+ *	the table in this transaction would be lost in a crash.
+ *
+ *	TOAST pointers name their TOAST table by OID, so the tables themselves change
+ *	hands, not their files, as in ALTER TABLE.
+ *
+ *	Rows keep their predicate locks (SERIALIZABLE) by place; they are promoted to
+ *	the relation before the places mean nothing any more.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/heapam.h"
+#include "access/htup_details.h"
+#include "access/multixact.h"
+#include "access/table.h"
+#include "access/toast_internals.h"
+#include "access/xact.h"
+#include "catalog/catalog.h"
+#include "catalog/dependency.h"
+#include "catalog/heap.h"
+#include "catalog/indexing.h"
+#include "catalog/namespace.h"
+#include "catalog/objectaddress.h"
+#include "catalog/pg_class.h"
+#include "catalog/pg_statistic.h"
+#include "catalog/pg_type.h"
+#include "commands/tablecmds.h"
+#include "compat.h"
+#include "definitions.h"
+#include "dependents.h"
+#include "executor/spi.h"
+#include "miscadmin.h"
+#include "rewrite.h"
+#include "risky_migrations.h"
+#include "rows.h"
+#include "snapshots.h"
+#include "state.h"
+#include "steps.h"
+#include "storage/lmgr.h"
+#include "storage/predicate.h"
+#include "storage/smgr.h"
+#include "utils/builtins.h"
+#include "utils/fmgroids.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/syscache.h"
+
+/* rows of the log that are replayed under the lock, at most */
+#define FEW_UNDER_LOCK 1000
+
+enum
+{
+	CUT_ANALYZE,				/* statistics for the shadow */
+	CUT_WAIT,					/* for older snapshots */
+	CUT_ROUND,					/* once more, just before */
+	CUT_EXCHANGE
+};
+
+/*-------------------------------------------------------------------------
+ * Storage
+ *-------------------------------------------------------------------------
+ */
+
+/* what TRUNCATE does inside; the caller holds ACCESS EXCLUSIVE */
+void
+rm_empty_relation(Relation rel)
+{
+	Oid			toast = rel->rd_rel->reltoastrelid;
+
+	TransferPredicateLocksToHeapRelation(rel);
+	rm_set_new_storage(rel);
+	if (OidIsValid(toast))
+	{
+		Relation	toast_rel = relation_open(toast, AccessExclusiveLock);
+
+		rm_set_new_storage(toast_rel);
+		table_close(toast_rel, NoLock);
+	}
+	rm_reindex_relation(RelationGetRelid(rel));
+	CommandCounterIncrement();
+}
+
+#define SWAP(type, a, b) \
+	do { type swap_ = (a); (a) = (b); (b) = swap_; } while (0)
+
+/* the TOAST tables change hands */
+static void
+relink_toast(Oid toast, Oid owner)
+{
+	ObjectAddress toast_object;
+	ObjectAddress owner_object;
+
+	if (!OidIsValid(toast))
+		return;
+	if (deleteDependencyRecordsFor(RelationRelationId, toast, false) != 1)
+		elog(ERROR, "TOAST table %u does not depend on its table alone", toast);
+	ObjectAddressSet(toast_object, RelationRelationId, toast);
+	ObjectAddressSet(owner_object, RelationRelationId, owner);
+	recordDependencyOn(&toast_object, &owner_object, DEPENDENCY_INTERNAL);
+}
+
+/*
+ * Exchanges the storage of two relations of the same kind: mine has some of this
+ * transaction, other's is older.  What pg_class tells of the storage goes with it.
+ */
+static void
+exchange_storage(Oid mine, Oid other)
+{
+	Relation	pg_class = table_open(RelationRelationId, RowExclusiveLock);
+	HeapTuple	a_tup = SearchSysCacheCopy1(RELOID, ObjectIdGetDatum(mine));
+	HeapTuple	b_tup = SearchSysCacheCopy1(RELOID, ObjectIdGetDatum(other));
+	Form_pg_class a = (Form_pg_class) GETSTRUCT(a_tup);
+	Form_pg_class b = (Form_pg_class) GETSTRUCT(b_tup);
+	Relation	a_rel = relation_open(mine, NoLock);
+	Relation	b_rel = relation_open(other, NoLock);
+	CatalogIndexState indexes;
+
+	if (a->relkind != b->relkind || a->relam != b->relam ||
+		a->relpersistence != b->relpersistence || !OidIsValid(a->relfilenode) ||
+		!OidIsValid(b->relfilenode))
+		elog(ERROR, "relations %u and %u cannot exchange their storage", mine, other);
+	SWAP(Oid, a->relfilenode, b->relfilenode);
+	SWAP(Oid, a->reltablespace, b->reltablespace);
+	SWAP(int32, a->relpages, b->relpages);
+	SWAP(float4, a->reltuples, b->reltuples);
+	SWAP(int32, a->relallvisible, b->relallvisible);
+	rm_swap_all_frozen(a, b);
+	SWAP(TransactionId, a->relfrozenxid, b->relfrozenxid);
+	SWAP(MultiXactId, a->relminmxid, b->relminmxid);
+	if (a->reltoastrelid != b->reltoastrelid)
+	{
+		relink_toast(a->reltoastrelid, other);
+		relink_toast(b->reltoastrelid, mine);
+		SWAP(Oid, a->reltoastrelid, b->reltoastrelid);
+	}
+
+	/* see the top of the file */
+	rm_assume_new_storage(b_rel);
+	rm_assume_old_storage(a_rel);
+
+	indexes = CatalogOpenIndexes(pg_class);
+	CatalogTupleUpdateWithInfo(pg_class, &a_tup->t_self, a_tup, indexes);
+	CatalogTupleUpdateWithInfo(pg_class, &b_tup->t_self, b_tup, indexes);
+	CatalogCloseIndexes(indexes);
+	RelationCloseSmgr(a_rel);
+	RelationCloseSmgr(b_rel);
+	relation_close(a_rel, NoLock);
+	relation_close(b_rel, NoLock);
+	heap_freetuple(a_tup);
+	heap_freetuple(b_tup);
+	table_close(pg_class, RowExclusiveLock);
+	CommandCounterIncrement();
+}
+
+/* an index of the table, known by its name while ALTER TABLE makes it anew */
+typedef struct IndexPair
+{
+	char	   *name;
+	Oid			shadow;
+} IndexPair;
+
+static List *
+index_pairs(const RmMigration *m)
+{
+	Relation	rel = table_open(m->relid, NoLock);
+	List	   *pairs = NIL;
+	ListCell   *lc;
+
+	foreach(lc, RelationGetIndexList(rel))
+	{
+		IndexPair  *p = palloc(sizeof(IndexPair));
+
+		p->name = get_rel_name(lfirst_oid(lc));
+		p->shadow = get_relname_relid(rm_rewrite_index_name(m, lfirst_oid(lc)),
+									  get_namespace_oid(RM_SCHEMA, false));
+		if (!OidIsValid(p->shadow))
+			elog(ERROR, "the shadow has no index for \"%s\"", p->name);
+		pairs = lappend(pairs, p);
+	}
+	table_close(rel, NoLock);
+	return pairs;
+}
+
+/* are both indexes of the same columns, in the same way? */
+static void
+check_same_index(Oid mine, Oid other)
+{
+	Relation	a = index_open(mine, AccessExclusiveLock);
+	Relation	b = index_open(other, AccessExclusiveLock);
+	int			n = a->rd_index->indnatts;
+
+	if (n != b->rd_index->indnatts || a->rd_index->indnkeyatts != b->rd_index->indnkeyatts ||
+		a->rd_index->indisunique != b->rd_index->indisunique ||
+		memcmp(a->rd_index->indkey.values, b->rd_index->indkey.values, sizeof(int16) * n) != 0 ||
+		memcmp(a->rd_opfamily, b->rd_opfamily, sizeof(Oid) * a->rd_index->indnkeyatts) != 0 ||
+		memcmp(a->rd_opcintype, b->rd_opcintype, sizeof(Oid) * a->rd_index->indnkeyatts) != 0 ||
+		memcmp(a->rd_indcollation, b->rd_indcollation, sizeof(Oid) * a->rd_index->indnkeyatts) != 0 ||
+		memcmp(a->rd_indoption, b->rd_indoption, sizeof(int16) * a->rd_index->indnkeyatts) != 0)
+		elog(ERROR, "index \"%s\" of the changed table is not the one that was built",
+			 RelationGetRelationName(a));
+	index_close(a, NoLock);
+	index_close(b, NoLock);
+}
+
+/* the TOAST table that has come from the shadow gets the name it should have */
+static void
+name_toast(Oid relid)
+{
+	Relation	rel = table_open(relid, NoLock);
+	Oid			toast = rel->rd_rel->reltoastrelid;
+	Oid			index;
+
+	table_close(rel, NoLock);
+	if (!OidIsValid(toast) ||
+		strcmp(get_rel_name(toast), psprintf("pg_toast_%u", relid)) == 0)
+		return;
+	index = toast_get_valid_index(toast, NoLock);
+	RenameRelationInternal(toast, psprintf("pg_toast_%u", relid), true, false);
+	RenameRelationInternal(index, psprintf("pg_toast_%u_index", relid), true, true);
+	CommandCounterIncrement();
+	ResetRelRewrite(toast);
+	CommandCounterIncrement();
+}
+
+/*-------------------------------------------------------------------------
+ * Statistics
+ *-------------------------------------------------------------------------
+ */
+
+/* what ANALYZE has found out about the shadow's column is true of the table's */
+static void
+take_statistics(const RmMigration *m, Oid shadow)
+{
+	Relation	pg_statistic = table_open(StatisticRelationId, RowExclusiveLock);
+	HeapTuple	tup = SearchSysCacheCopy3(STATRELATTINH, ObjectIdGetDatum(shadow),
+										  Int16GetDatum(m->attnum), BoolGetDatum(false));
+
+	if (HeapTupleIsValid(tup))
+	{
+		ItemPointerData tid = tup->t_self;
+
+		((Form_pg_statistic) GETSTRUCT(tup))->starelid = m->relid;
+		if (SearchSysCacheExists3(STATRELATTINH, ObjectIdGetDatum(m->relid),
+								  Int16GetDatum(m->attnum), BoolGetDatum(false)))
+			RemoveStatistics(m->relid, m->attnum);
+		CatalogTupleUpdate(pg_statistic, &tid, tup);
+		heap_freetuple(tup);
+		CommandCounterIncrement();
+	}
+	table_close(pg_statistic, RowExclusiveLock);
+}
+
+/*-------------------------------------------------------------------------
+ * Foreign keys
+ *-------------------------------------------------------------------------
+ */
+
+/* a foreign key on the column, at either end */
+typedef struct ForeignKey
+{
+	Oid			relid;
+	Oid			peer;
+	char	   *drop_sql;
+	char	   *add_sql;		/* NOT VALID */
+	char	   *comment_sql;	/* or NULL */
+	char	   *validate_sql;	/* NULL: it was not valid before */
+} ForeignKey;
+
+static List *
+foreign_keys(const RmMigration *m)
+{
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(m->attnum)};
+	List	   *list = NIL;
+
+	if (SPI_execute_with_args("SELECT relid::int8, peer::int8, drop_sql, add_sql, comment_sql, validate_sql"
+							  " FROM risky_migrations.column_foreign_keys($1, $2)",
+							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+		elog(ERROR, "could not read the foreign keys");
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		ForeignKey *k = palloc(sizeof(ForeignKey));
+
+		k->relid = rm_result_int64(i, 1);
+		k->peer = rm_result_int64(i, 2);
+		k->drop_sql = rm_result_text(i, 3);
+		k->add_sql = rm_result_text(i, 4);
+		k->comment_sql = rm_result_text(i, 5);
+		k->validate_sql = rm_result_text(i, 6);
+		list = lappend(list, k);
+	}
+	return list;
+}
+
+/* what "finish" has to prove */
+static void
+note_proofs(const RmMigration *m, List *keys)
+{
+	Oid			types[] = {INT8OID, TEXTARRAYOID};
+	Datum		v[2];
+	List	   *proofs = NIL;
+	ListCell   *lc;
+
+	foreach(lc, keys)
+		if (((ForeignKey *) lfirst(lc))->validate_sql)
+			proofs = lappend(proofs, ((ForeignKey *) lfirst(lc))->validate_sql);
+	v[0] = Int64GetDatum(m->id);
+	v[1] = rm_settings_array(proofs);
+	rm_state_execute("UPDATE risky_migrations.rewrite SET to_prove = $2 WHERE migration_id = $1",
+					 2, types, v, NULL);
+}
+
+/*-------------------------------------------------------------------------
+ * cut_over
+ *-------------------------------------------------------------------------
+ */
+
+/* all relations that the exchange changes; the table first */
+static List *
+relations_to_lock(const RmMigration *m, const RmRewrite *rw)
+{
+	List	   *list = rm_relations_of_definitions(m, m->attnum);
+	Oid			oids[] = {m->relid, rw->shadow};
+	ListCell   *lc;
+
+	foreach(lc, foreign_keys(m))
+	{
+		list = list_append_unique_oid(list, ((ForeignKey *) lfirst(lc))->relid);
+		list = list_append_unique_oid(list, ((ForeignKey *) lfirst(lc))->peer);
+	}
+	for (int i = 0; i < lengthof(oids); i++)
+	{
+		HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(oids[i]));
+
+		if (!HeapTupleIsValid(tup))
+			continue;
+		list = list_append_unique_oid(list, oids[i]);
+		if (OidIsValid(((Form_pg_class) GETSTRUCT(tup))->reltoastrelid))
+			list = list_append_unique_oid(list, ((Form_pg_class) GETSTRUCT(tup))->reltoastrelid);
+		ReleaseSysCache(tup);
+	}
+	return lcons_oid(m->relid, list_delete_oid(list, m->relid));
+}
+
+/* PostgreSQL's own ALTER TABLE, as the table's owner, on the empty table */
+static void
+alter_type(const RmMigration *m)
+{
+	Relation	rel = table_open(m->relid, NoLock);
+	Oid			owner = rel->rd_rel->relowner;
+	Oid			save_userid;
+	int			save_sec_context;
+
+	table_close(rel, NoLock);
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
+	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING (NULL::%s)",
+						rm_relation_sql(m->relid),
+						quote_identifier(get_attname(m->relid, m->attnum, false)),
+						m->new_type, m->new_type));
+	SetUserIdAndSecContext(save_userid, save_sec_context);
+	CommandCounterIncrement();
+}
+
+/* table and shadow, indexes and TOAST tables change their storage */
+static void
+exchange_files(RmMigration *m, RmRewrite *rw, List *pairs)
+{
+	Oid			nspid = get_rel_namespace(m->relid);
+	Relation	rel;
+	ListCell   *lc;
+
+	exchange_storage(m->relid, rw->shadow);
+	foreach(lc, pairs)
+	{
+		IndexPair  *p = lfirst(lc);
+		Oid			index = get_relname_relid(p->name, nspid);
+
+		check_same_index(index, p->shadow);
+		exchange_storage(index, p->shadow);
+	}
+	take_statistics(m, rw->shadow);
+	rm_rewrite_drop(m, rw);
+	name_toast(m->relid);
+	rel = table_open(m->relid, NoLock);
+	RelationClearMissing(rel);
+	table_close(rel, NoLock);
+	CommandCounterIncrement();
+}
+
+/* everything of the exchange; the locks are held, the log is empty */
+static void
+exchange(RmRun *run, RmRewrite *rw)
+{
+	RmMigration *m = run->m;
+	List	   *definitions = rm_definitions_on(m, m->attnum);
+	List	   *keys = foreign_keys(m);
+	List	   *pairs = index_pairs(m);
+	Relation	rel;
+	ListCell   *lc;
+
+	rm_definitions_drop(definitions);
+	foreach(lc, keys)
+		rm_execute(((ForeignKey *) lfirst(lc))->drop_sql);
+	rm_rewrite_drop_triggers(m);
+	note_proofs(m, keys);
+
+	rel = table_open(m->relid, NoLock);
+	CheckTableNotInUse(rel, "ALTER TABLE");
+	rm_empty_relation(rel);
+	table_close(rel, NoLock);
+	alter_type(m);
+	exchange_files(m, rw, pairs);
+
+	foreach(lc, keys)
+	{
+		rm_execute(((ForeignKey *) lfirst(lc))->add_sql);
+		if (((ForeignKey *) lfirst(lc))->comment_sql)
+			rm_execute(((ForeignKey *) lfirst(lc))->comment_sql);
+	}
+	rm_definitions_make(definitions);
+}
+
+/* 23514 and the like: rows that cannot be made stand in the way */
+static void
+refuse_failed_rows(RmRun *run, RmRewrite *rw)
+{
+	if (rw->rows_failed > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_NOT_NULL_VIOLATION),
+				 errmsg_plural("%lld row of %s has no new value",
+							   "%lld rows of %s have no new value",
+							   (unsigned long) rw->rows_failed, (long long) rw->rows_failed,
+							   run->relation),
+				 errdetail("Column \"%s\" has values that do not convert, or that the changed table would refuse. Nothing has been exchanged.",
+						   run->m->column),
+				 errhint("SELECT * FROM rm_conversion_errors; mend these rows, then SELECT rm_resume(%lld).",
+						 (long long) run->migration_id)));
+}
+
+/* the last transaction, or a try of it */
+static RmStepResult
+try_exchange(RmRun *run, RmRewrite *rw)
+{
+	RmMigration *m = run->m;
+	List	   *relids = relations_to_lock(m, rw);
+	Relation	rel;
+	Relation	log;
+	bool		many;
+	const char *missed;
+
+	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
+	if (list_difference_oid(relations_to_lock(m, rw), relids) != NIL)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("what hangs on the column of %s has just changed", m->relation)));
+	run->old_storage = rm_relation_storage(m->relid);
+	rel = table_open(m->relid, NoLock);
+	rm_rewrite_check_ground(m, rw, rel);
+	missed = rm_rewrite_missed(m, rw, rel);
+	table_close(rel, NoLock);
+	if (missed)
+		return rm_rewrite_start_over(run, missed);
+	log = table_open(rw->log, AccessExclusiveLock);
+	PushActiveSnapshot(GetTransactionSnapshot());
+	many = rm_log_count(log, GetActiveSnapshot(), FEW_UNDER_LOCK + 1) > FEW_UNDER_LOCK;
+	PopActiveSnapshot();
+	table_close(log, NoLock);
+	if (many)
+	{
+		m->phase = CUT_ROUND;
+		return RM_STEP_AGAIN;
+	}
+	rel = table_open(m->relid, NoLock);
+	(void) rm_replay(run, rw, rel, true, NULL);
+	table_close(rel, NoLock);
+	refuse_failed_rows(run, rw);
+	exchange(run, rw);
+	return RM_STEP_DONE;
+}
+
+static RmStepResult
+cut_over_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	RmRewrite  *rw = rm_rewrite_load(m);
+	RmStepResult result = RM_STEP_AGAIN;
+	RmSnapshotWait *wait = run->work;
+
+	if (wait == NULL)
+	{
+		wait = run->work = MemoryContextAllocZero(run->cxt, sizeof(RmSnapshotWait));
+		m->phase = CUT_ANALYZE; /* a new run has not waited for anybody */
+	}
+	/* somebody has made, dropped or changed an index or the like */
+	if (!rm_rewrite_indexes_complete(run))
+	{
+		m->steps_done = RM_REWRITE_INDEX;
+		m->phase = 0;
+		return RM_STEP_BACK;
+	}
+	switch (m->phase)
+	{
+		case CUT_ANALYZE:
+			(void) rm_replay_round(run, rw, AccessShareLock, NULL, &result);
+			if (result == RM_STEP_BACK)
+				return result;
+			refuse_failed_rows(run, rw);
+			rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
+			m->phase = CUT_WAIT;
+			break;
+
+		case CUT_WAIT:
+			if (rm_wait_for_snapshots(run, wait, "the storage from being exchanged",
+									  "with it, it would not find the rows that were changed since",
+									  psprintf("SELECT rm_resume(%lld)", (long long) m->id)))
+				m->phase = CUT_ROUND;
+			break;
+
+		case CUT_ROUND:
+			(void) rm_replay_round(run, rw, AccessShareLock, NULL, &result);
+			if (result == RM_STEP_AGAIN)
+				m->phase = CUT_EXCHANGE;
+			break;
+
+		default:
+			return try_exchange(run, rw);
+	}
+	return result;
+}
+
+static void
+cut_over_committed(RmRun *run, RmStepResult result)
+{
+	if (!run->revert && result == RM_STEP_DONE)
+		ereport(NOTICE,
+				(errmsg("migration %lld: the rewritten storage has taken its place",
+						(long long) run->migration_id)));
+}
+
+/* after the exchange there is nothing to go back to */
+static RmStepResult
+cut_over_revert(RmRun *run)
+{
+	if (run->m->steps_done > RM_REWRITE_CUT_OVER)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("migration %lld cannot be taken back after its cut-over",
+						(long long) run->migration_id),
+				 errdetail("online_rewrite leaves nothing of the old storage."),
+				 errhint("Change the type back by a migration of its own, with the inverse expression.")));
+	return RM_STEP_DONE;
+}
+
+const RmStep rm_step_rewrite_cut_over = {
+	.name = "cut_over",
+	.cuts_over = true,
+	.apply = cut_over_apply,
+	.revert = cut_over_revert,
+	.committed = cut_over_committed,
+};
+
+/*-------------------------------------------------------------------------
+ * finish
+ *-------------------------------------------------------------------------
+ */
+
+/* one proof each transaction: a scan that lets everybody read and write */
+static RmStepResult
+finish_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+	char	   *sql;
+
+	rm_state_execute("SELECT to_prove[1] FROM risky_migrations.rewrite WHERE migration_id = $1",
+					 1, types, v, NULL);
+	sql = SPI_processed > 0 ? rm_result_text(0, 1) : NULL;
+	rm_lock_relation(&run->locks, m->relid, ShareUpdateExclusiveLock);
+	rm_check_owner(m->relid, m->relation);
+	if (sql == NULL)
+	{
+		rm_state_execute("DELETE FROM risky_migrations.rewrite WHERE migration_id = $1",
+						 1, types, v, NULL);
+		return RM_STEP_DONE;
+	}
+	rm_execute(sql);
+	rm_state_execute("UPDATE risky_migrations.rewrite SET to_prove = to_prove[2:]"
+					 " WHERE migration_id = $1", 1, types, v, NULL);
+	return RM_STEP_AGAIN;
+}
+
+const RmStep rm_step_rewrite_finish = {
+	.name = "finish",
+	.apply = finish_apply,
+	.revert = cut_over_revert,
+};

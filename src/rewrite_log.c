@@ -1,0 +1,276 @@
+/*-------------------------------------------------------------------------
+ *
+ * rewrite_log.c
+ *	  online_rewrite: the change log, and the trigger that writes it.
+ *
+ * From the moment at which a migration begins, every change of the table leaves
+ * the keys of the rows concerned in the change log, risky_migrations.log_<id>:
+ * of an UPDATE the old key and, if it is another one, the new.  Nothing else
+ * is kept: what the row looks like is read from the table, later, with one
+ * snapshot for log and table.  So the log needs no order, and a transaction that
+ * is rolled back leaves nothing in either.
+ *
+ * The writer is an AFTER trigger for each row, ENABLE ALWAYS, and one BEFORE
+ * TRUNCATE.  AFTER, because only then is it known what the row has become.  It
+ * stores its row below the executor, as TOAST and the catalogs do: whoever may
+ * write the table needs no right on the log, and no policy or publication of
+ * the user's gets in between.
+ *
+ * A column of the log is called k<number of the table's column>; by these names
+ * the trigger knows the key, and needs no state of the migration.
+ *
+ * Easy to get wrong:
+ *
+ *	Logical decoding must not send the log (nor the shadow) to subscribers that
+ *	do not have it, also where a publication is FOR ALL TABLES.  Both tables have
+ *	pg_class.relrewrite set, as the transient tables of ALTER TABLE do, and are
+ *	passed over by every output plugin that does not ask for such tables.
+ *
+ *	The same field says whose log it is: a trigger that somebody else has made
+ *	with our function, or that was restored from a dump, finds no log of its
+ *	table's and does nothing.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/heapam.h"
+#include "access/htup_details.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "catalog/dependency.h"
+#include "catalog/heap.h"
+#include "catalog/namespace.h"
+#include "catalog/objectaddress.h"
+#include "catalog/pg_am.h"
+#include "catalog/pg_type.h"
+#include "catalog/toasting.h"
+#include "commands/trigger.h"
+#include "compat.h"
+#include "executor/executor.h"
+#include "fmgr.h"
+#include "rewrite.h"
+#include "state.h"
+#include "utils/builtins.h"
+#include "utils/datum.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+
+PG_FUNCTION_INFO_V1(rm_log_change);
+
+/* the column of the log that says what the row means */
+#define LOG_KIND 1
+
+static char *
+log_name(int64 id)
+{
+	return psprintf("log_%lld", (long long) id);
+}
+
+/* number of the table's column that a column of the log is a copy of */
+static AttrNumber
+key_attnum(TupleDesc log_desc, int i)
+{
+	return (AttrNumber) pg_strtoint32(NameStr(TupleDescAttr(log_desc, i)->attname) + 1);
+}
+
+/*
+ * Makes the change log of a migration of rel, whose rows are told apart by the
+ * columns of key_index.  It goes with the table.
+ */
+Oid
+rm_log_create(const RmMigration *m, Relation rel, Relation key_index)
+{
+	int			nkeys = IndexRelationGetNumberOfKeyAttributes(key_index);
+	TupleDesc	desc = CreateTemplateTupleDesc(1 + nkeys);
+	ObjectAddress log;
+	ObjectAddress table;
+
+	TupleDescInitEntry(desc, LOG_KIND, "kind", CHAROID, -1, 0);
+	for (int i = 0; i < nkeys; i++)
+	{
+		AttrNumber	attnum = key_index->rd_index->indkey.values[i];
+		Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), attnum - 1);
+
+		TupleDescInitEntry(desc, i + 2, psprintf("k%d", attnum), att->atttypid,
+						   att->atttypmod, 0);
+		TupleDescInitEntryCollation(desc, i + 2, att->attcollation);
+	}
+	ObjectAddressSet(log, RelationRelationId,
+					 heap_create_with_catalog(log_name(m->id), get_namespace_oid(RM_SCHEMA, false),
+											  InvalidOid, InvalidOid, InvalidOid, InvalidOid,
+											  rel->rd_rel->relowner, HEAP_TABLE_AM_OID, desc, NIL,
+											  RELKIND_RELATION, rel->rd_rel->relpersistence,
+											  false, false, ONCOMMIT_NOOP, (Datum) 0, false,
+											  true, true, RelationGetRelid(rel), NULL));
+	CommandCounterIncrement();
+	NewHeapCreateToastTable(log.objectId, (Datum) 0, AccessExclusiveLock, RelationGetRelid(rel));
+	ObjectAddressSet(table, RelationRelationId, RelationGetRelid(rel));
+	recordDependencyOn(&log, &table, DEPENDENCY_AUTO);
+	return log.objectId;
+}
+
+/* stores the key of a row of the table, or, without a slot, none */
+void
+rm_log_key(Relation log, TupleTableSlot *slot, char kind)
+{
+	TupleDesc	desc = RelationGetDescr(log);
+	Datum		values[INDEX_MAX_KEYS + 1];
+	bool		nulls[INDEX_MAX_KEYS + 1];
+	HeapTuple	tup;
+
+	values[0] = CharGetDatum(kind);
+	nulls[0] = false;
+	for (int i = 1; i < desc->natts; i++)
+	{
+		values[i] = (Datum) 0;
+		nulls[i] = true;
+		if (slot)
+			values[i] = slot_getattr(slot, key_attnum(desc, i), &nulls[i]);
+	}
+	tup = heap_form_tuple(desc, values, nulls);
+	simple_heap_insert(log, tup);
+	heap_freetuple(tup);
+}
+
+/* rows of the log that the snapshot sees; counts no further than limit */
+int64
+rm_log_count(Relation log, Snapshot snapshot, int64 limit)
+{
+	TableScanDesc scan = table_beginscan(log, snapshot, 0, NULL);
+	TupleTableSlot *slot = table_slot_create(log, NULL);
+	int64		n = 0;
+
+	while (n < limit && table_scan_getnextslot(scan, ForwardScanDirection, slot))
+		n++;
+	ExecDropSingleTupleTableSlot(slot);
+	table_endscan(scan);
+	return n;
+}
+
+/*-------------------------------------------------------------------------
+ * The trigger
+ *-------------------------------------------------------------------------
+ */
+
+/* the log of the trigger's migration; kept for one statement */
+typedef struct LogState
+{
+	Oid			log;			/* InvalidOid: there is none */
+	TupleTableSlot *slot;
+	TupleTableSlot *new_slot;
+} LogState;
+
+static LogState *
+begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(flinfo->fn_mcxt);
+	LogState   *state = palloc0(sizeof(LogState));
+	Trigger    *trigger = trigdata->tg_trigger;
+	Oid			nspid = get_namespace_oid(RM_SCHEMA, true);
+
+	if (trigger->tgnargs != 1)
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("%s.log_change() takes one argument, the migration's id", RM_SCHEMA),
+				 errdetail("The trigger \"%s\" gives it %d.", trigger->tgname, trigger->tgnargs),
+				 errhint("Such triggers are made by rm_alter_type() and rm_start() only.")));
+	if (OidIsValid(nspid))
+		state->log = get_relname_relid(log_name(pg_strtoint64(trigger->tgargs[0])), nspid);
+	if (TRIGGER_FIRED_FOR_ROW(trigdata->tg_event))
+	{
+		TupleDesc	desc = CreateTupleDescCopyConstr(RelationGetDescr(trigdata->tg_relation));
+
+		state->slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);
+		state->new_slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);
+	}
+	flinfo->fn_extra = state;
+	MemoryContextSwitchTo(oldcxt);
+	return state;
+}
+
+/* are the keys of the two rows the same, to the letter? */
+static bool
+same_key(Relation log, TupleTableSlot *a, TupleTableSlot *b)
+{
+	TupleDesc	desc = RelationGetDescr(log);
+
+	for (int i = 1; i < desc->natts; i++)
+	{
+		AttrNumber	attnum = key_attnum(desc, i);
+		Form_pg_attribute att = TupleDescAttr(desc, i);
+		bool		a_isnull;
+		bool		b_isnull;
+		Datum		x = slot_getattr(a, attnum, &a_isnull);
+		Datum		y = slot_getattr(b, attnum, &b_isnull);
+
+		if (a_isnull != b_isnull ||
+			(!a_isnull && !datum_image_eq(x, y, att->attbyval, att->attlen)))
+			return false;
+	}
+	return true;
+}
+
+static void
+log_row(LogState *state, Relation log, TriggerData *trigdata)
+{
+	ExecStoreHeapTuple(trigdata->tg_trigtuple, state->slot, false);
+	rm_log_key(log, state->slot, RM_LOG_CHANGED);
+	if (TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event))
+	{
+		ExecStoreHeapTuple(trigdata->tg_newtuple, state->new_slot, false);
+		if (!same_key(log, state->slot, state->new_slot))
+			rm_log_key(log, state->new_slot, RM_LOG_CHANGED);
+		ExecClearTuple(state->new_slot);
+	}
+	ExecClearTuple(state->slot);
+}
+
+/*
+ * rm_log_change() returns trigger
+ *
+ * Writes the keys of the row's old and new version into the change log of the
+ * migration, or that the table was emptied.  Errors: 39P01 if it is not called as
+ * such a trigger.
+ */
+Datum
+rm_log_change(PG_FUNCTION_ARGS)
+{
+	TriggerData *trigdata = (TriggerData *) fcinfo->context;
+	LogState   *state;
+	Relation	log;
+
+	if (!CALLED_AS_TRIGGER(fcinfo) ||
+		!(TRIGGER_FIRED_FOR_ROW(trigdata->tg_event) ?
+		  TRIGGER_FIRED_AFTER(trigdata->tg_event) :
+		  TRIGGER_FIRED_BY_TRUNCATE(trigdata->tg_event)))
+		ereport(ERROR,
+				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
+				 errmsg("%s.log_change() is the function of a trigger AFTER INSERT OR UPDATE OR DELETE FOR EACH ROW, or of one BEFORE TRUNCATE",
+						RM_SCHEMA),
+				 errdetail("It was called in another way."),
+				 errhint("Such triggers are made by rm_alter_type() and rm_start() only.")));
+	state = fcinfo->flinfo->fn_extra;
+	if (state == NULL)
+		state = begin_statement(trigdata, fcinfo->flinfo);
+	if (!OidIsValid(state->log))
+		return PointerGetDatum(NULL);
+
+	/* the lock stays, as that of any table that is written */
+	log = try_table_open(state->log, RowExclusiveLock);
+	if (log == NULL)
+		return PointerGetDatum(NULL);
+	if (log->rd_rel->relrewrite == RelationGetRelid(trigdata->tg_relation))
+	{
+		if (TRIGGER_FIRED_FOR_ROW(trigdata->tg_event))
+			log_row(state, log, trigdata);
+		else
+			rm_log_key(log, NULL, RM_LOG_TRUNCATED);
+	}
+	table_close(log, NoLock);
+	return PointerGetDatum(NULL);
+}

@@ -1,0 +1,554 @@
+/*-------------------------------------------------------------------------
+ *
+ * rewrite_replay.c
+ *	  online_rewrite: the step "catch_up", and one round of it.
+ *
+ * A round takes one snapshot and reads with it both the change log and the
+ * table.  All rows whose keys are in the log are deleted from the shadow, then
+ * those of them that the table has are made anew and stored, then just the log
+ * rows that were read are removed.  After it the shadow is what the table was at
+ * the snapshot:
+ *
+ *	whose key is in the log has been replaced by what the snapshot sees;
+ *	whose key is not has not changed since the last round, or since it was copied:
+ *	a transaction that the snapshot sees has left its keys in the log, and one
+ *	that it does not see has left neither.
+ *
+ * All deletions come before all insertions, and the whole of the log is taken:
+ * two rows may have exchanged a value that is unique, and row by row, or with a
+ * part of the log, one would stand in the way of the other.
+ *
+ * The keys are sorted first: each is looked up once however often its row was
+ * changed, and in the order of the index.
+ *
+ * Rounds follow each other until one finds little; what comes after that is
+ * left for the cut-over.
+ *
+ * Easy to get wrong:
+ *
+ *	The key may hold the column that changes.  The log has it in the old type; in
+ *	the shadow it is looked up in the new one, converted alone (refuse_key() has
+ *	seen to it that this can be done).
+ *
+ *	A row that cannot be made must not get lost: its key goes into the log again,
+ *	and is tried in each round until its row was mended.
+ *
+ *	TRUNCATE has no snapshot.  The trigger notes it; all that the table has after
+ *	it was written after it, and so is in the log.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/genam.h"
+#include "access/heapam.h"
+#include "access/skey.h"
+#include "access/table.h"
+#include "access/tableam.h"
+#include "access/xact.h"
+#include "catalog/namespace.h"
+#include "catalog/pg_am.h"
+#include "catalog/pg_type.h"
+#include "compat.h"
+#include "executor/executor.h"
+#include "miscadmin.h"
+#include "replay.h"
+#include "rewrite.h"
+#include "risky_migrations.h"
+#include "rows.h"
+#include "state.h"
+#include "steps.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/snapmgr.h"
+#include "utils/tuplesort.h"
+
+/* a round that found no more than this was the last */
+#define FEW_ROWS 1000
+/* rounds in a row that do not find fewer, until the operator is asked */
+#define HOPELESS_ROUNDS 20
+
+/*-------------------------------------------------------------------------
+ * Looking up by key
+ *-------------------------------------------------------------------------
+ */
+
+/* the operator of a key column's operator class, with a strategy of B-trees */
+static Oid
+key_operator(Relation index, int i, int strategy)
+{
+	Oid			type = index->rd_opcintype[i];
+	Oid			op = get_opfamily_member(index->rd_opfamily[i], type, type, strategy);
+
+	if (!OidIsValid(op))
+		elog(ERROR, "index %u has no operator %d for column %d", RelationGetRelid(index),
+			 strategy, i + 1);
+	return op;
+}
+
+/* access to the rows of a table by its key; values are set for each look-up */
+RmLookup *
+rm_lookup_begin(Relation rel, Oid index_oid, Snapshot snapshot)
+{
+	RmLookup   *l = palloc0(sizeof(RmLookup));
+
+	l->rel = rel;
+	l->index = index_open(index_oid, AccessShareLock);
+	l->nkeys = IndexRelationGetNumberOfKeyAttributes(l->index);
+	l->scan = rm_index_beginscan(rel, l->index, snapshot, l->nkeys);
+	l->slot = table_slot_create(rel, NULL);
+	for (int i = 0; i < l->nkeys; i++)
+	{
+		ScanKeyInit(&l->keys[i], i + 1, BTEqualStrategyNumber,
+					get_opcode(key_operator(l->index, i, BTEqualStrategyNumber)), (Datum) 0);
+		l->keys[i].sk_collation = l->index->rd_indcollation[i];
+	}
+	return l;
+}
+
+/* number of the table's column that is the key's i-th, counted from 0 */
+AttrNumber
+rm_lookup_attnum(RmLookup *l, int i)
+{
+	return l->index->rd_index->indkey.values[i];
+}
+
+/* whom to look up: the row with the key of that one */
+void
+rm_lookup_key_of(RmLookup *l, TupleTableSlot *slot)
+{
+	for (int i = 0; i < l->nkeys; i++)
+	{
+		bool		isnull;
+
+		l->keys[i].sk_argument = slot_getattr(slot, rm_lookup_attnum(l, i), &isnull);
+	}
+}
+
+/* the row with the key that stands in l->keys, in l->slot; false if there is none */
+bool
+rm_lookup(RmLookup *l)
+{
+	index_rescan(l->scan, l->keys, l->nkeys, NULL, 0);
+	return index_getnext_slot(l->scan, ForwardScanDirection, l->slot);
+}
+
+void
+rm_lookup_end(RmLookup *l)
+{
+	ExecDropSingleTupleTableSlot(l->slot);
+	index_endscan(l->scan);
+	index_close(l->index, NoLock);
+	pfree(l);
+}
+
+/*-------------------------------------------------------------------------
+ * One round
+ *-------------------------------------------------------------------------
+ */
+
+/* a round under way */
+typedef struct Round
+{
+	RmTransfer *t;
+	Relation	log;
+	RmLookup   *source;			/* the table, by the snapshot */
+	RmLookup   *target;			/* the shadow, as it is */
+	Tuplesortstate *keys;		/* rows of the log, by key */
+	TupleTableSlot *log_slot;
+	TupleTableSlot *last_slot;	/* the key before */
+	FmgrInfo	equal[INDEX_MAX_KEYS];
+	bool		truncated;		/* the table was emptied */
+	bool		has_last;
+	int64		read;			/* rows of the log */
+	bool		careful;
+} Round;
+
+static void
+begin_round(Round *r, RmTransfer *t)
+{
+	int			nkeys;
+	AttrNumber	attnums[INDEX_MAX_KEYS];
+	Oid			operators[INDEX_MAX_KEYS];
+	Oid			collations[INDEX_MAX_KEYS];
+	bool		nulls_first[INDEX_MAX_KEYS];
+	Oid			index = get_relname_relid(rm_rewrite_index_name(t->m, t->rw->key_index),
+										  get_namespace_oid(RM_SCHEMA, false));
+
+	if (!OidIsValid(index))
+		elog(ERROR, "the shadow has no index for its key");
+	r->t = t;
+	r->log = table_open(t->rw->log, RowExclusiveLock);
+	r->source = rm_lookup_begin(t->rel, t->rw->key_index, t->snapshot);
+	/* what this very transaction has stored and deleted counts */
+	r->target = rm_lookup_begin(t->shadow, index, SnapshotSelf);
+	r->log_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
+	r->last_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
+	nkeys = r->source->nkeys;
+	for (int i = 0; i < nkeys; i++)
+	{
+		/* the log's first column says what the row means */
+		attnums[i] = i + 2;
+		operators[i] = key_operator(r->source->index, i, BTLessStrategyNumber);
+		collations[i] = r->source->index->rd_indcollation[i];
+		nulls_first[i] = false;
+		fmgr_info(r->source->keys[i].sk_func.fn_oid, &r->equal[i]);
+	}
+	r->keys = tuplesort_begin_heap(RelationGetDescr(r->log), nkeys, attnums, operators, collations,
+								   nulls_first, maintenance_work_mem, NULL, TUPLESORT_RANDOMACCESS);
+}
+
+static void
+end_round(Round *r)
+{
+	ExecDropSingleTupleTableSlot(r->log_slot);
+	ExecDropSingleTupleTableSlot(r->last_slot);
+	tuplesort_end(r->keys);
+	rm_lookup_end(r->source);
+	rm_lookup_end(r->target);
+	table_close(r->log, NoLock);
+}
+
+/* all that the snapshot sees of the log goes from there into the sort */
+static void
+read_log(Round *r)
+{
+	TableScanDesc scan = table_beginscan(r->log, r->t->snapshot, 0, NULL);
+	TupleTableSlot *slot = table_slot_create(r->log, NULL);
+
+	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
+	{
+		bool		isnull;
+
+		CHECK_FOR_INTERRUPTS();
+		if (DatumGetChar(slot_getattr(slot, 1, &isnull)) == RM_LOG_TRUNCATED)
+			r->truncated = true;
+		else
+			tuplesort_puttupleslot(r->keys, slot);
+		/* the scan goes by its snapshot, and does not see this */
+		simple_heap_delete(r->log, &slot->tts_tid);
+		r->read++;
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	table_endscan(scan);
+	tuplesort_performsort(r->keys);
+}
+
+/* is the key in log_slot the one before? */
+static bool
+same_as_last(Round *r)
+{
+	if (!r->has_last)
+		return false;
+	for (int i = 0; i < r->source->nkeys; i++)
+	{
+		bool		isnull;
+		Datum		a = slot_getattr(r->log_slot, i + 2, &isnull);
+		Datum		b = slot_getattr(r->last_slot, i + 2, &isnull);
+
+		if (!DatumGetBool(FunctionCall2Coll(&r->equal[i], r->source->index->rd_indcollation[i], a, b)))
+			return false;
+	}
+	return true;
+}
+
+/* the next key, in log_slot; false at the end, after which it begins again */
+static bool
+next_key(Round *r)
+{
+	while (tuplesort_gettupleslot(r->keys, true, true, r->log_slot, NULL))
+	{
+		CHECK_FOR_INTERRUPTS();
+		if (same_as_last(r))
+			continue;
+		ExecCopySlot(r->last_slot, r->log_slot);
+		r->has_last = true;
+		return true;
+	}
+	tuplesort_rescan(r->keys);
+	r->has_last = false;
+	return false;
+}
+
+/* sets the key of a look-up from the log, in the types of the table */
+static void
+set_source_key(Round *r)
+{
+	for (int i = 0; i < r->source->nkeys; i++)
+	{
+		bool		isnull;
+
+		r->source->keys[i].sk_argument = slot_getattr(r->log_slot, i + 2, &isnull);
+	}
+}
+
+/*
+ * The same from the log: where the column that changes is part of the key, its
+ * value is made from a row that has nothing but the key.  False if there can be no
+ * such row, since the value does not convert.
+ */
+static bool
+make_target_key(Round *r, TupleTableSlot *key_row)
+{
+	RmTransfer *t = r->t;
+	bool		converts = false;
+	Datum		value;
+	bool		isnull;
+	ErrorData  *error;
+
+	ExecStoreAllNullTuple(key_row);
+	for (int i = 0; i < r->source->nkeys; i++)
+	{
+		AttrNumber	attnum = rm_lookup_attnum(r->source, i);
+
+		key_row->tts_values[attnum - 1] =
+			slot_getattr(r->log_slot, i + 2, &key_row->tts_isnull[attnum - 1]);
+		converts |= attnum == t->m->attnum;
+	}
+	if (converts)
+	{
+		if (!rm_conversion_try(t->conv, key_row, t->row_cxt, &value, &isnull, &error) || isnull)
+				return false;
+	}
+	for (int i = 0; i < r->target->nkeys; i++)
+	{
+		AttrNumber	attnum = rm_lookup_attnum(r->target, i);
+
+		r->target->keys[i].sk_argument = converts && attnum == t->m->attnum ? value :
+			key_row->tts_values[attnum - 1];
+	}
+	return true;
+}
+
+static void
+delete_rows(Round *r)
+{
+	TupleTableSlot *key_row = MakeSingleTupleTableSlot(RelationGetDescr(r->t->rel), &TTSOpsVirtual);
+
+	while (next_key(r))
+	{
+		MemoryContextReset(r->t->row_cxt);
+		if (!make_target_key(r, key_row))
+			continue;
+		/* there is one at most, but look: what is left would be there twice */
+		while (rm_lookup(r->target))
+			simple_heap_delete(r->t->shadow, &r->target->slot->tts_tid);
+	}
+	ExecDropSingleTupleTableSlot(key_row);
+}
+
+/* stores new_slot in the shadow, with its index entries */
+static void
+store_row(RmTransfer *t)
+{
+	table_tuple_insert(t->shadow, t->new_slot, GetCurrentCommandId(true), 0, NULL);
+	if (t->rri->ri_NumIndices > 0)
+		rm_insert_new_index_tuples(t->rri, t->new_slot, t->estate);
+	ResetPerTupleExprContext(t->estate);
+}
+
+static void
+insert_rows(Round *r)
+{
+	RmTransfer *t = r->t;
+	TupleTableSlot *saved = t->slot;
+
+	while (next_key(r))
+	{
+		ErrorData  *error;
+		bool		made = true;
+
+		MemoryContextReset(t->row_cxt);
+		set_source_key(r);
+		if (!rm_lookup(r->source))
+			continue;			/* deleted */
+		t->slot = r->source->slot;
+		if (!r->careful)
+			rm_transfer_make(t);
+		else if (!rm_transfer_try(t, &error))
+			made = rm_transfer_settle(t, error);
+		if (made)
+		{
+			/* keys that differ to the letter may be equal to the index */
+			rm_lookup_key_of(r->target, t->new_slot);
+			if (!rm_lookup(r->target))
+				store_row(t);
+		}
+		else
+			rm_log_key(r->log, t->slot, RM_LOG_FAILED);
+	}
+	t->slot = saved;
+}
+
+/* all rows that the snapshot sees */
+static int64
+count_rows(Relation rel, Snapshot snapshot)
+{
+	TableScanDesc scan = table_beginscan(rel, snapshot, 0, NULL);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	int64		n = 0;
+
+	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
+	{
+		CHECK_FOR_INTERRUPTS();
+		n++;
+	}
+	ExecDropSingleTupleTableSlot(slot);
+	table_endscan(scan);
+	return n;
+}
+
+/* is the table marked as emptied in the log? */
+static bool
+was_truncated(Relation log, Snapshot snapshot)
+{
+	TableScanDesc scan = table_beginscan(log, snapshot, 0, NULL);
+	TupleTableSlot *slot = table_slot_create(log, NULL);
+	bool		found = false;
+	bool		isnull;
+
+	while (!found && table_scan_getnextslot(scan, ForwardScanDirection, slot))
+		found = DatumGetChar(slot_getattr(slot, 1, &isnull)) == RM_LOG_TRUNCATED;
+	ExecDropSingleTupleTableSlot(slot);
+	table_endscan(scan);
+	return found;
+}
+
+/*
+ * One round, in the transaction under way; rel is locked.  Carefully: what does
+ * not convert is recorded and its key logged again, else it is an error.  With
+ * counts, the rows of the table as of the round, and those of the shadow after
+ * it.  Returns the number of log rows that were replayed.
+ */
+int64
+rm_replay(RmRun *run, RmRewrite *rw, Relation rel, bool careful, int64 *counts)
+{
+	Relation	log = table_open(rw->log, RowExclusiveLock);
+	RmTransfer *t;
+	Round	   *r = palloc0(sizeof(Round));
+	int64		replayed;
+	bool		truncated;
+
+	/*
+	 * Before anything of the shadow is open.  Too early a look does no harm: what
+	 * was emptied after it is found by the next round.
+	 */
+	PushActiveSnapshot(GetTransactionSnapshot());
+	truncated = was_truncated(log, GetActiveSnapshot());
+	PopActiveSnapshot();
+	table_close(log, NoLock);
+	if (truncated)
+	{
+		Relation	shadow = table_open(rw->shadow, AccessExclusiveLock);
+
+		rm_empty_relation(shadow);
+		table_close(shadow, NoLock);
+	}
+
+	t = rm_transfer_begin(run->m, rw, rel, ShareUpdateExclusiveLock, true);
+	r->careful = careful;
+	begin_round(r, t);
+	read_log(r);
+	if (r->truncated && !truncated)
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("table %s was emptied just now", run->m->relation)));
+	if (!truncated)
+		delete_rows(r);
+	insert_rows(r);
+	rw->rows_failed = t->failed;
+	replayed = r->read - t->failed;
+	if (counts)
+	{
+		CommandCounterIncrement();
+		counts[0] = count_rows(rel, t->snapshot);
+		counts[1] = count_rows(t->shadow, SnapshotSelf) + t->failed;
+	}
+	end_round(r);
+	rm_transfer_end(t);
+	run->rows_changed += replayed;
+	return replayed;
+}
+
+/*-------------------------------------------------------------------------
+ * The step
+ *-------------------------------------------------------------------------
+ */
+
+/* catching up; lives across transactions */
+typedef struct CatchUp
+{
+	bool		careful;
+	bool		replaying;		/* ... when it failed */
+	int64		last;			/* rows of the last round */
+	int			hopeless;		/* rounds in a row that did not find fewer */
+} CatchUp;
+
+/*
+ * A round, with all that has to be looked at before.  *result is RM_STEP_BACK if
+ * everything has to begin again; returns the rows that were replayed.
+ */
+int64
+rm_replay_round(RmRun *run, RmRewrite *rw, LOCKMODE lock, int64 *counts, RmStepResult *result)
+{
+	RmMigration *m = run->m;
+	Relation	rel;
+	int64		n = 0;
+	const char *missed;
+
+	*result = RM_STEP_AGAIN;
+	rm_lock_relation(&run->locks, m->relid, lock);
+	rel = table_open(m->relid, NoLock);
+	rm_rewrite_check_ground(m, rw, rel);
+	missed = rm_rewrite_missed(m, rw, rel);
+	if (missed)
+		*result = rm_rewrite_start_over(run, missed);
+	else
+		n = rm_replay(run, rw, rel, true, counts);
+	table_close(rel, NoLock);
+	rm_rewrite_save(rw);
+	run->async_commit = true;
+	run->may_hold = true;
+	return n;
+}
+
+static RmStepResult
+catch_up_apply(RmRun *run)
+{
+	RmRewrite  *rw = rm_rewrite_load(run->m);
+	CatchUp    *c = run->work;
+	RmStepResult result;
+	int64		n;
+
+	if (c == NULL)
+		c = run->work = MemoryContextAllocZero(run->cxt, sizeof(CatchUp));
+	n = rm_replay_round(run, rw, AccessShareLock, NULL, &result);
+	if (result == RM_STEP_BACK)
+		return result;
+	run->progress.rows_done = run->rows_changed;
+	if (n <= FEW_ROWS)
+		return RM_STEP_DONE;
+	c->hopeless = n >= c->last ? c->hopeless + 1 : 0;
+	c->last = n;
+	if (c->hopeless >= HOPELESS_ROUNDS)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the application writes %s faster than its changes can be replayed",
+						run->relation),
+				 errdetail("%d rounds in a row did not find fewer changes than the one before; the last one found %lld.",
+						   HOPELESS_ROUNDS, (long long) n),
+				 errhint("SELECT rm_resume(%lld) at a quieter hour; what is done stays.",
+						 (long long) run->migration_id)));
+	return RM_STEP_AGAIN;
+}
+
+const RmStep rm_step_rewrite_catch_up = {
+	.name = "catch_up",
+	.throttled = true,
+	.apply = catch_up_apply,
+	.revert = rm_rewrite_nothing,
+};

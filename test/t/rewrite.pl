@@ -1,0 +1,249 @@
+# online_rewrite: the same table as after ALTER TABLE, whoever writes meanwhile.
+#
+# Every row says in a column of its own what its new value must be.  Clients
+# insert, update, delete and move rows (also their keys) while the migration
+# runs; in the end each row must have the value it asks for, the catalogs must
+# say what they do after ALTER TABLE, and amcheck must find every row in every
+# index.  The same with a server that is killed again and again, with values
+# that do not convert, with foreign keys at both ends of the column, with a
+# table that is emptied, rewritten or has its triggers switched off meanwhile.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use LabServer;
+use PostgreSQL::Test::Utils;
+use Test::More;
+use Time::HiRes qw(usleep);
+
+my $node = start_server('rewrite', q{
+autovacuum = on
+restart_after_crash = on
+max_prepared_transactions = 5
+risky_migrations.lock_retry_max_delay = 200
+});
+my $dir = PostgreSQL::Test::Utils::tempdir;
+my $rows = 40000;
+
+# ---------------------------------------------------------------------------
+# The table, and what must be true of it
+# ---------------------------------------------------------------------------
+
+sub make_table
+{
+	my ($name) = @_;
+	sql(qq{
+		DROP TABLE IF EXISTS $name CASCADE;
+		CREATE TABLE $name (gone int, id int, v varchar(40) NOT NULL, also_gone text,
+			want bigint NOT NULL, big text, PRIMARY KEY (id));
+		ALTER TABLE $name DROP COLUMN gone, DROP COLUMN also_gone;
+		INSERT INTO $name (id, v, want, big)
+		SELECT g, g * 3, g * 3, CASE WHEN g % 500 = 0 THEN
+			(SELECT string_agg(md5((g * x)::text), '') FROM generate_series(1, 200) x) END
+		FROM generate_series(1, $rows) g;
+		ALTER TABLE $name ADD COLUMN late int DEFAULT 5;
+		CREATE UNIQUE INDEX "$name U" ON $name (v DESC, id) INCLUDE (late) WITH (fillfactor = 70);
+		CREATE INDEX ON $name ((v IS NULL), want) WHERE v IS NOT NULL;
+		ALTER TABLE $name ADD CONSTRAINT ck CHECK (want >= 0);
+		ALTER TABLE $name ADD CONSTRAINT ${name}_uq UNIQUE (want, id) DEFERRABLE INITIALLY DEFERRED;
+		ALTER TABLE $name ALTER v SET STATISTICS 77;
+		COMMENT ON COLUMN $name.v IS 'what';
+		COMMENT ON INDEX "$name U" IS 'why';
+		CREATE VIEW ${name}_view WITH (security_barrier) AS SELECT id, v FROM $name WHERE v IS NOT NULL;
+		GRANT SELECT ON ${name}_view TO PUBLIC;
+		GRANT UPDATE (v) ON $name TO PUBLIC;
+	});
+	return;
+}
+
+sub check_rows
+{
+	my ($name, $what) = @_;
+	is(sql("SELECT count(*) FROM $name WHERE v <> want OR v IS NULL"), '0', "$what: every row has its value");
+	is(sql("SELECT pg_typeof(v) FROM $name LIMIT 1"), 'bigint', "$what: in the new type");
+	sql('CREATE EXTENSION IF NOT EXISTS amcheck');
+	is(sql(qq{
+		SELECT string_agg(i.indexrelid::regclass::text, ', ') FROM pg_index i
+		CROSS JOIN LATERAL bt_index_check(i.indexrelid, true) WHERE i.indrelid = '$name'::regclass AND false}),
+		'', "$what: every row is in every index");
+	is(sql("SELECT count(*) FROM verify_heapam('$name')"), '0', "$what: and its pages are sound");
+	return;
+}
+
+sub nothing_is_left
+{
+	my ($what) = @_;
+	is(sql(q{SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^(shadow|log)_\d'
+		UNION ALL SELECT string_agg(tgname, ', ') FROM pg_trigger WHERE tgname ~ '^~rm_'}),
+		"\n", "$what: nothing is left");
+	return;
+}
+
+# the definition, without OIDs in names
+sub dump_of
+{
+	my ($name, $as) = @_;
+	my ($out, $err);
+	IPC::Run::run([ 'pg_dump', '-s', '-t', "$name*", $node->connstr('postgres') ], '>', \$out, '2>', \$err)
+	  or die $err;
+	$out =~ s/\b$name(?=\b|_|")/$as/g;
+	$out =~ s/^--.*\n|^\\(?:un)?restrict .*\n//mg;
+	return $out;
+}
+
+# ---------------------------------------------------------------------------
+# Beside writers
+# ---------------------------------------------------------------------------
+
+append_to_file("$dir/write.sql", q{
+\set id random(1, 60000)
+\set to random(1, 60000)
+\set x random(1, 1000000000)
+UPDATE busy SET v = :x, want = :x WHERE id = :id;
+INSERT INTO busy (id, v, want) VALUES (:to, :x, :x) ON CONFLICT (id) DO UPDATE SET v = excluded.v, want = excluded.want;
+BEGIN;
+UPDATE busy SET v = '1', want = 1 WHERE id = :to;
+SAVEPOINT s;
+DELETE FROM busy WHERE id = :id;
+ROLLBACK TO s;
+UPDATE busy SET id = id + 100000 * (1 + :client_id) WHERE id = :id AND NOT EXISTS (SELECT FROM busy b WHERE b.id = busy.id + 100000 * (1 + :client_id));
+COMMIT;
+DELETE FROM busy WHERE id = :to;
+INSERT INTO busy (id, v, want) VALUES (:to, :x, :x) ON CONFLICT (id) DO NOTHING;
+});
+
+make_table('busy');
+make_table('twin');
+my $pgbench = start_pgbench($dir, '-c', '3', '-f', "$dir/write.sql");
+wait_for("(SELECT count(*) FROM busy WHERE id > 100000) > 10", 'the clients do not write');
+ends_well(start_call('migration', q{CALL rm_alter_type('busy', 'v', 'bigint', 'v::bigint', method => 'online_rewrite')}),
+	'a migration beside writers ends');
+ok(end_pgbench($pgbench), 'no writer failed') or diag slurp_file("$dir/err");
+check_rows('busy', 'beside writers');
+nothing_is_left('beside writers');
+ok(sql("SELECT sum(rows_changed) FROM risky_migrations.step_log WHERE step IN ('catch_up', 'verify', 'cut_over', 'index')") > 0,
+	'changes were replayed');
+sql('ALTER TABLE twin DISABLE TRIGGER USER; DROP VIEW twin_view; ALTER TABLE twin ALTER v TYPE bigint USING v::bigint;
+	CREATE VIEW twin_view WITH (security_barrier) AS SELECT id, v FROM twin WHERE v IS NOT NULL; GRANT SELECT ON twin_view TO PUBLIC');
+is(dump_of('busy', 'it'), dump_of('twin', 'it'), 'the catalogs say what they do after ALTER TABLE');
+is(sql("SELECT count(*) FROM pg_stats WHERE tablename = 'busy' AND attname = 'v'"), '1', 'the column has statistics at once');
+sql('VACUUM FULL busy; REINDEX TABLE busy');
+check_rows('busy', 'after VACUUM FULL and REINDEX');
+
+# ---------------------------------------------------------------------------
+# What comes in between
+# ---------------------------------------------------------------------------
+
+# starts a migration that stops before its cut-over
+sub up_to_cut_over
+{
+	my ($name) = @_;
+	make_table($name);
+	sql("CALL rm_alter_type('$name', 'v', 'bigint', 'v::bigint', method => 'online_rewrite', cut_over => 'manual')");
+	is(sql("SELECT next_call FROM rm_migrations WHERE state = 'open'"),
+		sql("SELECT format('CALL rm_cut_over(%s)', max(id)) FROM rm_migrations"), "$name: stands before its cut-over");
+	return;
+}
+
+up_to_cut_over('between');
+sql(q{UPDATE between SET v = '8', want = 8 WHERE id < 100; DELETE FROM between WHERE id BETWEEN 200 AND 300});
+sql('VACUUM FULL between');
+sql(q{CREATE INDEX added ON between (v, late)});
+sql('CALL rm_cut_over()');
+check_rows('between', 'VACUUM FULL and an index in between');
+is(sql('SELECT count(*) FROM between'), $rows - 101, 'no row came back');
+is(sql("SELECT indisvalid FROM pg_index WHERE indexrelid = 'added'::regclass"), 't', 'the index is there');
+
+up_to_cut_over('emptied');
+sql(q{TRUNCATE emptied; INSERT INTO emptied (id, v, want) VALUES (1, '4', 4), (70000, '5', 5)});
+sql('CALL rm_cut_over()');
+check_rows('emptied', 'TRUNCATE in between');
+is(sql('SELECT string_agg(id::text, \',\' ORDER BY id) FROM emptied'), '1,70000', 'what came after it is there, and nothing else');
+
+up_to_cut_over('unwatched');
+sql(q{ALTER TABLE unwatched DISABLE TRIGGER USER; UPDATE unwatched SET v = '9', want = 9 WHERE id < 50;
+	ALTER TABLE unwatched ENABLE TRIGGER USER});
+my (undef, undef, $err) = $node->psql('postgres', 'CALL rm_cut_over()');
+check_rows('unwatched', 'triggers off for a moment');
+
+up_to_cut_over('changed');
+sql('ALTER TABLE changed ADD COLUMN more int');
+(undef, undef, $err) = $node->psql('postgres', '\set VERBOSITY verbose
+CALL rm_cut_over()');
+like($err, qr/55000.*has been changed/s, 'another column in between ends the migration');
+sql('CALL rm_rollback()');
+nothing_is_left('given up');
+is(sql("SELECT count(*) FROM changed WHERE v::bigint = want"), $rows, 'and the table is what it was');
+
+# ---------------------------------------------------------------------------
+# Values that do not convert
+# ---------------------------------------------------------------------------
+
+make_table('odd');
+sql(q{UPDATE odd SET v = 'x' WHERE id = 17});
+(undef, undef, $err) = $node->psql('postgres', q{\set VERBOSITY verbose
+CALL rm_alter_type('odd', 'v', 'bigint', 'v::bigint', method => 'online_rewrite')});
+like($err, qr/23502.*1 row of public.odd has no new value/s, 'a value that does not convert stops the cut-over');
+is(sql("SELECT row_key || ' ' || value || ' ' || sqlstate FROM rm_conversion_errors"), '(id)=(17) x 22P02', 'and is recorded');
+is(sql("SELECT count(*) FROM odd"), $rows, 'readers go on');
+sql(q{INSERT INTO odd (id, v, want) VALUES (90000, 'y', 1)});
+sql(q{UPDATE odd SET v = want WHERE id IN (17, 90000)});
+sql('CALL rm_cut_over()');
+check_rows('odd', 'mended');
+
+# ---------------------------------------------------------------------------
+# Foreign keys, and the key itself
+# ---------------------------------------------------------------------------
+
+sql(q{
+	CREATE TABLE parent (id int PRIMARY KEY);
+	INSERT INTO parent SELECT generate_series(1, 1000);
+	CREATE TABLE node (id int PRIMARY KEY, up int REFERENCES parent ON DELETE CASCADE);
+	INSERT INTO node SELECT g, g FROM generate_series(1, 1000) g;
+	CREATE TABLE child (id int PRIMARY KEY, node int CONSTRAINT to_node REFERENCES node DEFERRABLE);
+	INSERT INTO child SELECT g, g FROM generate_series(1, 1000) g;
+	COMMENT ON CONSTRAINT to_node ON child IS 'up';
+});
+sql(q{CALL rm_alter_type('node', 'id', 'bigint', method => 'online_rewrite')});
+sql(q{CALL rm_alter_type('node', 'up', 'bigint', method => 'online_rewrite')});
+is(sql(q{SELECT string_agg(format('%s %s %s %s', conname, convalidated, condeferrable, obj_description(oid, 'pg_constraint')), ', ' ORDER BY conname)
+	FROM pg_constraint WHERE contype = 'f'}), 'node_up_fkey t f , to_node t t up', 'foreign keys are what they were, and proven');
+isnt($node->psql('postgres', 'DELETE FROM node WHERE id = 5'), 0, 'and in force');
+is(sql('SELECT pg_typeof(id)::text || pg_typeof(up)::text FROM node LIMIT 1'), 'bigintbigint', 'both columns have their types');
+
+# ---------------------------------------------------------------------------
+# Killed
+# ---------------------------------------------------------------------------
+
+foreach my $round (1 .. 4)
+{
+	make_table('killed');
+	my $call = start_call('migration', q{CALL rm_alter_type('killed', 'v', 'bigint', 'v::bigint', method => 'online_rewrite', batch => 3000)});
+	wait_for("EXISTS (SELECT FROM rm_progress WHERE relation = 'public.killed')", 'it does not begin');
+	usleep(1000 * (50 + 250 * $round));
+	$node->stop('immediate');
+	finish_call($call);
+	$node->start;
+	sql(q{UPDATE killed SET v = '11', want = 11 WHERE id % 100 = 3});
+	my $id = sql("SELECT id FROM rm_migrations WHERE state = 'open'");
+	if ($id)
+	{
+		if ($round == 2)
+		{
+			sql("CALL rm_rollback($id)");
+			nothing_is_left('killed and taken back');
+			is(sql('SELECT count(*) FROM killed WHERE v::bigint = want'), $rows, 'every row is there');
+			next;
+		}
+		sql("SELECT rm_resume($id)");
+		becomes("(SELECT state = 'done' FROM rm_migrations WHERE id = $id)", "killed in round $round, it goes on to its end")
+		  or diag sql("SELECT m, l.step, l.message FROM rm_migrations m LEFT JOIN risky_migrations.step_log l ON l.migration_id = m.id WHERE m.id = $id");
+	}
+	check_rows('killed', "killed in round $round");
+}
+nothing_is_left('killed');
+
+done_testing();
