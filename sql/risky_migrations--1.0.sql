@@ -128,7 +128,9 @@ CREATE TABLE risky_migrations.rewrite (
 	s0_xmin bigint NOT NULL,
 	s0_running bigint[] NOT NULL,
 	s0_overflowed boolean NOT NULL,
+	shadow_storage oid NOT NULL,
 	shadow_blocks bigint NOT NULL DEFAULT 0,
+	verified tid NOT NULL DEFAULT '(0,1)',
 	rows_failed bigint NOT NULL DEFAULT 0,
 	to_prove text[] NOT NULL DEFAULT '{}'
 );

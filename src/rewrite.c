@@ -116,6 +116,38 @@ rm_rewrite_index_name(const RmMigration *m, Oid index)
 	return psprintf("shadow_%lld_%u", (long long) m->id, index);
 }
 
+/* the same that index itself; InvalidOid if it has not been built */
+static Oid
+shadow_index(const RmMigration *m, Oid original)
+{
+	return get_relname_relid(rm_rewrite_index_name(m, original),
+							 get_namespace_oid(RM_SCHEMA, false));
+}
+
+/* the shadow's index that tells its rows apart */
+Oid
+rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw)
+{
+	Oid			index = shadow_index(m, rw->key_index);
+
+	if (!OidIsValid(index))
+		elog(ERROR, "the shadow of migration %lld has no index for its key", (long long) m->id);
+	return index;
+}
+
+/* is the column that changes part of the key? */
+bool
+rm_rewrite_key_converts(const RmMigration *m, const RmRewrite *rw)
+{
+	Relation	index = index_open(rw->key_index, AccessShareLock);
+	bool		converts = false;
+
+	for (int i = 0; i < IndexRelationGetNumberOfKeyAttributes(index); i++)
+		converts |= index->rd_index->indkey.values[i] == m->attnum;
+	index_close(index, NoLock);
+	return converts;
+}
+
 static char *
 log_trigger_name(const RmMigration *m)
 {
@@ -126,6 +158,20 @@ static char *
 truncate_trigger_name(const RmMigration *m)
 {
 	return psprintf("~rm_truncate_%lld", (long long) m->id);
+}
+
+/* InvalidOid if there is no such relation */
+Oid
+rm_relfilenode(Oid relid)
+{
+	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	Oid			relfilenode;
+
+	if (!HeapTupleIsValid(tup))
+		return InvalidOid;
+	relfilenode = ((Form_pg_class) GETSTRUCT(tup))->relfilenode;
+	ReleaseSysCache(tup);
+	return relfilenode;
 }
 
 /*-------------------------------------------------------------------------
@@ -144,7 +190,7 @@ rm_rewrite_load(const RmMigration *m)
 
 	rm_state_execute("SELECT shadow::int8, log::int8, key_index::int8, trigger_mark, ground,"
 					 " s0_next, s0_xmin, s0_running, s0_overflowed::int::int8,"
-					 " shadow_blocks, rows_failed"
+					 " shadow_blocks, rows_failed, shadow_storage::int8, verified"
 					 " FROM risky_migrations.rewrite WHERE migration_id = $1", 1, types, v, NULL);
 	if (SPI_processed == 0)
 		return NULL;
@@ -164,6 +210,8 @@ rm_rewrite_load(const RmMigration *m)
 	rw->overflowed = rm_result_int64(0, 9) != 0;
 	rw->shadow_blocks = rm_result_int64(0, 10);
 	rw->rows_failed = rm_result_int64(0, 11);
+	rw->shadow_storage = rm_result_int64(0, 12);
+	rw->verified = *(ItemPointer) DatumGetPointer(rm_result_datum(0, 13));
 	return rw;
 }
 
@@ -171,13 +219,13 @@ rm_rewrite_load(const RmMigration *m)
 void
 rm_rewrite_save(const RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, INT8OID, INT8OID, INT8OID, TEXTOID};
+	Oid			types[] = {INT8OID, INT8OID, INT8OID, OIDOID, TIDOID};
 	Datum		v[] = {Int64GetDatum(rw->id), Int64GetDatum(rw->shadow_blocks),
-		Int64GetDatum(rw->rows_failed), Int64GetDatum(rw->trigger_mark),
-	CStringGetTextDatum(rw->ground)};
+		Int64GetDatum(rw->rows_failed), ObjectIdGetDatum(rw->shadow_storage),
+	PointerGetDatum(&rw->verified)};
 
 	rm_state_execute("UPDATE risky_migrations.rewrite SET shadow_blocks = $2,"
-					 " rows_failed = $3, trigger_mark = $4, ground = $5"
+					 " rows_failed = $3, shadow_storage = $4, verified = $5"
 					 " WHERE migration_id = $1", lengthof(types), types, v, NULL);
 }
 
@@ -185,7 +233,7 @@ static void
 insert_rewrite(const RmRewrite *rw)
 {
 	Oid			types[] = {INT8OID, OIDOID, OIDOID, OIDOID, INT8OID, TEXTOID, INT8OID,
-	INT8OID, INT8ARRAYOID, BOOLOID};
+	INT8OID, INT8ARRAYOID, BOOLOID, OIDOID};
 	Datum		v[lengthof(types)];
 	Datum	   *xids = palloc(sizeof(Datum) * Max(rw->nrunning, 1));
 	int			i = 0;
@@ -203,9 +251,10 @@ insert_rewrite(const RmRewrite *rw)
 	v[i++] = PointerGetDatum(construct_array(xids, rw->nrunning, INT8OID, sizeof(int64),
 											 FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
 	v[i++] = BoolGetDatum(rw->overflowed);
+	v[i++] = ObjectIdGetDatum(rw->shadow_storage);
 	rm_state_execute("INSERT INTO risky_migrations.rewrite (migration_id, shadow, log,"
 					 " key_index, trigger_mark, ground, s0_next, s0_xmin, s0_running,"
-					 " s0_overflowed) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)",
+					 " s0_overflowed, shadow_storage) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
 					 lengthof(types), types, v, NULL);
 }
 
@@ -479,17 +528,22 @@ rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel)
 		return "the change log was switched off for a while";
 	if (m->relfilenode != rel->rd_rel->relfilenode)
 		return "the table has other storage";
+	if (rw->shadow_storage != rm_relfilenode(rw->shadow))
+		return "the shadow table has other storage";
 	return NULL;
 }
 
-/* the method goes on with its first step, when this transaction has committed */
+/*
+ * The method goes on with the copy, which begins with what "begin" does, when
+ * this transaction has committed.  What there is stays until then.
+ */
 RmStepResult
 rm_rewrite_start_over(RmRun *run, const char *why)
 {
 	ereport(NOTICE,
 			(errmsg("migration %lld begins again: %s", (long long) run->migration_id, why)));
-	run->m->steps_done = RM_REWRITE_BEGIN;
-	run->m->phase = 0;
+	run->m->steps_done = RM_REWRITE_COPY;
+	run->m->phase = RM_COPY_FROM_BEGIN;
 	return RM_STEP_BACK;
 }
 
@@ -534,8 +588,10 @@ ask_twin(void *arg)
 	rm_execute(psprintf("SELECT pg_catalog.quote_ident(n.conname), pg_catalog.pg_get_constraintdef(n.oid)"
 						" FROM pg_catalog.pg_constraint n JOIN pg_catalog.pg_constraint o"
 						" ON o.conname = n.conname AND o.contype = 'c' AND o.conrelid = %u AND o.convalidated"
-						" WHERE n.conrelid = %u AND n.contype = 'c' ORDER BY n.conname",
-						t->m->relid, twin.relid));
+						" WHERE n.conrelid = %u AND n.contype = 'c'"
+						/* others cannot fail by it; one of the whole row has a 0 here */
+						" AND (o.conkey IS NULL OR o.conkey && ARRAY[%d, 0]::int2[]) ORDER BY n.conname",
+						t->m->relid, twin.relid, t->m->attnum));
 	oldcxt = MemoryContextSwitchTo(t->cxt);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		t->checks = lappend(t->checks, psprintf("%s %s", rm_result_text(i, 1), rm_result_text(i, 2)));
@@ -709,8 +765,9 @@ drop_tables(const RmMigration *m, const RmRewrite *rw)
 					 1, types, v, NULL);
 }
 
-static RmStepResult
-begin_apply(RmRun *run)
+/* the step "begin"; whatever there is of an earlier try is dropped */
+RmStepResult
+rm_rewrite_begin(RmRun *run)
 {
 	RmMigration *m = run->m;
 	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id,.tree = m->tree};
@@ -737,6 +794,7 @@ begin_apply(RmRun *run)
 	rw.key_index = find_key_index(rel);
 	key = index_open(rw.key_index, AccessShareLock);
 	rw.shadow = create_shadow(m, rel, &twin);
+	rw.shadow_storage = rm_relfilenode(rw.shadow);
 	rw.log = rm_log_create(m, rel, key);
 	index_close(key, NoLock);
 	rm_backfill_fix_end(m, rel);
@@ -767,7 +825,7 @@ begin_revert(RmRun *run)
 
 const RmStep rm_step_rewrite_begin = {
 	.name = "begin",
-	.apply = begin_apply,
+	.apply = rm_rewrite_begin,
 	.revert = begin_revert,
 };
 
@@ -776,168 +834,6 @@ RmStepResult
 rm_rewrite_nothing(RmRun *run)
 {
 	return RM_STEP_DONE;
-}
-
-/*-------------------------------------------------------------------------
- * From a row of the table to one of the shadow
- *-------------------------------------------------------------------------
- */
-
-/*
- * Begins the work of one transaction on rel, which the caller has opened and
- * locked.  Takes a snapshot, and the lock on the shadow.
- */
-RmTransfer *
-rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel, LOCKMODE shadow_lock,
-				  bool indexes)
-{
-	RmTransfer *t = palloc0(sizeof(RmTransfer));
-
-	t->m = m;
-	t->rw = rw;
-	t->rel = rel;
-	t->shadow = table_open(rw->shadow, shadow_lock);
-	GetUserIdAndSecContext(&t->save_userid, &t->save_sec_context);
-	SetUserIdAndSecContext(rel->rd_rel->relowner,
-						   t->save_sec_context | SECURITY_RESTRICTED_OPERATION);
-	PushActiveSnapshot(GetTransactionSnapshot());
-	t->snapshot = GetActiveSnapshot();
-	rm_settings_apply(m->settings, GUC_ACTION_LOCAL);
-	t->conv = rm_migration_conversion(m, rel, CurrentMemoryContext);
-	t->conv->settings_fixed = true;
-	t->slot = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsBufferHeapTuple);
-	t->new_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsVirtual);
-	t->row_cxt = AllocSetContextCreate(CurrentMemoryContext, "rm row", ALLOCSET_DEFAULT_SIZES);
-	t->estate = CreateExecutorState();
-	t->rri = makeNode(ResultRelInfo);
-	InitResultRelInfo(t->rri, t->shadow, 0, NULL, 0);
-	if (indexes)
-		ExecOpenIndices(t->rri, false);
-	return t;
-}
-
-void
-rm_transfer_end(RmTransfer *t)
-{
-	ExecDropSingleTupleTableSlot(t->slot);
-	ExecDropSingleTupleTableSlot(t->new_slot);
-	if (t->rri->ri_NumIndices > 0)
-		ExecCloseIndices(t->rri);
-	FreeExecutorState(t->estate);
-	FreeExprContext(t->conv->econtext, true);
-	PopActiveSnapshot();
-	SetUserIdAndSecContext(t->save_userid, t->save_sec_context);
-	table_close(t->shadow, NoLock);
-}
-
-/* new_slot gets the values of slot, and that one for the column; no checks */
-static void
-fill_new_slot(RmTransfer *t, Datum value, bool isnull)
-{
-	TupleDesc	desc = RelationGetDescr(t->rel);
-
-	ExecClearTuple(t->new_slot);
-	slot_getallattrs(t->slot);
-	memcpy(t->new_slot->tts_values, t->slot->tts_values, sizeof(Datum) * desc->natts);
-	memcpy(t->new_slot->tts_isnull, t->slot->tts_isnull, sizeof(bool) * desc->natts);
-	for (int i = 0; i < desc->natts; i++)
-		if (TupleDescAttr(desc, i)->attisdropped)
-			t->new_slot->tts_isnull[i] = true;
-	t->new_slot->tts_values[t->m->attnum - 1] = value;
-	t->new_slot->tts_isnull[t->m->attnum - 1] = isnull;
-	ExecStoreVirtualTuple(t->new_slot);
-}
-
-/*
- * Makes new_slot of slot, and checks it against the constraints that the changed
- * table will have.  Errors are those of the conversion and of the constraints
- * (t->converting is set then).  The values are good until the next call.
- */
-void
-rm_transfer_make(RmTransfer *t)
-{
-	Datum		value;
-	bool		isnull;
-
-	t->converting = true;
-	value = rm_conversion_evaluate(t->conv, t->slot, &isnull);
-	fill_new_slot(t, value, isnull);
-	if (RelationGetDescr(t->shadow)->constr)
-	{
-		ExecConstraints(t->rri, t->new_slot, t->estate);
-		ResetPerTupleExprContext(t->estate);
-	}
-	t->converting = false;
-}
-
-/* the same in a subtransaction: false and the error if the row is at fault */
-bool
-rm_transfer_try(RmTransfer *t, ErrorData **error)
-{
-	MemoryContext oldcxt = CurrentMemoryContext;
-	ResourceOwner oldowner = CurrentResourceOwner;
-	volatile bool ok = true;
-
-	BeginInternalSubTransaction(NULL);
-	PG_TRY();
-	{
-		MemoryContextSwitchTo(oldcxt);
-		rm_transfer_make(t);
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(oldcxt);
-		*error = rm_conversion_caught(t->row_cxt);
-		t->converting = false;
-		ok = false;
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(oldcxt);
-	CurrentResourceOwner = oldowner;
-	return ok;
-}
-
-/* an error of the shadow's constraints, told without the shadow's name */
-static void
-name_constraint(RmTransfer *t, ErrorData *error)
-{
-	if (error->sqlerrcode == ERRCODE_CHECK_VIOLATION && error->constraint_name)
-		error->message = psprintf("the new value violates check constraint \"%s\"",
-								  error->constraint_name);
-	else if (error->sqlerrcode == ERRCODE_NOT_NULL_VIOLATION)
-		error->message = pstrdup("the expression gives NULL for this value");
-}
-
-/*
- * What becomes of the row in slot that could not be made: recorded, and, where the
- * user accepts that, made with NULL (true: new_slot is to be stored).
- */
-bool
-rm_transfer_settle(RmTransfer *t, ErrorData *error)
-{
-	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(t->shadow), t->m->attnum - 1);
-	Oid			out;
-	bool		varlena;
-	bool		isnull;
-	Datum		d = slot_getattr(t->slot, t->m->attnum, &isnull);
-	char	   *value = NULL;
-
-	name_constraint(t, error);
-	if (!isnull)
-	{
-		getTypeOutputInfo(t->m->old_type_id, &out, &varlena);
-		value = OidOutputFunctionCall(out, d);
-	}
-	rm_record_failure(t->m, rm_row_key(t->rel, t->slot), &t->slot->tts_tid, value, error);
-	if (t->m->null_on_error && !att->attnotnull)
-	{
-		fill_new_slot(t, (Datum) 0, true);
-		t->nulled++;
-		return true;
-	}
-	t->failed++;
-	return false;
 }
 
 /*-------------------------------------------------------------------------
@@ -1034,13 +930,6 @@ wanted_indexes(RmMigration *m, RmRewrite *rw)
 	return i.wanted;
 }
 
-static Oid
-shadow_index(const RmMigration *m, Oid original)
-{
-	return get_relname_relid(rm_rewrite_index_name(m, original),
-							 get_namespace_oid(RM_SCHEMA, false));
-}
-
 /* drops those of the shadow's indexes whose original is not there any more */
 static void
 drop_stale_indexes(RmMigration *m, RmRewrite *rw, List *wanted)
@@ -1105,7 +994,7 @@ index_apply(RmRun *run)
 		if (OidIsValid(shadow_index(m, rw->key_index)))
 		{
 			rel = table_open(m->relid, NoLock);
-			(void) rm_replay(run, rw, rel, true, NULL);
+			(void) rm_replay(run, rw, rel, NULL);
 			table_close(rel, NoLock);
 			return RM_STEP_AGAIN;
 		}

@@ -27,6 +27,13 @@ typedef enum RmRewriteStep
 	RM_REWRITE_FINISH
 } RmRewriteStep;
 
+/* phases of the step copy */
+enum
+{
+	RM_COPY_ROWS,
+	RM_COPY_FROM_BEGIN			/* what there is cannot be used: first "begin" */
+};
+
 /* what is in a row of the change log, besides the key */
 #define RM_LOG_CHANGED		'c' /* the row with this key has changed */
 #define RM_LOG_FAILED		'f' /* its new version cannot be made: try again */
@@ -50,14 +57,18 @@ typedef struct RmRewrite
 	TransactionId *running;		/* in between: these had not, in order */
 	int			nrunning;
 	bool		overflowed;		/* some subtransactions are not among them */
+	Oid			shadow_storage; /* its relfilenode */
 	int64		shadow_blocks;	/* pages of the shadow that are committed copies */
+	ItemPointerData verified;	/* the next row of the shadow to be looked at */
 	int64		rows_failed;	/* at the last catch-up: rows without a new version */
 } RmRewrite;
 
+/* rows that are made at once */
+#define RM_TRANSFER_ROWS 128
+
 /*
- * The rows of the table on their way to the shadow, in one transaction.  From
- * rm_transfer_begin() on we are the table's owner, in a security-restricted
- * operation.
+ * The rows of the table on their way to the shadow, in one transaction; see
+ * rewrite_transfer.c.
  */
 typedef struct RmTransfer
 {
@@ -65,16 +76,21 @@ typedef struct RmTransfer
 	RmRewrite  *rw;
 	Relation	rel;			/* the table */
 	Relation	shadow;
+	Snapshot	snapshot;
+	int64		failed;			/* rows that could not be made */
+
+	/* the rows under way; each slot holds a pin */
+	int			nrows;
+	TupleTableSlot *rows[RM_TRANSFER_ROWS];
+	/* what they become, NULL what cannot be made; good until they are cleared */
+	HeapTuple	made[RM_TRANSFER_ROWS];
+
 	RmConversion *conv;
-	TupleTableSlot *slot;		/* a row of the table; holds a pin */
-	TupleTableSlot *new_slot;	/* what it becomes; virtual */
-	MemoryContext row_cxt;		/* reset for each row */
+	TupleTableSlot *new_slot;	/* of the shadow; virtual */
+	MemoryContext made_cxt;
+	MemoryContext row_cxt;		/* for anybody to use and reset */
 	EState	   *estate;
 	ResultRelInfo *rri;			/* of the shadow; its indexes are open if asked for */
-	Snapshot	snapshot;
-	bool		converting;		/* the user's code is being run */
-	int64		failed;			/* rows that could not be made */
-	int64		nulled;			/* the same, accepted as NULL */
 	Oid			save_userid;
 	int			save_sec_context;
 } RmTransfer;
@@ -85,7 +101,11 @@ extern void rm_rewrite_save(const RmRewrite *rw);
 extern void rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel);
 extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
 extern char *rm_rewrite_index_name(const RmMigration *m, Oid index);
+extern Oid	rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw);
+extern bool rm_rewrite_key_converts(const RmMigration *m, const RmRewrite *rw);
+extern RmStepResult rm_rewrite_begin(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);
+extern Oid	rm_relfilenode(Oid relid);
 extern void rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw);
 extern void rm_rewrite_drop_triggers(const RmMigration *m);
 extern int64 rm_rewrite_trigger_mark(const RmMigration *m, Oid relid);
@@ -93,12 +113,13 @@ extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel
 extern RmStepResult rm_rewrite_start_over(RmRun *run, const char *why);
 extern bool rm_rewrite_indexes_complete(RmRun *run);
 
+/* rewrite_transfer.c */
 extern RmTransfer *rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel,
 									 LOCKMODE shadow_lock, bool indexes);
 extern void rm_transfer_end(RmTransfer *t);
+extern TupleTableSlot *rm_transfer_next(RmTransfer *t);
 extern void rm_transfer_make(RmTransfer *t);
-extern bool rm_transfer_try(RmTransfer *t, ErrorData **error);
-extern bool rm_transfer_settle(RmTransfer *t, ErrorData *error);
+extern void rm_transfer_clear(RmTransfer *t);
 
 /* rewrite_log.c */
 extern Oid	rm_log_create(const RmMigration *m, Relation rel, Relation key_index);
@@ -106,8 +127,7 @@ extern void rm_log_key(Relation log, TupleTableSlot *slot, char kind);
 extern int64 rm_log_count(Relation log, Snapshot snapshot, int64 limit);
 
 /* rewrite_replay.c */
-extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, bool careful,
-					   int64 *counts);
+extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
 extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, LOCKMODE lock, int64 *counts,
 							 RmStepResult *result);
 

@@ -77,16 +77,6 @@ typedef struct PageWriter
 	BufferAccessStrategy strategy;
 } PageWriter;
 
-/* the copy; lives across transactions */
-typedef struct Copy
-{
-	bool		begun;			/* a transaction of this run has committed */
-	bool		careful;		/* some row does not convert: one by one */
-	bool		converting;		/* the user's code was run when it failed */
-	int64		failed;
-	int64		xact_failed;
-} Copy;
-
 /*-------------------------------------------------------------------------
  * Pages
  *-------------------------------------------------------------------------
@@ -271,43 +261,43 @@ rows_on_page(RmTransfer *t, Buffer buf, OffsetNumber *offsets, bool *unknown)
 	return n;
 }
 
+/* the slot gets the row of that place on a pinned page, and a pin of its own */
 static void
-store_in_slot(RmTransfer *t, Buffer buf, OffsetNumber off)
+store_in_slot(TupleTableSlot *slot, Oid relid, Buffer buf, OffsetNumber off)
 {
 	Page		page = BufferGetPage(buf);
 	ItemId		lp = PageGetItemId(page, off);
-	BufferHeapTupleTableSlot *bslot = (BufferHeapTupleTableSlot *) t->slot;
+	HeapTuple	tup = &((BufferHeapTupleTableSlot *) slot)->base.tupdata;
 
-	bslot->base.tupdata.t_data = (HeapTupleHeader) PageGetItem(page, lp);
-	bslot->base.tupdata.t_len = ItemIdGetLength(lp);
-	bslot->base.tupdata.t_tableOid = RelationGetRelid(t->rel);
-	ItemPointerSet(&bslot->base.tupdata.t_self, BufferGetBlockNumber(buf), off);
-	ExecStoreBufferHeapTuple(&bslot->base.tupdata, t->slot, buf);
+	tup->t_data = (HeapTupleHeader) PageGetItem(page, lp);
+	tup->t_len = ItemIdGetLength(lp);
+	tup->t_tableOid = relid;
+	ItemPointerSet(&tup->t_self, BufferGetBlockNumber(buf), off);
+	ExecStoreBufferHeapTuple(tup, slot, buf);
 }
 
-/* makes the row in slot, and appends it; false if it cannot be made */
-static bool
-copy_row(RmTransfer *t, PageWriter *w, bool careful)
+/* makes and appends the rows under way; returns how many could be made */
+static int
+copy_rows(RmTransfer *t, PageWriter *w, Relation log)
 {
-	MemoryContext oldcxt;
-	HeapTuple	tup;
-	ErrorData  *error;
+	int			copied = 0;
 
-	if (!careful)
-		rm_transfer_make(t);
-	else if (!rm_transfer_try(t, &error) && !rm_transfer_settle(t, error))
-		return false;
-	oldcxt = MemoryContextSwitchTo(t->row_cxt);
-	tup = heap_form_tuple(RelationGetDescr(t->shadow), t->new_slot->tts_values,
-						  t->new_slot->tts_isnull);
-	writer_add(w, tup);
-	MemoryContextSwitchTo(oldcxt);
-	return true;
+	rm_transfer_make(t);
+	for (int i = 0; i < t->nrows; i++)
+		if (t->made[i])
+		{
+			writer_add(w, t->made[i]);
+			copied++;
+		}
+		else
+			rm_log_key(log, t->rows[i], RM_LOG_FAILED);
+	rm_transfer_clear(t);
+	return copied;
 }
 
 /* one page of the table; returns the rows that were copied */
 static int
-copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf, bool careful)
+copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf)
 {
 	OffsetNumber offsets[MaxHeapTuplesPerPage];
 	bool		unknown[MaxHeapTuplesPerPage];
@@ -316,17 +306,21 @@ copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf, bool careful)
 
 	for (int i = 0; i < n; i++)
 	{
-		MemoryContextReset(t->row_cxt);
-		store_in_slot(t, buf, offsets[i]);
+		TupleTableSlot *slot = rm_transfer_next(t);
+
+		if (slot == NULL)
+		{
+			copied += copy_rows(t, w, log);
+			slot = rm_transfer_next(t);
+		}
+		store_in_slot(slot, RelationGetRelid(t->rel), buf, offsets[i]);
 		if (unknown[i])
-			rm_log_key(log, t->slot, RM_LOG_CHANGED);
-		else if (copy_row(t, w, careful))
-			copied++;
-		else
-			rm_log_key(log, t->slot, RM_LOG_FAILED);
+		{
+			rm_log_key(log, slot, RM_LOG_CHANGED);
+			t->nrows--;
+		}
 	}
-	ExecClearTuple(t->slot);
-	return copied;
+	return copied + copy_rows(t, w, log);
 }
 
 /*-------------------------------------------------------------------------
@@ -334,16 +328,23 @@ copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf, bool careful)
  *-------------------------------------------------------------------------
  */
 
-/* what a failed transaction has appended goes, before we append */
-static void
-cut_back(RmTransfer *t)
+/*
+ * What a failed transaction has appended goes.  False if the shadow lacks pages: an
+ * unlogged table, and with it the shadow, is empty after a crash.
+ */
+static bool
+cut_back(RmRewrite *rw)
 {
-	BlockNumber blocks = RelationGetNumberOfBlocks(t->shadow);
+	Relation	shadow = table_open(rw->shadow, ShareUpdateExclusiveLock);
+	BlockNumber blocks = RelationGetNumberOfBlocks(shadow);
 
-	if (blocks == t->rw->shadow_blocks)
-		return;
-	LockRelationOid(t->rw->shadow, AccessExclusiveLock);
-	RelationTruncate(t->shadow, (BlockNumber) t->rw->shadow_blocks);
+	if (blocks > rw->shadow_blocks)
+	{
+		LockRelationOid(rw->shadow, AccessExclusiveLock);
+		RelationTruncate(shadow, (BlockNumber) rw->shadow_blocks);
+	}
+	table_close(shadow, NoLock);
+	return blocks >= rw->shadow_blocks;
 }
 
 /* a range of pages; moves next_block */
@@ -351,7 +352,6 @@ static void
 copy_range(RmRun *run, RmRewrite *rw, Relation rel, BlockNumber end)
 {
 	RmMigration *m = run->m;
-	Copy	   *c = run->work;
 	RmTransfer *t = rm_transfer_begin(m, rw, rel, ShareUpdateExclusiveLock, false);
 	Relation	log = table_open(rw->log, RowExclusiveLock);
 	BlockNumber block = m->next_block;
@@ -361,9 +361,7 @@ copy_range(RmRun *run, RmRewrite *rw, Relation rel, BlockNumber end)
 	int64		copied = 0;
 	instr_time	started;
 
-	cut_back(t);
 	writer_begin(w, t->shadow, (BlockNumber) rw->shadow_blocks);
-	c->converting = true;
 	INSTR_TIME_SET_CURRENT(started);
 	while (block < stop && copied < run->batch)
 	{
@@ -371,33 +369,20 @@ copy_range(RmRun *run, RmRewrite *rw, Relation rel, BlockNumber end)
 
 		CHECK_FOR_INTERRUPTS();
 		buf = ReadBufferExtended(rel, MAIN_FORKNUM, block++, RBM_NORMAL, strategy);
-		copied += copy_page(t, w, log, buf, c->careful);
+		copied += copy_page(t, w, log, buf);
 		ReleaseBuffer(buf);
 		if (block % 64 == 0 && rm_elapsed_ms(started) > COPY_TIME)
 			break;
 	}
-	c->converting = false;
 	writer_end(w);
 	rw->shadow_blocks = w->next;
 	pfree(w);
 	FreeAccessStrategy(strategy);
 	table_close(log, NoLock);
-	c->xact_failed = t->failed + t->nulled;
 	rm_transfer_end(t);
 	m->next_block = block;
 	m->rows_done += copied;
 	run->rows_changed += copied;
-}
-
-/* an unlogged table, and with it the shadow, is empty after a crash */
-static bool
-shadow_shrunk(const RmRewrite *rw)
-{
-	Relation	shadow = table_open(rw->shadow, AccessShareLock);
-	bool		shrunk = RelationGetNumberOfBlocks(shadow) < rw->shadow_blocks;
-
-	table_close(shadow, AccessShareLock);
-	return shrunk;
 }
 
 static RmStepResult
@@ -405,19 +390,21 @@ copy_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	RmRewrite  *rw = rm_rewrite_load(m);
-	Copy	   *c = run->work;
 	Relation	rel;
 	BlockNumber end;
 	const char *missed;
 
-	if (c == NULL)
-		c = run->work = MemoryContextAllocZero(run->cxt, sizeof(Copy));
-	c->xact_failed = 0;
+	if (m->phase == RM_COPY_FROM_BEGIN)
+	{
+		(void) rm_rewrite_begin(run);
+		m->phase = RM_COPY_ROWS;
+		return RM_STEP_AGAIN;
+	}
 	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
 	rel = table_open(m->relid, NoLock);
 	rm_rewrite_check_ground(m, rw, rel);
 	missed = rm_rewrite_missed(m, rw, rel);
-	if (missed == NULL && shadow_shrunk(rw))
+	if (missed == NULL && !cut_back(rw))
 		missed = "the shadow was emptied by a crash";
 	if (missed)
 	{
@@ -444,12 +431,8 @@ copy_apply(RmRun *run)
 static void
 copy_committed(RmRun *run, RmStepResult result)
 {
-	Copy	   *c = run->work;
 	char		rows[32];
 
-	c->begun = true;
-	c->careful = false;
-	c->failed += c->xact_failed;
 	if (result == RM_STEP_BACK || (result == RM_STEP_AGAIN && !rm_notice_due(run)))
 		return;
 	rm_format_count(rows, sizeof(rows), run->progress.rows_done);
@@ -460,24 +443,10 @@ copy_committed(RmRun *run, RmStepResult result)
 					run->relation)));
 }
 
-/* a value does not convert: the same range again, row by row */
-static bool
-copy_retry(RmRun *run, ErrorData *error)
-{
-	Copy	   *c = run->work;
-
-	if (c == NULL || !c->converting || c->careful || !rm_is_conversion_failure(error->sqlerrcode))
-		return false;
-	c->converting = false;
-	c->careful = true;
-	return true;
-}
-
 const RmStep rm_step_rewrite_copy = {
 	.name = "copy",
 	.throttled = true,
 	.apply = copy_apply,
 	.revert = rm_rewrite_nothing,
 	.committed = copy_committed,
-	.retry = copy_retry,
 };

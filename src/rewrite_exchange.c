@@ -514,7 +514,7 @@ try_exchange(RmRun *run, RmRewrite *rw)
 		return RM_STEP_AGAIN;
 	}
 	rel = table_open(m->relid, NoLock);
-	(void) rm_replay(run, rw, rel, true, NULL);
+	(void) rm_replay(run, rw, rel, NULL);
 	table_close(rel, NoLock);
 	refuse_failed_rows(run, rw);
 	exchange(run, rw);

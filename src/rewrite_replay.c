@@ -161,11 +161,11 @@ typedef struct Round
 	Tuplesortstate *keys;		/* rows of the log, by key */
 	TupleTableSlot *log_slot;
 	TupleTableSlot *last_slot;	/* the key before */
+	TupleTableSlot *made_slot;	/* a new row */
 	FmgrInfo	equal[INDEX_MAX_KEYS];
 	bool		truncated;		/* the table was emptied */
 	bool		has_last;
 	int64		read;			/* rows of the log */
-	bool		careful;
 } Round;
 
 static void
@@ -176,18 +176,15 @@ begin_round(Round *r, RmTransfer *t)
 	Oid			operators[INDEX_MAX_KEYS];
 	Oid			collations[INDEX_MAX_KEYS];
 	bool		nulls_first[INDEX_MAX_KEYS];
-	Oid			index = get_relname_relid(rm_rewrite_index_name(t->m, t->rw->key_index),
-										  get_namespace_oid(RM_SCHEMA, false));
 
-	if (!OidIsValid(index))
-		elog(ERROR, "the shadow has no index for its key");
 	r->t = t;
 	r->log = table_open(t->rw->log, RowExclusiveLock);
 	r->source = rm_lookup_begin(t->rel, t->rw->key_index, t->snapshot);
 	/* what this very transaction has stored and deleted counts */
-	r->target = rm_lookup_begin(t->shadow, index, SnapshotSelf);
+	r->target = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(t->m, t->rw), SnapshotSelf);
 	r->log_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
 	r->last_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
+	r->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
 	nkeys = r->source->nkeys;
 	for (int i = 0; i < nkeys; i++)
 	{
@@ -207,6 +204,7 @@ end_round(Round *r)
 {
 	ExecDropSingleTupleTableSlot(r->log_slot);
 	ExecDropSingleTupleTableSlot(r->last_slot);
+	ExecDropSingleTupleTableSlot(r->made_slot);
 	tuplesort_end(r->keys);
 	rm_lookup_end(r->source);
 	rm_lookup_end(r->target);
@@ -341,47 +339,60 @@ delete_rows(Round *r)
 	ExecDropSingleTupleTableSlot(key_row);
 }
 
-/* stores new_slot in the shadow, with its index entries */
+/* stores a new row in the shadow, with its index entries */
 static void
-store_row(RmTransfer *t)
+store_row(Round *r, HeapTuple tup)
 {
-	table_tuple_insert(t->shadow, t->new_slot, GetCurrentCommandId(true), 0, NULL);
+	RmTransfer *t = r->t;
+
+	ExecStoreHeapTuple(tup, r->made_slot, false);
+	/* keys that differ to the letter may be equal to the index */
+	rm_lookup_key_of(r->target, r->made_slot);
+	if (rm_lookup(r->target))
+		return;
+	table_tuple_insert(t->shadow, r->made_slot, GetCurrentCommandId(true), 0, NULL);
 	if (t->rri->ri_NumIndices > 0)
-		rm_insert_new_index_tuples(t->rri, t->new_slot, t->estate);
+		rm_insert_new_index_tuples(t->rri, r->made_slot, t->estate);
 	ResetPerTupleExprContext(t->estate);
+}
+
+/* makes and stores the rows under way; what cannot be made is logged again */
+static void
+store_rows(Round *r)
+{
+	RmTransfer *t = r->t;
+
+	rm_transfer_make(t);
+	for (int i = 0; i < t->nrows; i++)
+		if (t->made[i])
+			store_row(r, t->made[i]);
+		else
+			rm_log_key(r->log, t->rows[i], RM_LOG_FAILED);
+	ExecClearTuple(r->made_slot);
+	rm_transfer_clear(t);
 }
 
 static void
 insert_rows(Round *r)
 {
 	RmTransfer *t = r->t;
-	TupleTableSlot *saved = t->slot;
 
 	while (next_key(r))
 	{
-		ErrorData  *error;
-		bool		made = true;
+		TupleTableSlot *slot;
 
-		MemoryContextReset(t->row_cxt);
 		set_source_key(r);
 		if (!rm_lookup(r->source))
 			continue;			/* deleted */
-		t->slot = r->source->slot;
-		if (!r->careful)
-			rm_transfer_make(t);
-		else if (!rm_transfer_try(t, &error))
-			made = rm_transfer_settle(t, error);
-		if (made)
+		slot = rm_transfer_next(t);
+		if (slot == NULL)
 		{
-			/* keys that differ to the letter may be equal to the index */
-			rm_lookup_key_of(r->target, t->new_slot);
-			if (!rm_lookup(r->target))
-				store_row(t);
+			store_rows(r);
+			slot = rm_transfer_next(t);
 		}
-		else
-			rm_log_key(r->log, t->slot, RM_LOG_FAILED);
+		ExecCopySlot(slot, r->source->slot);
 	}
-	t->slot = saved;
+	store_rows(r);
 }
 
 /* all rows that the snapshot sees */
@@ -419,13 +430,12 @@ was_truncated(Relation log, Snapshot snapshot)
 }
 
 /*
- * One round, in the transaction under way; rel is locked.  Carefully: what does
- * not convert is recorded and its key logged again, else it is an error.  With
- * counts, the rows of the table as of the round, and those of the shadow after
+ * One round, in the transaction under way; rel is locked.  What
+ * does not convert is recorded and its key logged again.  With counts, the rows of the table as of the round, and those of the shadow after
  * it.  Returns the number of log rows that were replayed.
  */
 int64
-rm_replay(RmRun *run, RmRewrite *rw, Relation rel, bool careful, int64 *counts)
+rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 {
 	Relation	log = table_open(rw->log, RowExclusiveLock);
 	RmTransfer *t;
@@ -447,10 +457,10 @@ rm_replay(RmRun *run, RmRewrite *rw, Relation rel, bool careful, int64 *counts)
 
 		rm_empty_relation(shadow);
 		table_close(shadow, NoLock);
+		rw->shadow_storage = rm_relfilenode(rw->shadow);
 	}
 
 	t = rm_transfer_begin(run->m, rw, rel, ShareUpdateExclusiveLock, true);
-	r->careful = careful;
 	begin_round(r, t);
 	read_log(r);
 	if (r->truncated && !truncated)
@@ -482,8 +492,6 @@ rm_replay(RmRun *run, RmRewrite *rw, Relation rel, bool careful, int64 *counts)
 /* catching up; lives across transactions */
 typedef struct CatchUp
 {
-	bool		careful;
-	bool		replaying;		/* ... when it failed */
 	int64		last;			/* rows of the last round */
 	int			hopeless;		/* rounds in a row that did not find fewer */
 } CatchUp;
@@ -508,7 +516,7 @@ rm_replay_round(RmRun *run, RmRewrite *rw, LOCKMODE lock, int64 *counts, RmStepR
 	if (missed)
 		*result = rm_rewrite_start_over(run, missed);
 	else
-		n = rm_replay(run, rw, rel, true, counts);
+		n = rm_replay(run, rw, rel, counts);
 	table_close(rel, NoLock);
 	rm_rewrite_save(rw);
 	run->async_commit = true;

@@ -138,6 +138,7 @@ rm_find_relation(const char *name)
 typedef struct Resolve
 {
 	int64		id;				/* 0: the only open one */
+	const char *method;			/* ... of that method; NULL: of any */
 	MemoryContext cxt;
 	RmMigration *m;
 } Resolve;
@@ -164,7 +165,7 @@ resolve(void *arg)
 	Resolve    *r = arg;
 
 	if (r->id == 0)
-		r->id = rm_open_migration("three_step");
+		r->id = rm_open_migration(r->method);
 	r->m = rm_migration_resolve(r->id, r->cxt);
 }
 
@@ -178,12 +179,16 @@ rm_migration_read(int64 id)
 	return r.m;
 }
 
+/* NULL means the only open one of that method, or, without one, of any */
 static RmMigration *
-migration_argument(FunctionCallInfo fcinfo, int arg)
+migration_argument(FunctionCallInfo fcinfo, int arg, const RmMethod *method)
 {
-	return rm_migration_read(PG_ARGISNULL(arg) ? 0 :
-							 rm_count_argument(fcinfo, arg, "migration", 1,
-											   PG_INT64_MAX));
+	Resolve		r = {.method = method ? method->name : NULL,.cxt = CurrentMemoryContext};
+
+	if (!PG_ARGISNULL(arg))
+		r.id = rm_count_argument(fcinfo, arg, "migration", 1, PG_INT64_MAX);
+	rm_transaction(resolve, &r);
+	return r.m;
 }
 
 static void
@@ -536,7 +541,7 @@ rm_backfill_batched(PG_FUNCTION_ARGS)
 
 	rm_procedure_begin(fcinfo, "rm_backfill_batched");
 	batch = (int) rm_count_argument(fcinfo, 0, "batch", 1, RM_MAX_BATCH);
-	m = migration_argument(fcinfo, 1);
+	m = migration_argument(fcinfo, 1, &rm_method_three_step);
 	if (strcmp(m->state, "open") != 0 || m->method != &rm_method_three_step ||
 		m->steps_done < RM_BACKFILL)
 		refuse_wrong_state(m, "a backfill",
@@ -580,7 +585,7 @@ rm_enforce_not_null(PG_FUNCTION_ARGS)
 	RmMigration *m;
 
 	rm_procedure_begin(fcinfo, "rm_enforce_not_null");
-	m = migration_argument(fcinfo, 0);
+	m = migration_argument(fcinfo, 0, &rm_method_three_step);
 	if (strcmp(m->state, "open") != 0 || m->method != &rm_method_three_step ||
 		m->steps_done < RM_ENFORCE_NOT_NULL)
 		refuse_wrong_state(m, "enforcing NOT NULL",
@@ -606,7 +611,7 @@ rm_swap(PG_FUNCTION_ARGS)
 	RmMigration *m;
 
 	rm_procedure_begin(fcinfo, "rm_swap");
-	m = migration_argument(fcinfo, 0);
+	m = migration_argument(fcinfo, 0, &rm_method_three_step);
 	if (m->method != &rm_method_three_step || strcmp(m->state, "open") != 0 ||
 		m->steps_done < RM_BUILD)
 		refuse_wrong_state(m, "the swap",
@@ -631,7 +636,7 @@ rm_cleanup(PG_FUNCTION_ARGS)
 	RmMigration *m;
 
 	rm_procedure_begin(fcinfo, "rm_cleanup");
-	m = migration_argument(fcinfo, 0);
+	m = migration_argument(fcinfo, 0, &rm_method_three_step);
 	if (m->method == &rm_method_three_step && strcmp(m->state, "done") == 0)
 		ereport(NOTICE,
 				(errmsg("migration %lld is done already, nothing to do",
@@ -713,7 +718,7 @@ rm_rollback(PG_FUNCTION_ARGS)
 	RmMigration *m;
 
 	rm_procedure_begin(fcinfo, "rm_rollback");
-	m = migration_argument(fcinfo, 0);
+	m = migration_argument(fcinfo, 0, NULL);
 	if (strcmp(m->state, "rolled back") == 0)
 		ereport(NOTICE,
 				(errmsg("migration %lld is rolled back already, nothing to do",

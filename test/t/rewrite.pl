@@ -65,10 +65,11 @@ sub check_rows
 	is(sql("SELECT count(*) FROM $name WHERE v <> want OR v IS NULL"), '0', "$what: every row has its value");
 	is(sql("SELECT pg_typeof(v) FROM $name LIMIT 1"), 'bigint', "$what: in the new type");
 	sql('CREATE EXTENSION IF NOT EXISTS amcheck');
+	my $nindexes = sql("SELECT count(*) FROM pg_index WHERE indrelid = '$name'::regclass");
 	is(sql(qq{
-		SELECT string_agg(i.indexrelid::regclass::text, ', ') FROM pg_index i
-		CROSS JOIN LATERAL bt_index_check(i.indexrelid, true) WHERE i.indrelid = '$name'::regclass AND false}),
-		'', "$what: every row is in every index");
+		SELECT count(*), count(bt_index_check(i.indexrelid, true)::text) FROM pg_index i
+		WHERE i.indrelid = '$name'::regclass AND i.indisvalid}),
+		"$nindexes|$nindexes", "$what: every row is in every index");
 	is(sql("SELECT count(*) FROM verify_heapam('$name')"), '0', "$what: and its pages are sound");
 	return;
 }
@@ -210,7 +211,7 @@ sql(q{
 sql(q{CALL rm_alter_type('node', 'id', 'bigint', method => 'online_rewrite')});
 sql(q{CALL rm_alter_type('node', 'up', 'bigint', method => 'online_rewrite')});
 is(sql(q{SELECT string_agg(format('%s %s %s %s', conname, convalidated, condeferrable, obj_description(oid, 'pg_constraint')), ', ' ORDER BY conname)
-	FROM pg_constraint WHERE contype = 'f'}), 'node_up_fkey t f , to_node t t up', 'foreign keys are what they were, and proven');
+	FROM pg_constraint WHERE contype = 'f' AND conrelid IN ('node'::regclass, 'child'::regclass)}), 'node_up_fkey t f , to_node t t up', 'foreign keys are what they were, and proven');
 isnt($node->psql('postgres', 'DELETE FROM node WHERE id = 5'), 0, 'and in force');
 is(sql('SELECT pg_typeof(id)::text || pg_typeof(up)::text FROM node LIMIT 1'), 'bigintbigint', 'both columns have their types');
 
@@ -239,8 +240,7 @@ foreach my $round (1 .. 4)
 			next;
 		}
 		sql("SELECT rm_resume($id)");
-		becomes("(SELECT state = 'done' FROM rm_migrations WHERE id = $id)", "killed in round $round, it goes on to its end")
-		  or diag sql("SELECT m, l.step, l.message FROM rm_migrations m LEFT JOIN risky_migrations.step_log l ON l.migration_id = m.id WHERE m.id = $id");
+		becomes("(SELECT state = 'done' FROM rm_migrations WHERE id = $id)", "killed in round $round, it goes on to its end");
 	}
 	check_rows('killed', "killed in round $round");
 }
