@@ -37,6 +37,7 @@
 #include "miscadmin.h"
 #include "rewrite.h"
 #include "rows.h"
+#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"

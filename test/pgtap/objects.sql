@@ -62,6 +62,9 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'procedure help() volatile',
 	'function step_name(method text, steps_done integer) text immutable strict parallel safe',
 	'function sync() trigger volatile',
+	'function log_change() trigger volatile',
+	'function rewrite_ground(relid oid) text volatile',
+	'function column_foreign_keys(relid oid, attnum smallint) TABLE(relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text) volatile',
 	'function steady_text(value text) text immutable strict parallel safe',
 	'function column_dependents(relid oid, attnum smallint) TABLE(classid oid, objid oid, relation oid, depth integer) stable',
 	'function column_left_behind(relid oid, attnum smallint) SETOF text stable',
@@ -88,7 +91,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 
 SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE type IN ('table', 'view', 'index')$$, ARRAY[
 	'table risky_migrations.migration', 'table risky_migrations.steering', 'table risky_migrations.skipped_row', 'table risky_migrations.range', 'table risky_migrations.leaf', 'table risky_migrations.conversion_error',
-	'table risky_migrations.dependent',
+	'table risky_migrations.dependent', 'table risky_migrations.rewrite',
 	'table risky_migrations.step_log', 'table risky_migrations.step_lock', 'table risky_migrations.lab',
 	'table risky_migrations.probe', 'table risky_migrations.probe_sample', 'table risky_migrations.comparison',
 	'view risky_migrations.lock_report', 'view risky_migrations.lab_shown', 'view risky_migrations.lab_step', 'view risky_migrations.comparison_step',

@@ -217,8 +217,6 @@ CALL rm_alter_type('no_such', 'v', 'int');
 \echo SQLSTATE :SQLSTATE
 CALL rm_alter_type('plain', 'v', 'int', 'v::int', NULL);
 \echo SQLSTATE :SQLSTATE
-CALL rm_alter_type('plain', 'v', 'int', 'v::int', 'online_rewrite');
-\echo SQLSTATE :SQLSTATE
 CALL rm_alter_type('plain', 'v', 'int', 'v::int', 'magic');
 \echo SQLSTATE :SQLSTATE
 CALL rm_alter_type('plain', 'v', 'int', 'v::int', cut_over => 'later');

@@ -1,0 +1,151 @@
+-- The method online_rewrite: what it refuses, before anything is changed, and
+-- the way of one migration from its first step to its end, with what it locks.
+\set VERBOSITY default
+SET client_min_messages = warning;
+CREATE SCHEMA rewriting;
+SET search_path = rewriting, public;
+SELECT coalesce(max(id), 0) AS before FROM rm_migrations \gset
+
+-- ---------------------------------------------------------------------------
+-- Tables and columns that it cannot change
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE no_key (id int, v text);
+CALL rm_alter_type('no_key', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+CREATE UNIQUE INDEX ON no_key (id);
+-- unique, but what is NULL is not told apart
+CALL rm_alter_type('no_key', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+ALTER TABLE no_key ALTER id SET NOT NULL;
+CREATE TABLE late_key (id int, v text, UNIQUE (id) DEFERRABLE);
+ALTER TABLE late_key ALTER id SET NOT NULL;
+CALL rm_alter_type('late_key', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+CREATE TABLE whole (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
+CREATE TABLE part PARTITION OF whole DEFAULT;
+CALL rm_alter_type('whole', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+CALL rm_alter_type('part', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+CREATE TABLE parent (id int PRIMARY KEY, v text);
+CREATE TABLE child (PRIMARY KEY (id)) INHERITS (parent);
+CALL rm_alter_type('parent', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+CREATE TEMP TABLE mine (id int PRIMARY KEY, v text);
+CALL rm_alter_type('mine', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+CREATE TABLE made (id int PRIMARY KEY, v text, w text GENERATED ALWAYS AS (upper(v)) STORED);
+CALL rm_alter_type('made', 'w', 'varchar(10)', NULL, 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+-- the key alone does not tell what the new key is
+CREATE TABLE told (id int, salt int, PRIMARY KEY (id));
+CALL rm_alter_type('told', 'id', 'bigint', 'id + salt', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+-- what ALTER TABLE would refuse
+CREATE TABLE defaulted (id int PRIMARY KEY, v text DEFAULT 'none');
+CALL rm_alter_type('defaulted', 'v', 'int', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+CALL rm_alter_type('defaulted', 'v', 'int', 'v::int + random()::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+SELECT count(*) FROM rm_migrations WHERE id > :before AND state = 'open';
+SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
+
+-- ---------------------------------------------------------------------------
+-- One migration
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE orders (id int PRIMARY KEY, amount varchar(20) NOT NULL, note text);
+INSERT INTO orders SELECT g, g * 10, 'note ' || g FROM generate_series(1, 3000) g;
+CREATE INDEX orders_amount ON orders (amount);
+CALL rm_alter_type('orders', 'amount', 'numeric(12,2)', 'amount::numeric', 'online_rewrite', cut_over => 'manual');
+SELECT id, method, state, next_call = format('CALL rm_cut_over(%s)', id) AS cut_over_is_next FROM rm_migrations WHERE id > :before \gset
+SELECT :'method' AS method, :'state' AS state, :'cut_over_is_next' AS cut_over_is_next;
+
+-- the table is as it was, and has the whole table for itself
+\d orders
+CALL rm_alter_type('orders', 'note', 'varchar(100)', NULL, 'three_step');
+\echo SQLSTATE :SQLSTATE
+CALL rm_alter_type('orders', 'note', 'varchar(100)', NULL, 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+UPDATE orders SET amount = '7' WHERE id <= 10;
+DELETE FROM orders WHERE id > 2990;
+SELECT count(*) AS log_rows FROM risky_migrations.log_:id \gset
+SELECT :log_rows AS log_rows;
+
+CALL rm_cut_over();
+SELECT state FROM rm_migrations WHERE id = :id;
+\d orders
+SELECT count(*), sum(amount), count(*) FILTER (WHERE amount = 7) FROM orders;
+SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
+-- what was locked: ACCESS EXCLUSIVE in the cut-over only
+SELECT step, relation, role, lock_mode, blocks_reads, blocks_writes, hold_is_exact, rewritten
+FROM rm_lock_report() WHERE approach = 'online_rewrite' AND (relation = 'rewriting.orders' OR blocks_reads)
+	AND started_at >= (SELECT started_at FROM rm_migrations WHERE id = :id)
+ORDER BY started_at, relation, lock_mode;
+
+-- no way back
+CALL rm_rollback(:id);
+\echo SQLSTATE :SQLSTATE
+CALL rm_alter_type('orders', 'amount', 'varchar(20)', 'amount::int::text', 'online_rewrite');
+SELECT pg_typeof(amount), count(*), sum(amount::int) FROM orders GROUP BY 1;
+
+-- given up: nothing is left, nothing was changed
+CALL rm_alter_type('orders', 'amount', 'bigint', 'amount::bigint', 'online_rewrite', cut_over => 'manual');
+CALL rm_rollback();
+SELECT pg_typeof(amount), count(*), sum(amount::int) FROM orders GROUP BY 1;
+SELECT tgname FROM pg_trigger WHERE tgrelid = 'orders'::regclass;
+SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
+SELECT count(*) FROM risky_migrations.rewrite;
+
+-- ---------------------------------------------------------------------------
+-- Values that do not convert, or that the changed table would refuse
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE odd (id int PRIMARY KEY, v text, w text CHECK (w <> 'never'));
+INSERT INTO odd VALUES (1, '1', '1'), (2, 'two', '2'), (3, NULL, '3'), (4, '400', '4');
+ALTER TABLE odd ADD CONSTRAINT small CHECK (v::text <> '400') NOT VALID;
+CREATE DOMAIN below_100 AS int CHECK (value < 100);
+CALL rm_alter_type('odd', 'v', 'below_100', 'v::int', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+SELECT row_key, value, sqlstate, message FROM rm_conversion_errors ORDER BY row_key, message;
+SELECT next_call = format('SELECT rm_resume(%s)', id) AS resume_is_next FROM rm_migrations WHERE state = 'open';
+UPDATE odd SET v = 5 WHERE id IN (2, 4);
+CALL rm_cut_over();
+SELECT id, v, pg_typeof(v) FROM odd ORDER BY id;
+
+CREATE TABLE odd2 (id int PRIMARY KEY, v text);
+INSERT INTO odd2 VALUES (1, '1'), (2, 'two');
+CALL rm_alter_type('odd2', 'v', 'int', 'v::int', 'online_rewrite', on_error => 'null');
+SELECT id, v FROM odd2 ORDER BY id;
+SELECT row_key, value, sqlstate FROM rm_conversion_errors WHERE relation = 'rewriting.odd2';
+
+-- what was unique is not any more
+CREATE TABLE twice (id int PRIMARY KEY, v text UNIQUE);
+INSERT INTO twice VALUES (1, '1'), (2, '1.0');
+CALL rm_alter_type('twice', 'v', 'numeric', 'v::numeric', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+DELETE FROM twice WHERE id = 2;
+SELECT id AS twice FROM rm_migrations WHERE state = 'open' \gset
+CALL rm_rollback(:twice);
+SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
+
+-- ---------------------------------------------------------------------------
+-- Its trigger function is for its triggers
+-- ---------------------------------------------------------------------------
+
+CREATE TRIGGER wrong BEFORE UPDATE ON twice FOR EACH ROW EXECUTE FUNCTION risky_migrations.log_change(1);
+UPDATE twice SET v = '2';
+\echo SQLSTATE :SQLSTATE
+DROP TRIGGER wrong ON twice;
+CREATE TRIGGER wrong AFTER UPDATE ON twice FOR EACH ROW EXECUTE FUNCTION risky_migrations.log_change();
+UPDATE twice SET v = '2';
+\echo SQLSTATE :SQLSTATE
+DROP TRIGGER wrong ON twice;
+-- one without a log does nothing
+CREATE TRIGGER wrong AFTER UPDATE ON twice FOR EACH ROW EXECUTE FUNCTION risky_migrations.log_change(4711);
+UPDATE twice SET v = '2';
+
+\set VERBOSITY default
+SET client_min_messages = warning;
+DROP SCHEMA rewriting CASCADE;
