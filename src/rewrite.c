@@ -848,6 +848,12 @@ typedef struct Wanted
 	IndexStmt  *stmt;			/* for the shadow */
 } Wanted;
 
+/* the step; lives across transactions */
+typedef struct IndexWork
+{
+	char	   *building;		/* name of the table's index, while its like is built */
+} IndexWork;
+
 /* what the twin is asked */
 typedef struct Indexes
 {
@@ -976,6 +982,7 @@ index_apply(RmRun *run)
 	RmMigration *m = run->m;
 	RmRewrite  *rw = rm_rewrite_load(m);
 	Relation	rel;
+	IndexWork  *work = run->work;
 	List	   *wanted;
 	ListCell   *lc;
 	int			built = 0;
@@ -988,9 +995,9 @@ index_apply(RmRun *run)
 	table_close(rel, NoLock);
 	if (missed)
 		return rm_rewrite_start_over(run, missed);
-	if (run->work == NULL)
+	if (work == NULL)
 	{
-		run->work = run;
+		run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
 		if (OidIsValid(shadow_index(m, rw->key_index)))
 		{
 			rel = table_open(m->relid, NoLock);
@@ -1012,7 +1019,10 @@ index_apply(RmRun *run)
 		}
 		/* nobody's DDL is to wait for the building */
 		UnlockRelationOid(m->relid, AccessShareLock);
+		work = run->work;
+		work->building = MemoryContextStrdup(run->cxt, get_rel_name(w->original));
 		(void) rm_define_index(rw->shadow, w->stmt);
+		work->building = NULL;
 		return RM_STEP_AGAIN;
 	}
 	drop_stale_indexes(m, rw, wanted);
@@ -1020,16 +1030,22 @@ index_apply(RmRun *run)
 	return RM_STEP_DONE;
 }
 
+/* tells it of the table's index, not of the shadow's */
 static void
 index_explain(RmRun *run, ErrorData *error)
 {
-	MemoryContext oldcxt = MemoryContextSwitchTo(run->cxt);
+	IndexWork  *work = run->work;
+	MemoryContext oldcxt;
 
-	if (error->hint == NULL &&
-		(error->sqlerrcode == ERRCODE_UNIQUE_VIOLATION ||
-		 error->sqlerrcode == ERRCODE_EXCLUSION_VIOLATION))
-		error->hint = psprintf("Rows that the old type tells apart are not told apart by the new one: mend them, then SELECT rm_resume(%lld); or give it up with CALL rm_rollback(%lld).",
-							   (long long) run->migration_id, (long long) run->migration_id);
+	if (work == NULL || work->building == NULL ||
+		(error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION &&
+		 error->sqlerrcode != ERRCODE_EXCLUSION_VIOLATION))
+		return;
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	error->message = psprintf("the new values do not fit index \"%s\"", work->building);
+	error->constraint_name = work->building;
+	error->hint = psprintf("The old type tells rows apart that the new one does not: mend them, then SELECT rm_resume(%lld); or give it up with CALL rm_rollback(%lld).",
+						   (long long) run->migration_id, (long long) run->migration_id);
 	MemoryContextSwitchTo(oldcxt);
 }
 

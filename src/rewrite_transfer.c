@@ -192,6 +192,8 @@ try_rows(RmTransfer *t, int from, int to)
 static void
 name_constraint(ErrorData *error)
 {
+	if (error->table_name == NULL)
+		return;					/* a domain's, for example */
 	if (error->sqlerrcode == ERRCODE_CHECK_VIOLATION && error->constraint_name)
 		error->message = psprintf("the new value violates check constraint \"%s\"",
 								  error->constraint_name);

@@ -1,10 +1,12 @@
 -- The method online_rewrite: what it refuses, before anything is changed, and
 -- the way of one migration from its first step to its end, with what it locks.
 \set VERBOSITY default
+\set SHOW_CONTEXT never
 SET client_min_messages = warning;
+DROP EXTENSION IF EXISTS risky_migrations CASCADE;
+CREATE EXTENSION risky_migrations;
 CREATE SCHEMA rewriting;
 SET search_path = rewriting, public;
-SELECT coalesce(max(id), 0) AS before FROM rm_migrations \gset
 
 -- ---------------------------------------------------------------------------
 -- Tables and columns that it cannot change
@@ -17,11 +19,14 @@ CREATE UNIQUE INDEX ON no_key (id);
 -- unique, but what is NULL is not told apart
 CALL rm_alter_type('no_key', 'v', 'int', 'v::int', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE
+-- an expression, and a part of the rows
 ALTER TABLE no_key ALTER id SET NOT NULL;
-CREATE TABLE late_key (id int, v text, UNIQUE (id) DEFERRABLE);
-ALTER TABLE late_key ALTER id SET NOT NULL;
-CALL rm_alter_type('late_key', 'v', 'int', 'v::int', 'online_rewrite');
+DROP INDEX no_key_id_idx;
+CREATE UNIQUE INDEX ON no_key (abs(id));
+CREATE UNIQUE INDEX ON no_key (id) WHERE id > 0;
+CALL rm_alter_type('no_key', 'v', 'int', 'v::int', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE
+DROP TABLE no_key;
 CREATE TABLE whole (id int PRIMARY KEY, v text) PARTITION BY RANGE (id);
 CREATE TABLE part PARTITION OF whole DEFAULT;
 CALL rm_alter_type('whole', 'v', 'int', 'v::int', 'online_rewrite');
@@ -48,7 +53,7 @@ CALL rm_alter_type('defaulted', 'v', 'int', 'v::int', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE
 CALL rm_alter_type('defaulted', 'v', 'int', 'v::int + random()::int', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE
-SELECT count(*) FROM rm_migrations WHERE id > :before AND state = 'open';
+SELECT count(*) FROM rm_migrations WHERE state = 'open';
 SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
 
 -- ---------------------------------------------------------------------------
@@ -59,7 +64,8 @@ CREATE TABLE orders (id int PRIMARY KEY, amount varchar(20) NOT NULL, note text)
 INSERT INTO orders SELECT g, g * 10, 'note ' || g FROM generate_series(1, 3000) g;
 CREATE INDEX orders_amount ON orders (amount);
 CALL rm_alter_type('orders', 'amount', 'numeric(12,2)', 'amount::numeric', 'online_rewrite', cut_over => 'manual');
-SELECT id, method, state, next_call = format('CALL rm_cut_over(%s)', id) AS cut_over_is_next FROM rm_migrations WHERE id > :before \gset
+SELECT id, method, state, next_call = format('CALL rm_cut_over(%s)', id) AS cut_over_is_next
+FROM rm_migrations WHERE state = 'open' \gset
 SELECT :'method' AS method, :'state' AS state, :'cut_over_is_next' AS cut_over_is_next;
 
 -- the table is as it was, and has the whole table for itself
@@ -80,7 +86,7 @@ SELECT count(*), sum(amount), count(*) FILTER (WHERE amount = 7) FROM orders;
 SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
 -- what was locked: ACCESS EXCLUSIVE in the cut-over only
 SELECT step, relation, role, lock_mode, blocks_reads, blocks_writes, hold_is_exact, rewritten
-FROM rm_lock_report() WHERE approach = 'online_rewrite' AND (relation = 'rewriting.orders' OR blocks_reads)
+FROM rm_lock_report() WHERE approach = 'online_rewrite' AND relation = 'rewriting.orders'
 	AND started_at >= (SELECT started_at FROM rm_migrations WHERE id = :id)
 ORDER BY started_at, relation, lock_mode;
 
@@ -104,7 +110,6 @@ SELECT count(*) FROM risky_migrations.rewrite;
 
 CREATE TABLE odd (id int PRIMARY KEY, v text, w text CHECK (w <> 'never'));
 INSERT INTO odd VALUES (1, '1', '1'), (2, 'two', '2'), (3, NULL, '3'), (4, '400', '4');
-ALTER TABLE odd ADD CONSTRAINT small CHECK (v::text <> '400') NOT VALID;
 CREATE DOMAIN below_100 AS int CHECK (value < 100);
 CALL rm_alter_type('odd', 'v', 'below_100', 'v::int', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE
@@ -146,6 +151,6 @@ DROP TRIGGER wrong ON twice;
 CREATE TRIGGER wrong AFTER UPDATE ON twice FOR EACH ROW EXECUTE FUNCTION risky_migrations.log_change(4711);
 UPDATE twice SET v = '2';
 
-\set VERBOSITY default
-SET client_min_messages = warning;
+SET search_path = public;
 DROP SCHEMA rewriting CASCADE;
+DROP EXTENSION risky_migrations CASCADE;
