@@ -269,27 +269,39 @@ name_toast(Oid relid)
  *-------------------------------------------------------------------------
  */
 
-/* what ANALYZE has found out about the shadow's column is true of the table's */
+/* what ANALYZE has found out about a column of the shadow is true of the table's */
 static void
-take_statistics(const RmMigration *m, Oid shadow)
+take_statistics(Oid from, Oid to, AttrNumber attnum)
 {
 	Relation	pg_statistic = table_open(StatisticRelationId, RowExclusiveLock);
-	HeapTuple	tup = SearchSysCacheCopy3(STATRELATTINH, ObjectIdGetDatum(shadow),
-										  Int16GetDatum(m->attnum), BoolGetDatum(false));
+	HeapTuple	tup = SearchSysCacheCopy3(STATRELATTINH, ObjectIdGetDatum(from),
+										  Int16GetDatum(attnum), BoolGetDatum(false));
 
 	if (HeapTupleIsValid(tup))
 	{
 		ItemPointerData tid = tup->t_self;
 
-		((Form_pg_statistic) GETSTRUCT(tup))->starelid = m->relid;
-		if (SearchSysCacheExists3(STATRELATTINH, ObjectIdGetDatum(m->relid),
-								  Int16GetDatum(m->attnum), BoolGetDatum(false)))
-			RemoveStatistics(m->relid, m->attnum);
+		((Form_pg_statistic) GETSTRUCT(tup))->starelid = to;
+		if (SearchSysCacheExists3(STATRELATTINH, ObjectIdGetDatum(to),
+								  Int16GetDatum(attnum), BoolGetDatum(false)))
+			RemoveStatistics(to, attnum);
 		CatalogTupleUpdate(pg_statistic, &tid, tup);
 		heap_freetuple(tup);
 		CommandCounterIncrement();
 	}
 	table_close(pg_statistic, RowExclusiveLock);
+}
+
+/* the same of an index, whose expressions have statistics of their own */
+static void
+take_index_statistics(Oid from, Oid to)
+{
+	Relation	index = index_open(to, AccessExclusiveLock);
+
+	for (int i = 0; i < index->rd_index->indnkeyatts; i++)
+		if (index->rd_index->indkey.values[i] == 0)
+			take_statistics(from, to, i + 1);
+	index_close(index, NoLock);
 }
 
 /*-------------------------------------------------------------------------
@@ -420,8 +432,9 @@ exchange_files(RmMigration *m, RmRewrite *rw, List *pairs)
 
 		check_same_index(index, p->shadow);
 		exchange_storage(index, p->shadow);
+		take_index_statistics(p->shadow, index);
 	}
-	take_statistics(m, rw->shadow);
+	take_statistics(rw->shadow, m->relid, m->attnum);
 	rm_rewrite_drop(m, rw);
 	name_toast(m->relid);
 	rel = table_open(m->relid, NoLock);

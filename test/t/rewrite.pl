@@ -49,7 +49,9 @@ sub make_table
 		CREATE INDEX ON $name ((v IS NULL), want) WHERE v IS NOT NULL;
 		ALTER TABLE $name ADD CONSTRAINT ck CHECK (want >= 0);
 		ALTER TABLE $name ADD CONSTRAINT ${name}_uq UNIQUE (want, id) DEFERRABLE INITIALLY DEFERRED;
-		ALTER TABLE $name ALTER v SET STATISTICS 77;
+		ALTER TABLE $name ALTER v SET STATISTICS 77, ALTER big SET STORAGE EXTERNAL, SET (fillfactor = 90);
+		CREATE INDEX "$name L" ON $name (length(v::text) DESC, id);
+		ALTER TABLE $name CLUSTER ON "$name U";
 		COMMENT ON COLUMN $name.v IS 'what';
 		COMMENT ON INDEX "$name U" IS 'why';
 		CREATE VIEW ${name}_view WITH (security_barrier) AS SELECT id, v FROM $name WHERE v IS NOT NULL;
@@ -130,7 +132,8 @@ ok(sql("SELECT sum(rows_changed) FROM risky_migrations.step_log WHERE step IN ('
 sql('ALTER TABLE twin DISABLE TRIGGER USER; DROP VIEW twin_view; ALTER TABLE twin ALTER v TYPE bigint USING v::bigint;
 	CREATE VIEW twin_view WITH (security_barrier) AS SELECT id, v FROM twin WHERE v IS NOT NULL; GRANT SELECT ON twin_view TO PUBLIC');
 is(dump_of('busy', 'it'), dump_of('twin', 'it'), 'the catalogs say what they do after ALTER TABLE');
-is(sql("SELECT count(*) FROM pg_stats WHERE tablename = 'busy' AND attname = 'v'"), '1', 'the column has statistics at once');
+is(sql("SELECT string_agg(s.attname, ',' ORDER BY s.tablename, s.attname) FROM pg_stats s WHERE s.tablename = 'busy' AND attname = 'v' OR s.tablename = 'busy L'"),
+	'v,length', 'the column has statistics at once, and so has the index on an expression of it');
 sql('VACUUM FULL busy; REINDEX TABLE busy');
 check_rows('busy', 'after VACUUM FULL and REINDEX');
 
@@ -214,6 +217,37 @@ is(sql(q{SELECT string_agg(format('%s %s %s %s', conname, convalidated, condefer
 	FROM pg_constraint WHERE contype = 'f' AND conrelid IN ('node'::regclass, 'child'::regclass)}), 'node_up_fkey t f , to_node t t up', 'foreign keys are what they were, and proven');
 isnt($node->psql('postgres', 'DELETE FROM node WHERE id = 5'), 0, 'and in force');
 is(sql('SELECT pg_typeof(id)::text || pg_typeof(up)::text FROM node LIMIT 1'), 'bigintbigint', 'both columns have their types');
+
+# ---------------------------------------------------------------------------
+# As a role that owns the table, and nothing else
+# ---------------------------------------------------------------------------
+
+sql(q{
+	CREATE ROLE app LOGIN; CREATE ROLE other LOGIN;
+	CREATE SCHEMA app AUTHORIZATION app;
+	CREATE TABLE app.mine (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), v text CHECK (length(v::text) < 9), w text);
+	INSERT INTO app.mine (v, w) SELECT g::text, 'w' || g FROM generate_series(1, 3000) g;
+	CREATE INDEX ON app.mine (v);
+	ALTER TABLE app.mine OWNER TO app;
+});
+sub as
+{
+	my ($role, $query) = @_;
+	my ($status, $out, $err) = $node->psql('postgres', $query, extra_params => [ '-U', $role, '-v', 'VERBOSITY=verbose' ]);
+	return $status ? $err : $out;
+}
+like(as('other', q{CALL rm_alter_type('app.mine', 'v', 'int', 'v::int', method => 'online_rewrite')}), qr/42501/,
+	'another role cannot start it');
+is(as('app', q{CALL rm_alter_type('app.mine', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual')}), '',
+	'the owner does all of it');
+my $mine = sql("SELECT max(id) FROM rm_migrations");
+foreach my $of ('shadow', 'log')
+{
+	like(as('other', "SELECT * FROM risky_migrations.${of}_$mine"), qr/42501/, "another role does not read the $of");
+}
+like(as('other', "CALL rm_cut_over($mine)"), qr/42501/, 'nor cut over');
+is(as('app', "UPDATE app.mine SET v = '1' WHERE v = '2'; CALL rm_cut_over($mine)"), '', 'the owner does');
+is(sql("SELECT format('%s %s %s', count(*), sum(v), pg_typeof(min(v))) FROM app.mine"), '3000 4501499 integer', 'and all rows are there');
 
 # ---------------------------------------------------------------------------
 # Killed
