@@ -225,7 +225,7 @@ is(sql('SELECT pg_typeof(id)::text || pg_typeof(up)::text FROM node LIMIT 1'), '
 sql(q{
 	CREATE ROLE app LOGIN; CREATE ROLE other LOGIN;
 	CREATE SCHEMA app AUTHORIZATION app;
-	CREATE TABLE app.mine (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), v text CHECK (length(v::text) < 9), w text);
+	CREATE TABLE app.mine (id uuid PRIMARY KEY DEFAULT gen_random_uuid(), v varchar(20) CHECK (length(v::text) < 9), w text);
 	INSERT INTO app.mine (v, w) SELECT g::text, 'w' || g FROM generate_series(1, 3000) g;
 	CREATE INDEX ON app.mine (v);
 	ALTER TABLE app.mine OWNER TO app;
