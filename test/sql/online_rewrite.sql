@@ -86,7 +86,7 @@ SELECT count(*), sum(amount), count(*) FILTER (WHERE amount = 7) FROM orders;
 SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
 -- what was locked: ACCESS EXCLUSIVE in the cut-over only
 SELECT step, relation, role, lock_mode, blocks_reads, blocks_writes, hold_is_exact, rewritten
-FROM rm_lock_report() WHERE approach = 'online_rewrite' AND relation = 'rewriting.orders'
+FROM rm_lock_report() WHERE approach = 'online_rewrite' AND relation = 'rewriting.orders' AND (blocks_writes OR step <> 'cut_over')
 	AND started_at >= (SELECT started_at FROM rm_migrations WHERE id = :id)
 ORDER BY started_at, relation, lock_mode;
 
