@@ -11,6 +11,11 @@
  * that (an ordinary autovacuum yields only when the waiter's deadlock check
  * runs).  The step runner rolls the transaction back, pauses and tries again.
  *
+ * Nobody is waited for while something is held: of several relations the first
+ * is waited for, and the others must fall free.  If they do not, all are let go,
+ * at once and not with the transaction's end, so that a try has many turns.  No
+ * deadlock can come of it, for whoever holds something is not in a queue.
+ *
  * The account says what a step really held.  Four sources, in this order:
  *
  *	rm_lock_relation() stamps the time before and after it waits, and a
@@ -48,12 +53,15 @@
 #include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_class.h"
+#include "common/pg_prng.h"
 #include "compat.h"
 #include "locks.h"
+#include "migration.h"
 #include "miscadmin.h"
 #include "portability/instr_time.h"
 #include "risky_migrations.h"
 #include "state.h"
+#include "storage/latch.h"
 #include "storage/lmgr.h"
 #include "storage/proc.h"
 #include "storage/procarray.h"
@@ -64,6 +72,14 @@
 #include "utils/rel.h"
 #include "utils/resowner.h"
 #include "utils/syscache.h"
+#include "utils/timestamp.h"
+
+/*
+ * While some relations of a set are held, another one is looked at for so long;
+ * at most so long others pass before the next turn, milliseconds.
+ */
+#define SET_PATIENCE 10
+#define SET_PAUSE 5
 
 /* storage of one relation: its file number, to be compared later */
 typedef struct RelationStorage
@@ -573,6 +589,17 @@ rm_lock_note_wait(RmLockAccount *account, double wait_ms)
 	stat->times++;
 }
 
+/* no lock is waited for longer, until the end of the transaction */
+static void
+bound_wait(long ms)
+{
+	char		value[32];
+
+	snprintf(value, sizeof(value), "%ld", Max(1, ms));
+	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+}
+
 /*
  * From here to the end of the transaction no lock is waited for longer than
  * risky_migrations.lock_timeout (55P03).
@@ -580,11 +607,7 @@ rm_lock_note_wait(RmLockAccount *account, double wait_ms)
 void
 rm_lock_bound_waits(void)
 {
-	char		value[32];
-
-	snprintf(value, sizeof(value), "%d", rm_lock_timeout);
-	(void) set_config_option("lock_timeout", value, PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_LOCAL, true, 0, false);
+	bound_wait(rm_lock_timeout);
 	rm_lock_yield_in_deadlocks();
 }
 
@@ -699,56 +722,151 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 	note_taken(account, stat, relid);
 }
 
+/* does this transaction have a lock of rm_lock_relation()? */
+static bool
+holds_something(RmLockAccount *account)
+{
+	ListCell   *lc;
+
+	foreach(lc, account->stats)
+	{
+		RmLockStat *stat = lfirst(lc);
+
+		if (stat->explicit && stat->current)
+			return true;
+	}
+	return false;
+}
+
+/* which of them to wait for, on that turn */
+static int
+pick_first(RmLockAccount *account, List *relids, int turn)
+{
+	int			first = turn;
+
+	/* whoever got to a partition by its table holds a lock on that too */
+	if (turn % 2 == 0 && get_rel_relkind(linitial_oid(relids)) == RELKIND_PARTITIONED_TABLE)
+		return 0;
+	for (int i = 0; i < list_length(relids); i++)
+		if (list_nth_oid(relids, i) == account->waited_for)
+			first += i;
+	return first % list_length(relids);
+}
+
+/* milliseconds from now until then; not below 0 */
+static long
+ms_until(TimestampTz then)
+{
+	return TimestampDifferenceMilliseconds(GetCurrentTimestamp(), then);
+}
+
+/* looks at nothing for so long, which is short */
+static void
+doze(long ms)
+{
+	(void) WaitLatch(NULL, WL_TIMEOUT | WL_EXIT_ON_PM_DEATH, ms, PG_WAIT_EXTENSION);
+	CHECK_FOR_INTERRUPTS();
+}
+
+/*
+ * Takes the lock on a relation while others are held, if it is free by then: asks
+ * from time to time, so that nobody stands behind the request.
+ */
+static bool
+take_if_free(RmLockAccount *account, Oid relid, LOCKMODE mode, TimestampTz patience)
+{
+	RmLockStat *stat = stat_for(account, relid, mode);
+	instr_time	before;
+
+	stat->explicit = true;
+	INSTR_TIME_SET_CURRENT(before);
+	while (!ConditionalLockRelationOid(relid, mode))
+	{
+		if (ms_until(patience) <= 0)
+			return false;
+		doze(1);
+	}
+	stat->wait_ms = Max(stat->wait_ms, rm_elapsed_ms(before));
+	note_taken(account, stat, relid);
+	return true;
+}
+
+/* lets go of so many of the relations from that one on, before the transaction ends */
+static void
+let_go(RmLockAccount *account, List *relids, int first, int n, LOCKMODE mode)
+{
+	instr_time	now;
+
+	for (int i = 0; i < n; i++)
+		UnlockRelationOid(list_nth_oid(relids, (first + i) % list_length(relids)), mode);
+	INSTR_TIME_SET_CURRENT(now);
+	for (int i = 0; i < n; i++)
+		end_hold(stat_for(account, list_nth_oid(relids, (first + i) % list_length(relids)), mode),
+				 now);
+}
+
 /*
  * Takes a lock on each of the relations: one of them is waited for, bounded as
- * above, the others are taken only if they are free at once (55P03, and the
- * transaction's end lets all go).  Which one is waited for changes from try to
- * try: with the right one, often the first that others' transactions touch, the
- * rest falls free while they queue behind it.  It is remembered for the next set.
- * Of a partitioned table, which comes first, every other try waits for the table
- * itself.
+ * above, the others are taken only if they fall free while others stand for
+ * milliseconds behind what is held.  If not, all are let go and others pass;
+ * then the next one is waited for.  All this together takes no longer than
+ * risky_migrations.lock_timeout (55P03, and the transaction's end lets all go).
  *
- * A try that gets its first lock and misses another has kept others waiting for
- * milliseconds only: account->missed is set, and the pauses need not grow before
- * each relation has had its turn.
+ * Which one is waited for matters: with the right one, often the first that
+ * others' transactions touch, the rest falls free while they queue behind it.  It
+ * is remembered for the next set.  Where others lock two of them in either order
+ * none is the right one: whoever holds the second already stands behind our first,
+ * and keeps the second as long as we have that.  Then it takes a moment in which
+ * none of them is just between the two, and this looks for it often.  Of a
+ * partitioned table, which comes first, every other turn waits for the table itself.
+ *
+ * account->missed tells that others were kept waiting for milliseconds only, so
+ * that the pauses need not grow before each relation has had its turn.
  */
 void
 rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries)
 {
 	int			n = list_length(relids);
-	int			first = tries;
+	bool		held = holds_something(account);
+	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), rm_lock_timeout);
 
-	for (int i = 0; i < n; i++)
-		if (list_nth_oid(relids, i) == account->waited_for)
-			first += i;
-	/* whoever got to a partition by its table holds a lock on that too */
-	if (tries % 2 == 0 && get_rel_relkind(linitial_oid(relids)) == RELKIND_PARTITIONED_TABLE)
-		first = 0;
-	first %= n;
 	account->set_size = n;
-
-	rm_lock_relation(account, list_nth_oid(relids, first), mode);
-	for (int i = 1; i < n; i++)
+	for (int round = 0;; round++)
 	{
-		Oid			relid = list_nth_oid(relids, (first + i) % n);
-		RmLockStat *stat = stat_for(account, relid, mode);
+		int			first = pick_first(account, relids, tries + round);
+		int			taken = 1;
+		TimestampTz patience = 0;
+		char	   *name;
 
-		stat->explicit = true;
-		if (!ConditionalLockRelationOid(relid, mode))
+		rm_lock_relation(account, list_nth_oid(relids, first), mode);
+		if (!held && round % 2 == 1)
+			patience = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+												   Min(SET_PATIENCE, ms_until(deadline)));
+		while (taken < n &&
+			   take_if_free(account, list_nth_oid(relids, (first + taken) % n), mode, patience))
+			taken++;
+		if (taken == n)
 		{
-			char	   *name = get_rel_name(relid);
+			if (n > 1)
+				account->waited_for = list_nth_oid(relids, first);
+			bound_wait(rm_lock_timeout);
+			return;
+		}
 
+		/* what is held from before would be kept while the next one is waited for */
+		if (held || ms_until(deadline) <= SET_PAUSE)
+		{
 			account->missed = true;
+			name = get_rel_name(list_nth_oid(relids, (first + taken) % n));
 			ereport(ERROR,
 					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
 					 errmsg("relation \"%s\" is in use", name ? name : "?"),
 					 errdetail("It is needed together with others, and is not waited for while those are held.")));
 		}
-		stat->wait_ms = Max(stat->wait_ms, 0);
-		note_taken(account, stat, relid);
+		let_go(account, relids, first, taken, mode);
+		doze(1 + pg_prng_uint64(&pg_global_prng_state) % SET_PAUSE);
+		bound_wait(ms_until(deadline));
 	}
-	if (n > 1)
-		account->waited_for = list_nth_oid(relids, first);
 }
 
 /*
