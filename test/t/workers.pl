@@ -56,9 +56,11 @@ END $$;
 
 sub make_table
 {
+	my ($fillfactor) = @_;
+	$fillfactor //= 100;
 	sql(qq{
 DROP TABLE IF EXISTS t;
-CREATE TABLE t (id int PRIMARY KEY, v text NOT NULL, filler text) WITH (autovacuum_enabled = off);
+CREATE TABLE t (id int PRIMARY KEY, v text NOT NULL, filler text) WITH (autovacuum_enabled = off, fillfactor = $fillfactor);
 INSERT INTO t SELECT g, g::text, repeat('x', 600) FROM generate_series(1, $rows) g;
 });
 	return;
@@ -256,6 +258,28 @@ SKIP:
 sql('UPDATE hold SET yes = false');
 ends_well($call, 'it goes on');
 all_is_right('after pauses and holds', $id);
+
+# ---------------------------------------------------------------------------
+# A transaction that fails after many pages, each done at its first visit: the
+# next one begins where that one began, and not where it came to
+# ---------------------------------------------------------------------------
+
+make_table(50);
+for my $workers (1, 3)
+{
+	$id = add_column();
+	$gate = close_gate();
+	$call = start_call('runner', "SET risky_migrations.workers = $workers",
+		q{SET risky_migrations.max_row_lock_time = '10 s'}, "CALL rm_backfill_batched(100000, $id)");
+	becomes("(SELECT lock_retries > 0 FROM risky_migrations.step_log WHERE migration_id = $id AND step = 'backfill')",
+		"$workers at work: a transaction has failed");
+	is(sql("SELECT $left"), $rows, 'nothing of it is there');
+	$gate->quit;
+	ends_well($call, 'it is tried again');
+	is(sql("SELECT $left"), 0, 'from its first row on');
+	sql("CALL rm_rollback($id)");
+}
+make_table();
 
 # ---------------------------------------------------------------------------
 # The ground moves
