@@ -8,9 +8,9 @@
  * what changes meanwhile is noted in a log and replayed; and in a transaction of
  * milliseconds the two exchange their files.
  *
- *	begin		one transaction under SHARE ROW EXCLUSIVE, which waits out every
- *				writer: shadow, change log, the triggers that write it, and S0,
- *				the set of transactions in progress.
+ *	begin		shadow and change log, beside everybody; then, in one transaction
+ *				under SHARE ROW EXCLUSIVE, which waits out every writer, the triggers
+ *				that write the log, and S0, the set of transactions in progress.
  *	copy		see rewrite_copy.c
  *	index		the shadow gets the indexes that PostgreSQL would make for the
  *				changed table, built by sort.
@@ -229,32 +229,39 @@ rm_rewrite_save(const RmRewrite *rw)
 					 " WHERE migration_id = $1", lengthof(types), types, v, NULL);
 }
 
+/* the row without S0 */
 static void
 insert_rewrite(const RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, OIDOID, OIDOID, OIDOID, INT8OID, TEXTOID, INT8OID,
-	INT8OID, INT8ARRAYOID, BOOLOID, OIDOID};
-	Datum		v[lengthof(types)];
+	Oid			types[] = {INT8OID, OIDOID, OIDOID, OIDOID, TEXTOID, OIDOID};
+	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->shadow), ObjectIdGetDatum(rw->log),
+		ObjectIdGetDatum(rw->key_index), CStringGetTextDatum(rw->ground),
+	ObjectIdGetDatum(rw->shadow_storage)};
+
+	rm_state_execute("INSERT INTO risky_migrations.rewrite (migration_id, shadow, log, key_index,"
+					 " ground, shadow_storage) VALUES ($1, $2, $3, $4, $5, $6)",
+					 lengthof(types), types, v, NULL);
+}
+
+/* S0, and the triggers that have noted everything since */
+static void
+save_s0(const RmRewrite *rw)
+{
+	Oid			types[] = {INT8OID, INT8OID, INT8OID, INT8OID, INT8ARRAYOID, BOOLOID};
 	Datum	   *xids = palloc(sizeof(Datum) * Max(rw->nrunning, 1));
-	int			i = 0;
+	Datum		v[lengthof(types)];
 
 	for (int x = 0; x < rw->nrunning; x++)
 		xids[x] = Int64GetDatum((int64) rw->running[x]);
-	v[i++] = Int64GetDatum(rw->id);
-	v[i++] = ObjectIdGetDatum(rw->shadow);
-	v[i++] = ObjectIdGetDatum(rw->log);
-	v[i++] = ObjectIdGetDatum(rw->key_index);
-	v[i++] = Int64GetDatum(rw->trigger_mark);
-	v[i++] = CStringGetTextDatum(rw->ground);
-	v[i++] = Int64GetDatum((int64) rw->next_xid);
-	v[i++] = Int64GetDatum((int64) rw->xmin);
-	v[i++] = PointerGetDatum(construct_array(xids, rw->nrunning, INT8OID, sizeof(int64),
-											 FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	v[i++] = BoolGetDatum(rw->overflowed);
-	v[i++] = ObjectIdGetDatum(rw->shadow_storage);
-	rm_state_execute("INSERT INTO risky_migrations.rewrite (migration_id, shadow, log,"
-					 " key_index, trigger_mark, ground, s0_next, s0_xmin, s0_running,"
-					 " s0_overflowed, shadow_storage) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)",
+	v[0] = Int64GetDatum(rw->id);
+	v[1] = Int64GetDatum(rw->trigger_mark);
+	v[2] = Int64GetDatum((int64) rw->next_xid);
+	v[3] = Int64GetDatum((int64) rw->xmin);
+	v[4] = PointerGetDatum(construct_array(xids, rw->nrunning, INT8OID, sizeof(int64),
+										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	v[5] = BoolGetDatum(rw->overflowed);
+	rm_state_execute("UPDATE risky_migrations.rewrite SET trigger_mark = $2, s0_next = $3,"
+					 " s0_xmin = $4, s0_running = $5, s0_overflowed = $6 WHERE migration_id = $1",
 					 lengthof(types), types, v, NULL);
 }
 
@@ -498,8 +505,10 @@ rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel)
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->shadow)) ||
 		!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->log)))
 		what = "The shadow table or the change log has been dropped.";
+	else if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->key_index)))
+		what = "The index of its key has been dropped.";
 	else if (strcmp(rw->ground, ground_of(m->relid)) != 0)
-		what = "Its columns, its CHECK constraints or its key are not what they were.";
+		what = "Its columns or its CHECK constraints are not what they were.";
 	if (what)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -508,7 +517,8 @@ rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel)
 				 errdetail("%s", what),
 				 errhint("Give the migration up with CALL rm_rollback(%lld), and start it again.",
 						 (long long) m->id)));
-	if (U64FromFullTransactionId(ReadNextFullTransactionId()) - rw->next_xid > MAX_XIDS)
+	if (rw->next_xid != 0 &&
+		U64FromFullTransactionId(ReadNextFullTransactionId()) - rw->next_xid > MAX_XIDS)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("migration %lld is too old to go on", (long long) m->id),
@@ -765,9 +775,12 @@ drop_tables(const RmMigration *m, const RmRewrite *rw)
 					 1, types, v, NULL);
 }
 
-/* the step "begin"; whatever there is of an earlier try is dropped */
-RmStepResult
-rm_rewrite_begin(RmRun *run)
+/*
+ * The first transaction of "begin": shadow and log, beside everybody.  Whatever
+ * there is of an earlier try is dropped.
+ */
+void
+rm_rewrite_make_tables(RmRun *run)
 {
 	RmMigration *m = run->m;
 	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id,.tree = m->tree};
@@ -777,7 +790,7 @@ rm_rewrite_begin(RmRun *run)
 	Relation	key;
 	ErrorData  *error;
 
-	rm_lock_relation(&run->locks, m->relid, ShareRowExclusiveLock);
+	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
 	rel = table_open(m->relid, NoLock);
 	rm_check_owner(m->relid, m->relation);
 	rm_rewrite_refuse(rel, &def);
@@ -797,15 +810,45 @@ rm_rewrite_begin(RmRun *run)
 	rw.shadow_storage = rm_relfilenode(rw.shadow);
 	rw.log = rm_log_create(m, rel, key);
 	index_close(key, NoLock);
+	rw.ground = ground_of(m->relid);
+	table_close(rel, NoLock);
+	insert_rewrite(&rw);
+}
+
+/*
+ * The second one, in which nobody writes the table: from here on the log has every
+ * change.
+ */
+void
+rm_rewrite_begin_log(RmRun *run)
+{
+	RmMigration *m = run->m;
+	RmRewrite  *rw = rm_rewrite_load(m);
+	Relation	rel;
+
+	rm_lock_relation(&run->locks, m->relid, ShareRowExclusiveLock);
+	rel = table_open(m->relid, NoLock);
+	rm_rewrite_check_ground(m, rw, rel);
 	rm_backfill_fix_end(m, rel);
 	m->rows_done = 0;
 	m->rows_estimated = rel->rd_rel->reltuples > 0 ? (int64) rel->rd_rel->reltuples : 0;
 	table_close(rel, NoLock);
 	create_triggers(m);
-	rw.trigger_mark = rm_rewrite_trigger_mark(m, m->relid);
-	rw.ground = ground_of(m->relid);
-	take_s0(&rw);
-	insert_rewrite(&rw);
+	rw->trigger_mark = rm_rewrite_trigger_mark(m, m->relid);
+	take_s0(rw);
+	save_s0(rw);
+}
+
+static RmStepResult
+begin_apply(RmRun *run)
+{
+	if (run->m->phase == 0)
+	{
+		rm_rewrite_make_tables(run);
+		run->m->phase = 1;
+		return RM_STEP_AGAIN;
+	}
+	rm_rewrite_begin_log(run);
 	return RM_STEP_DONE;
 }
 
@@ -825,7 +868,7 @@ begin_revert(RmRun *run)
 
 const RmStep rm_step_rewrite_begin = {
 	.name = "begin",
-	.apply = rm_rewrite_begin,
+	.apply = begin_apply,
 	.revert = begin_revert,
 };
 

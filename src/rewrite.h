@@ -31,7 +31,8 @@ typedef enum RmRewriteStep
 enum
 {
 	RM_COPY_ROWS,
-	RM_COPY_FROM_BEGIN			/* what there is cannot be used: first "begin" */
+	RM_COPY_FROM_BEGIN,			/* what there is cannot be used: first "begin", */
+	RM_COPY_FROM_LOG			/* in two transactions */
 };
 
 /* what is in a row of the change log, besides the key */
@@ -103,7 +104,8 @@ extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
 extern char *rm_rewrite_index_name(const RmMigration *m, Oid index);
 extern Oid	rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw);
 extern bool rm_rewrite_key_converts(const RmMigration *m, const RmRewrite *rw);
-extern RmStepResult rm_rewrite_begin(RmRun *run);
+extern void rm_rewrite_make_tables(RmRun *run);
+extern void rm_rewrite_begin_log(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);
 extern Oid	rm_relfilenode(Oid relid);
 extern void rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw);

@@ -394,10 +394,13 @@ copy_apply(RmRun *run)
 	BlockNumber end;
 	const char *missed;
 
-	if (m->phase == RM_COPY_FROM_BEGIN)
+	if (m->phase != RM_COPY_ROWS)
 	{
-		(void) rm_rewrite_begin(run);
-		m->phase = RM_COPY_ROWS;
+		if (m->phase == RM_COPY_FROM_BEGIN)
+			rm_rewrite_make_tables(run);
+		else
+			rm_rewrite_begin_log(run);
+		m->phase = m->phase == RM_COPY_FROM_BEGIN ? RM_COPY_FROM_LOG : RM_COPY_ROWS;
 		return RM_STEP_AGAIN;
 	}
 	rm_lock_relation(&run->locks, m->relid, AccessShareLock);

@@ -241,7 +241,7 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 	int64		steps;
 	int			pid = 0;
 
-	rm_state_execute("SELECT id, steps_done::int8 FROM risky_migrations.migration"
+	rm_state_execute("SELECT id, steps_done::int8 + (phase <> 0)::int FROM risky_migrations.migration"
 					 " WHERE state = 'open' AND relid = $1 AND attnum = $2 ORDER BY id",
 					 2, types, v, NULL);
 	if (SPI_processed == 0)
@@ -317,7 +317,7 @@ refuse_beside_rewrite(const RmMigrationSpec *spec)
 	BoolGetDatum(spec->method == &rm_method_online_rewrite)};
 
 	rm_state_execute("SELECT id FROM risky_migrations.migration WHERE state = 'open'"
-					 " AND relid = $1 AND steps_done > 0 AND ($2 OR method = 'online_rewrite')"
+					 " AND relid = $1 AND (steps_done > 0 OR phase <> 0) AND ($2 OR method = 'online_rewrite')"
 					 " ORDER BY id LIMIT 1", 2, types, v, NULL);
 	if (SPI_processed > 0)
 		ereport(ERROR,
@@ -657,7 +657,7 @@ close_migration(void *arg)
 {
 	RmMigration *m = rm_migration_load(((RmMigration *) arg)->id, true, CurrentMemoryContext);
 
-	if (m->steps_done > 0 && SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
+	if ((m->steps_done > 0 || m->phase != 0) && SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
 		refuse_wrong_state(m, "the rollback",
 						   "Another session has gone on with it meanwhile; call it again.");
 	m->state = "rolled back";
@@ -684,7 +684,7 @@ rm_migration_revert(RmMigration *m, int to_steps)
 		return;
 	}
 	/* of a step that was begun there may be something too */
-	if (first < m->method->nsteps && first > 0 && rm_step_begun(m))
+	if (first < m->method->nsteps && rm_step_begun(m))
 		first++;
 	for (int step = Min(first, m->method->nsteps) - 1; step >= to_steps; step--)
 	{
