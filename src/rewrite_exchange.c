@@ -5,15 +5,16 @@
  *
  * When the shadow is complete, verified and nearly up to date, all snapshots that
  * are older than the last rounds of catching up are waited out, holding nothing.
- * Then one transaction, with ACCESS EXCLUSIVE on the table and on all whose
- * definition changes with it:
+ * Then one transaction.  With SHARE UPDATE EXCLUSIVE on the table and on all whose
+ * definition changes with it, which nobody minds who reads or writes, the
+ * catalogs are read, and there is one more round.  Then with ACCESS EXCLUSIVE:
  *
  *	the rest of the log is replayed; if that is more than a few rows, the locks are
  *	let go and a round comes in between, so that the hold is bounded;
  *	foreign keys on the column are put aside, views, rules, policies and triggers
  *	are dropped (their definitions have been read);
- *	the table gets new, empty storage, as by TRUNCATE, and PostgreSQL's own ALTER
- *	TABLE changes the type: all that the catalogs have to say is its work, and
+ *	the table gets a new, empty heap, and PostgreSQL's own ALTER TABLE changes the
+ *	type: all that the catalogs have to say is its work, and
  *	on an empty table it takes milliseconds;
  *	table and shadow exchange their files, each index with its counterpart, and
  *	their TOAST tables; what has been dropped is made again, foreign keys NOT VALID;
@@ -26,8 +27,9 @@
  * snapshot taken after the last round but before the exchange, which first reads
  * the table after it (REPEATABLE READ), finds the rows that changed in that time
  * as the last round has left them, since what was replayed under the lock is of a
- * transaction that its snapshot does not see.  Older snapshots do not exist in
- * this database; on standbys nobody waits for them.
+ * transaction that its snapshot does not see.  (After a blocking ALTER TABLE it
+ * finds no row at all.)  Older snapshots do not exist in this database; on standbys
+ * nobody waits for them.
  *
  * Easy to get wrong:
  *
@@ -443,37 +445,105 @@ exchange_files(RmMigration *m, RmRewrite *rw, List *pairs)
 	CommandCounterIncrement();
 }
 
-/* everything of the exchange; the locks are held, the log is empty */
+/* what the exchange has to know of the catalogs */
+typedef struct ExchangePlan
+{
+	List	   *relids;			/* to be locked */
+	List	   *xmins;			/* of their rows in pg_class */
+	List	   *definitions;
+	List	   *keys;
+	List	   *pairs;
+} ExchangePlan;
+
+static List *
+class_xmins(List *relids)
+{
+	List	   *xmins = NIL;
+	ListCell   *lc;
+
+	foreach(lc, relids)
+	{
+		HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(lfirst_oid(lc)));
+
+		xmins = lappend_int(xmins, HeapTupleIsValid(tup) ?
+							(int) HeapTupleHeaderGetRawXmin(tup->t_data) : 0);
+		if (HeapTupleIsValid(tup))
+			ReleaseSysCache(tup);
+	}
+	return xmins;
+}
+
 static void
-exchange(RmRun *run, RmRewrite *rw)
+just_changed(const RmMigration *m)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+			 errmsg("what hangs on the column of %s has just changed", m->relation)));
+}
+
+/*
+ * Reads the catalogs, with SHARE UPDATE EXCLUSIVE on all that they tell of: others
+ * read and write, but whoever would change a definition waits, and finds it
+ * exchanged.  Only privileges can be changed without any lock; those are seen
+ * by check_plan().
+ */
+static ExchangePlan *
+make_plan(RmRun *run, RmRewrite *rw)
 {
 	RmMigration *m = run->m;
-	List	   *definitions = rm_definitions_on(m, m->attnum);
-	List	   *keys = foreign_keys(m);
-	List	   *pairs = index_pairs(m);
+	ExchangePlan	   *plan = palloc0(sizeof(ExchangePlan));
+	Relation	rel;
+
+	plan->relids = relations_to_lock(m, rw);
+	rm_lock_relations(&run->locks, plan->relids, ShareUpdateExclusiveLock, run->tries);
+	if (list_difference_oid(relations_to_lock(m, rw), plan->relids) != NIL)
+		just_changed(m);
+	rel = table_open(m->relid, NoLock);
+	rm_rewrite_check_ground(m, rw, rel);
+	table_close(rel, NoLock);
+	if (!rm_rewrite_indexes_complete(run))
+		return NULL;
+	plan->definitions = rm_definitions_on(m, m->attnum);
+	plan->keys = foreign_keys(m);
+	plan->pairs = index_pairs(m);
+	plan->xmins = class_xmins(plan->relids);
+	return plan;
+}
+
+/* everything of the exchange; the locks are held, the log is empty */
+static void
+exchange(RmRun *run, RmRewrite *rw, ExchangePlan *plan)
+{
+	RmMigration *m = run->m;
 	Relation	rel;
 	ListCell   *lc;
 
-	rm_definitions_drop(definitions);
-	foreach(lc, keys)
+	rm_definitions_drop(plan->definitions);
+	foreach(lc, plan->keys)
 		rm_execute(((ForeignKey *) lfirst(lc))->drop_sql);
 	rm_rewrite_drop_triggers(m);
-	note_proofs(m, keys);
+	note_proofs(m, plan->keys);
 
+	/*
+	 * An empty heap is enough for ALTER TABLE, which reads neither the indexes nor
+	 * the TOAST table of what it rewrites.
+	 */
 	rel = table_open(m->relid, NoLock);
 	CheckTableNotInUse(rel, "ALTER TABLE");
-	rm_empty_relation(rel);
+	TransferPredicateLocksToHeapRelation(rel);
+	rm_set_new_storage(rel);
 	table_close(rel, NoLock);
+	CommandCounterIncrement();
 	alter_type(m);
-	exchange_files(m, rw, pairs);
+	exchange_files(m, rw, plan->pairs);
 
-	foreach(lc, keys)
+	foreach(lc, plan->keys)
 	{
 		rm_execute(((ForeignKey *) lfirst(lc))->add_sql);
 		if (((ForeignKey *) lfirst(lc))->comment_sql)
 			rm_execute(((ForeignKey *) lfirst(lc))->comment_sql);
 	}
-	rm_definitions_make(definitions);
+	rm_definitions_make(plan->definitions);
 }
 
 /* 23514 and the like: rows that cannot be made stand in the way */
@@ -493,44 +563,78 @@ refuse_failed_rows(RmRun *run, RmRewrite *rw)
 						 (long long) run->migration_id)));
 }
 
-/* the last transaction, or a try of it */
+/* the indexes are not those of the table any more */
+static RmStepResult
+build_again(RmRun *run)
+{
+	run->m->steps_done = RM_REWRITE_INDEX;
+	run->m->phase = 0;
+	return RM_STEP_BACK;
+}
+
+/* what came since the last round; returns how many changes */
+static int64
+replay_rest(RmRun *run, RmRewrite *rw)
+{
+	Relation	rel = table_open(run->m->relid, NoLock);
+	int64		n = rm_replay(run, rw, rel, NULL);
+
+	table_close(rel, NoLock);
+	refuse_failed_rows(run, rw);
+	return n;
+}
+
+/* are there more changes than may be replayed while everybody waits? */
+static bool
+log_is_long(RmRewrite *rw)
+{
+	Relation	log = table_open(rw->log, AccessShareLock);
+	bool		is_long;
+
+	PushActiveSnapshot(GetTransactionSnapshot());
+	is_long = rm_log_count(log, GetActiveSnapshot(), FEW_UNDER_LOCK + 1) > FEW_UNDER_LOCK;
+	PopActiveSnapshot();
+	table_close(log, NoLock);
+	return is_long;
+}
+
+/*
+ * The last transaction, or a try of it.  All that can be done beside others comes
+ * first, and one more round, so that little is left for the strong lock.
+ */
 static RmStepResult
 try_exchange(RmRun *run, RmRewrite *rw)
 {
 	RmMigration *m = run->m;
-	List	   *relids = relations_to_lock(m, rw);
+	ExchangePlan	   *plan = make_plan(run, rw);
 	Relation	rel;
-	Relation	log;
-	bool		many;
 	const char *missed;
 
-	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
-	if (list_difference_oid(relations_to_lock(m, rw), relids) != NIL)
-		ereport(ERROR,
-				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-				 errmsg("what hangs on the column of %s has just changed", m->relation)));
-	run->old_storage = rm_relation_storage(m->relid);
+	if (plan == NULL)
+		return build_again(run);
 	rel = table_open(m->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
 	missed = rm_rewrite_missed(m, rw, rel);
 	table_close(rel, NoLock);
 	if (missed)
 		return rm_rewrite_start_over(run, missed);
-	log = table_open(rw->log, AccessExclusiveLock);
-	PushActiveSnapshot(GetTransactionSnapshot());
-	many = rm_log_count(log, GetActiveSnapshot(), FEW_UNDER_LOCK + 1) > FEW_UNDER_LOCK;
-	PopActiveSnapshot();
-	table_close(log, NoLock);
-	if (many)
+	(void) replay_rest(run, rw);
+
+	rm_lock_relations(&run->locks, plan->relids, AccessExclusiveLock, run->tries);
+	rel = table_open(m->relid, NoLock);
+	missed = rm_rewrite_missed(m, rw, rel);
+	table_close(rel, NoLock);
+	if (missed)
+		return rm_rewrite_start_over(run, missed);
+	if (!equal(plan->xmins, class_xmins(plan->relids)))
+		just_changed(m);
+	if (log_is_long(rw))
 	{
 		m->phase = CUT_ROUND;
 		return RM_STEP_AGAIN;
 	}
-	rel = table_open(m->relid, NoLock);
-	(void) rm_replay(run, rw, rel, NULL);
-	table_close(rel, NoLock);
-	refuse_failed_rows(run, rw);
-	exchange(run, rw);
+	(void) replay_rest(run, rw);
+	run->old_storage = rm_relation_storage(m->relid);
+	exchange(run, rw, plan);
 	return RM_STEP_DONE;
 }
 
@@ -548,12 +652,8 @@ cut_over_apply(RmRun *run)
 		m->phase = CUT_ANALYZE; /* a new run has not waited for anybody */
 	}
 	/* somebody has made, dropped or changed an index or the like */
-	if (!rm_rewrite_indexes_complete(run))
-	{
-		m->steps_done = RM_REWRITE_INDEX;
-		m->phase = 0;
-		return RM_STEP_BACK;
-	}
+	if (m->phase != CUT_EXCHANGE && !rm_rewrite_indexes_complete(run))
+		return build_again(run);
 	switch (m->phase)
 	{
 		case CUT_ANALYZE:
