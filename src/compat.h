@@ -256,19 +256,6 @@ rm_assume_old_storage(Relation rel)
 #endif
 }
 
-/* builds all indexes of a table, and those of its TOAST table, anew */
-static inline void
-rm_reindex_relation(Oid relid)
-{
-	ReindexParams params = {0};
-
-#if PG_VERSION_NUM < 170000
-	(void) reindex_relation(relid, REINDEX_REL_PROCESS_TOAST, &params);
-#else
-	(void) reindex_relation(NULL, relid, REINDEX_REL_PROCESS_TOAST, &params);
-#endif
-}
-
 /* defines and builds an index, without checks of privileges */
 static inline Oid
 rm_define_index(Oid relid, IndexStmt *stmt)

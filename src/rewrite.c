@@ -9,8 +9,8 @@
  * milliseconds the two exchange their files.
  *
  *	begin		shadow and change log, beside everybody; then, in one transaction
- *				under SHARE ROW EXCLUSIVE, which waits out every writer, the triggers
- *				that write the log, and S0, the set of transactions in progress.
+ *				under SHARE ROW EXCLUSIVE, which waits out every writer, the trigger
+ *				that writes the log, and S0, the set of transactions in progress.
  *	copy		see rewrite_copy.c
  *	index		the shadow gets the indexes that PostgreSQL would make for the
  *				changed table, built by sort.
@@ -152,12 +152,6 @@ static char *
 log_trigger_name(const RmMigration *m)
 {
 	return psprintf("~rm_log_%lld", (long long) m->id);
-}
-
-static char *
-truncate_trigger_name(const RmMigration *m)
-{
-	return psprintf("~rm_truncate_%lld", (long long) m->id);
 }
 
 /* InvalidOid if there is no such relation */
@@ -452,31 +446,27 @@ rm_rewrite_refuse(Relation rel, const RmConversionDef *def)
 
 /*
  * A mark that changes whenever the log may have missed something: with every
- * DISABLE, ENABLE and re-creation of its triggers, and when the functions of the
- * expression are replaced.  0 if one of the triggers is not there or not ALWAYS.
+ * DISABLE, ENABLE and re-creation of its trigger, and when the functions of the
+ * expression are replaced.  0 if the trigger is not there or not ALWAYS.
  */
 int64
 rm_rewrite_trigger_mark(const RmMigration *m, Oid relid)
 {
 	Relation	rel = table_open(relid, NoLock);
-	int			found = 0;
-	uint64		mark;
+	bool		found = false;
 
 	for (int i = 0; rel->trigdesc && i < rel->trigdesc->numtriggers; i++)
 	{
 		Trigger    *t = &rel->trigdesc->triggers[i];
 
-		if (t->tgenabled == TRIGGER_FIRES_ALWAYS &&
-			(strcmp(t->tgname, log_trigger_name(m)) == 0 ||
-			 strcmp(t->tgname, truncate_trigger_name(m)) == 0))
-			found++;
+		if (t->tgenabled == TRIGGER_FIRES_ALWAYS && strcmp(t->tgname, log_trigger_name(m)) == 0)
+			found = true;
 	}
 	table_close(rel, NoLock);
-	if (found != 2)
+	if (!found)
 		return 0;
-	mark = hash_combine64(rm_trigger_row_xmin(relid, log_trigger_name(m)),
-						  rm_trigger_row_xmin(relid, truncate_trigger_name(m)));
-	return (int64) hash_combine64(mark, rm_expression_mark(m));
+	return (int64) hash_combine64(rm_trigger_row_xmin(relid, log_trigger_name(m)),
+								  rm_expression_mark(m));
 }
 
 /* see risky_migrations.rewrite_ground() */
@@ -679,20 +669,15 @@ create_shadow(RmMigration *m, Relation rel, Twin *twin)
 }
 
 static void
-create_triggers(RmMigration *m)
+create_trigger(RmMigration *m)
 {
 	const char *rel_sql = rm_relation_sql(m->relid);
 	const char *log = quote_identifier(log_trigger_name(m));
-	const char *truncate = quote_identifier(truncate_trigger_name(m));
 
 	rm_execute(psprintf("CREATE OR REPLACE TRIGGER %s AFTER INSERT OR UPDATE OR DELETE ON %s"
 						" FOR EACH ROW EXECUTE FUNCTION " RM_SCHEMA ".log_change(%lld)",
 						log, rel_sql, (long long) m->id));
-	rm_execute(psprintf("CREATE OR REPLACE TRIGGER %s BEFORE TRUNCATE ON %s"
-						" FOR EACH STATEMENT EXECUTE FUNCTION " RM_SCHEMA ".log_change(%lld)",
-						truncate, rel_sql, (long long) m->id));
 	rm_execute(psprintf("ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %s", rel_sql, log));
-	rm_execute(psprintf("ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %s", rel_sql, truncate));
 	CommandCounterIncrement();
 }
 
@@ -747,16 +732,12 @@ rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw)
 	drop_relation(rw->log);
 }
 
-/* the triggers that write the log, likewise; the caller holds ACCESS EXCLUSIVE */
+/* the trigger that writes the log, likewise; the caller holds ACCESS EXCLUSIVE */
 void
-rm_rewrite_drop_triggers(const RmMigration *m)
+rm_rewrite_drop_trigger(const RmMigration *m)
 {
-	const char *rel_sql = rm_relation_sql(m->relid);
-
 	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
-						quote_identifier(log_trigger_name(m)), rel_sql));
-	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
-						quote_identifier(truncate_trigger_name(m)), rel_sql));
+						quote_identifier(log_trigger_name(m)), rm_relation_sql(m->relid)));
 }
 
 /* and with them their row of state */
@@ -833,7 +814,7 @@ rm_rewrite_begin_log(RmRun *run)
 	m->rows_done = 0;
 	m->rows_estimated = rel->rd_rel->reltuples > 0 ? (int64) rel->rd_rel->reltuples : 0;
 	table_close(rel, NoLock);
-	create_triggers(m);
+	create_trigger(m);
 	rw->trigger_mark = rm_rewrite_trigger_mark(m, m->relid);
 	take_s0(rw);
 	save_s0(rw);
@@ -861,7 +842,7 @@ begin_revert(RmRun *run)
 	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
-	rm_rewrite_drop_triggers(m);
+	rm_rewrite_drop_trigger(m);
 	drop_tables(m, rm_rewrite_load(m));
 	return RM_STEP_DONE;
 }

@@ -38,7 +38,6 @@ enum
 /* what is in a row of the change log, besides the key */
 #define RM_LOG_CHANGED		'c' /* the row with this key has changed */
 #define RM_LOG_FAILED		'f' /* its new version cannot be made: try again */
-#define RM_LOG_TRUNCATED	't' /* all rows are gone; no key */
 
 /*
  * What the method keeps of a migration: a row of risky_migrations.rewrite, loaded
@@ -109,7 +108,7 @@ extern void rm_rewrite_begin_log(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);
 extern Oid	rm_relfilenode(Oid relid);
 extern void rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw);
-extern void rm_rewrite_drop_triggers(const RmMigration *m);
+extern void rm_rewrite_drop_trigger(const RmMigration *m);
 extern int64 rm_rewrite_trigger_mark(const RmMigration *m, Oid relid);
 extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);
 extern RmStepResult rm_rewrite_start_over(RmRun *run, const char *why);
@@ -132,9 +131,6 @@ extern int64 rm_log_count(Relation log, Snapshot snapshot, int64 limit);
 extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
 extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, LOCKMODE lock, int64 *counts,
 							 RmStepResult *result);
-
-/* rewrite_exchange.c */
-extern void rm_empty_relation(Relation rel);
 
 extern const RmStep rm_step_rewrite_begin;
 extern const RmStep rm_step_rewrite_copy;

@@ -105,25 +105,6 @@ enum
  *-------------------------------------------------------------------------
  */
 
-/* what TRUNCATE does inside; the caller holds ACCESS EXCLUSIVE */
-void
-rm_empty_relation(Relation rel)
-{
-	Oid			toast = rel->rd_rel->reltoastrelid;
-
-	TransferPredicateLocksToHeapRelation(rel);
-	rm_set_new_storage(rel);
-	if (OidIsValid(toast))
-	{
-		Relation	toast_rel = relation_open(toast, AccessExclusiveLock);
-
-		rm_set_new_storage(toast_rel);
-		table_close(toast_rel, NoLock);
-	}
-	rm_reindex_relation(RelationGetRelid(rel));
-	CommandCounterIncrement();
-}
-
 #define SWAP(type, a, b) \
 	do { type swap_ = (a); (a) = (b); (b) = swap_; } while (0)
 
@@ -521,7 +502,7 @@ exchange(RmRun *run, RmRewrite *rw, ExchangePlan *plan)
 	rm_definitions_drop(plan->definitions);
 	foreach(lc, plan->keys)
 		rm_execute(((ForeignKey *) lfirst(lc))->drop_sql);
-	rm_rewrite_drop_triggers(m);
+	rm_rewrite_drop_trigger(m);
 	note_proofs(m, plan->keys);
 
 	/*

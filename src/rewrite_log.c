@@ -10,8 +10,8 @@
  * snapshot for log and table.  So the log needs no order, and a transaction that
  * is rolled back leaves nothing in either.
  *
- * The writer is an AFTER trigger for each row, ENABLE ALWAYS, and one BEFORE
- * TRUNCATE.  AFTER, because only then is it known what the row has become.  It
+ * The writer is an AFTER trigger for each row, ENABLE ALWAYS; TRUNCATE gives the
+ * table other storage, which is seen by that.  AFTER, because only then is it known what the row has become.  It
  * stores its row below the executor, as TOAST and the catalogs do: whoever may
  * write the table needs no right on the log, and no policy or publication of
  * the user's gets in between.
@@ -114,7 +114,7 @@ rm_log_create(const RmMigration *m, Relation rel, Relation key_index)
 	return log.objectId;
 }
 
-/* stores the key of a row of the table, or, without a slot, none */
+/* stores the key of a row of the table */
 void
 rm_log_key(Relation log, TupleTableSlot *slot, char kind)
 {
@@ -126,12 +126,7 @@ rm_log_key(Relation log, TupleTableSlot *slot, char kind)
 	values[0] = CharGetDatum(kind);
 	nulls[0] = false;
 	for (int i = 1; i < desc->natts; i++)
-	{
-		values[i] = (Datum) 0;
-		nulls[i] = true;
-		if (slot)
-			values[i] = slot_getattr(slot, key_attnum(desc, i), &nulls[i]);
-	}
+		values[i] = slot_getattr(slot, key_attnum(desc, i), &nulls[i]);
 	tup = heap_form_tuple(desc, values, nulls);
 	simple_heap_insert(log, tup);
 	heap_freetuple(tup);
@@ -172,6 +167,7 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 	LogState   *state = palloc0(sizeof(LogState));
 	Trigger    *trigger = trigdata->tg_trigger;
 	Oid			nspid = get_namespace_oid(RM_SCHEMA, true);
+	TupleDesc	desc;
 
 	if (trigger->tgnargs != 1)
 		ereport(ERROR,
@@ -181,13 +177,9 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 				 errhint("Such triggers are made by rm_alter_type() and rm_start() only.")));
 	if (OidIsValid(nspid))
 		state->log = get_relname_relid(log_name(pg_strtoint64(trigger->tgargs[0])), nspid);
-	if (TRIGGER_FIRED_FOR_ROW(trigdata->tg_event))
-	{
-		TupleDesc	desc = CreateTupleDescCopyConstr(RelationGetDescr(trigdata->tg_relation));
-
-		state->slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);
-		state->new_slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);
-	}
+	desc = CreateTupleDescCopyConstr(RelationGetDescr(trigdata->tg_relation));
+	state->slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);
+	state->new_slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);
 	flinfo->fn_extra = state;
 	MemoryContextSwitchTo(oldcxt);
 	return state;
@@ -234,7 +226,7 @@ log_row(LogState *state, Relation log, TriggerData *trigdata)
  * rm_log_change() returns trigger
  *
  * Writes the keys of the row's old and new version into the change log of the
- * migration, or that the table was emptied.  Errors: 39P01 if it is not called as
+ * migration.  Errors: 39P01 if it is not called as
  * such a trigger.
  */
 Datum
@@ -244,13 +236,11 @@ rm_log_change(PG_FUNCTION_ARGS)
 	LogState   *state;
 	Relation	log;
 
-	if (!CALLED_AS_TRIGGER(fcinfo) ||
-		!(TRIGGER_FIRED_FOR_ROW(trigdata->tg_event) ?
-		  TRIGGER_FIRED_AFTER(trigdata->tg_event) :
-		  TRIGGER_FIRED_BY_TRUNCATE(trigdata->tg_event)))
+	if (!CALLED_AS_TRIGGER(fcinfo) || !TRIGGER_FIRED_FOR_ROW(trigdata->tg_event) ||
+		!TRIGGER_FIRED_AFTER(trigdata->tg_event))
 		ereport(ERROR,
 				(errcode(ERRCODE_E_R_I_E_TRIGGER_PROTOCOL_VIOLATED),
-				 errmsg("%s.log_change() is the function of a trigger AFTER INSERT OR UPDATE OR DELETE FOR EACH ROW, or of one BEFORE TRUNCATE",
+				 errmsg("%s.log_change() is the function of a trigger AFTER INSERT OR UPDATE OR DELETE FOR EACH ROW",
 						RM_SCHEMA),
 				 errdetail("It was called in another way."),
 				 errhint("Such triggers are made by rm_alter_type() and rm_start() only.")));
@@ -265,12 +255,7 @@ rm_log_change(PG_FUNCTION_ARGS)
 	if (log == NULL)
 		return PointerGetDatum(NULL);
 	if (log->rd_rel->relrewrite == RelationGetRelid(trigdata->tg_relation))
-	{
-		if (TRIGGER_FIRED_FOR_ROW(trigdata->tg_event))
-			log_row(state, log, trigdata);
-		else
-			rm_log_key(log, NULL, RM_LOG_TRUNCATED);
-	}
+		log_row(state, log, trigdata);
 	table_close(log, NoLock);
 	return PointerGetDatum(NULL);
 }

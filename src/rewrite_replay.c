@@ -33,9 +33,6 @@
  *	A row that cannot be made must not get lost: its key goes into the log again,
  *	and is tried in each round until its row was mended.
  *
- *	TRUNCATE has no snapshot.  The trigger notes it; all that the table has after
- *	it was written after it, and so is in the log.
- *
  * Copyright (c) 2026, risky_migrations contributors
  *
  *-------------------------------------------------------------------------
@@ -163,7 +160,6 @@ typedef struct Round
 	TupleTableSlot *last_slot;	/* the key before */
 	TupleTableSlot *made_slot;	/* a new row */
 	FmgrInfo	equal[INDEX_MAX_KEYS];
-	bool		truncated;		/* the table was emptied */
 	bool		has_last;
 	int64		read;			/* rows of the log */
 } Round;
@@ -220,13 +216,8 @@ read_log(Round *r)
 
 	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
 	{
-		bool		isnull;
-
 		CHECK_FOR_INTERRUPTS();
-		if (DatumGetChar(slot_getattr(slot, 1, &isnull)) == RM_LOG_TRUNCATED)
-			r->truncated = true;
-		else
-			tuplesort_puttupleslot(r->keys, slot);
+		tuplesort_puttupleslot(r->keys, slot);
 		/* the scan goes by its snapshot, and does not see this */
 		simple_heap_delete(r->log, &slot->tts_tid);
 		r->read++;
@@ -413,22 +404,6 @@ count_rows(Relation rel, Snapshot snapshot)
 	return n;
 }
 
-/* is the table marked as emptied in the log? */
-static bool
-was_truncated(Relation log, Snapshot snapshot)
-{
-	TableScanDesc scan = table_beginscan(log, snapshot, 0, NULL);
-	TupleTableSlot *slot = table_slot_create(log, NULL);
-	bool		found = false;
-	bool		isnull;
-
-	while (!found && table_scan_getnextslot(scan, ForwardScanDirection, slot))
-		found = DatumGetChar(slot_getattr(slot, 1, &isnull)) == RM_LOG_TRUNCATED;
-	ExecDropSingleTupleTableSlot(slot);
-	table_endscan(scan);
-	return found;
-}
-
 /*
  * One round, in the transaction under way; rel is locked.  What
  * does not convert is recorded and its key logged again.  With counts, the rows of the table as of the round, and those of the shadow after
@@ -437,38 +412,14 @@ was_truncated(Relation log, Snapshot snapshot)
 int64
 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 {
-	Relation	log = table_open(rw->log, RowExclusiveLock);
 	RmTransfer *t;
 	Round	   *r = palloc0(sizeof(Round));
 	int64		replayed;
-	bool		truncated;
-
-	/*
-	 * Before anything of the shadow is open.  Too early a look does no harm: what
-	 * was emptied after it is found by the next round.
-	 */
-	PushActiveSnapshot(GetTransactionSnapshot());
-	truncated = was_truncated(log, GetActiveSnapshot());
-	PopActiveSnapshot();
-	table_close(log, NoLock);
-	if (truncated)
-	{
-		Relation	shadow = table_open(rw->shadow, AccessExclusiveLock);
-
-		rm_empty_relation(shadow);
-		table_close(shadow, NoLock);
-		rw->shadow_storage = rm_relfilenode(rw->shadow);
-	}
 
 	t = rm_transfer_begin(run->m, rw, rel, ShareUpdateExclusiveLock, true);
 	begin_round(r, t);
 	read_log(r);
-	if (r->truncated && !truncated)
-		ereport(ERROR,
-				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-				 errmsg("table %s was emptied just now", run->m->relation)));
-	if (!truncated)
-		delete_rows(r);
+	delete_rows(r);
 	insert_rows(r);
 	rw->rows_failed = t->failed;
 	replayed = r->read - t->failed;

@@ -165,7 +165,6 @@ judge_suspects(Verify *v)
 	Relation	log;
 	TableScanDesc scan;
 	TupleTableSlot *slot;
-	bool		truncated = false;
 
 	if (v->nsuspects == 0)
 		return;
@@ -173,23 +172,21 @@ judge_suspects(Verify *v)
 	log = table_open(t->rw->log, AccessShareLock);
 	scan = table_beginscan(log, t->snapshot, 0, NULL);
 	slot = table_slot_create(log, NULL);
-	while (!truncated && table_scan_getnextslot(scan, ForwardScanDirection, slot))
+	while (table_scan_getnextslot(scan, ForwardScanDirection, slot))
 	{
 		Datum		key[INDEX_MAX_KEYS];
 		Suspect		logged = {.key = key};
 		bool		isnull;
 
 		CHECK_FOR_INTERRUPTS();
-		truncated = DatumGetChar(slot_getattr(slot, 1, &isnull)) == RM_LOG_TRUNCATED;
-		for (int i = 0; i < v->source->nkeys && !truncated; i++)
+		for (int i = 0; i < v->source->nkeys; i++)
 			key[i] = slot_getattr(slot, i + 2, &isnull);
-		if (!truncated)
-			acquit(v, &logged);
+		acquit(v, &logged);
 	}
 	ExecDropSingleTupleTableSlot(slot);
 	table_endscan(scan);
 	table_close(log, NoLock);
-	for (int i = 0; i < v->nsuspects && !truncated; i++)
+	for (int i = 0; i < v->nsuspects; i++)
 		if (!v->suspects[i].logged)
 			ereport(ERROR,
 					(errcode(ERRCODE_DATA_CORRUPTED),
