@@ -57,7 +57,9 @@
  *	changes in run->m is saved there, and notices of a helper go nowhere.
  *
  *	A range belongs to one relfilenode.  Whoever finds another one does nothing;
- *	the runner will throw the ranges away.
+ *	the runner will throw the ranges away, and those that it cuts then have the
+ *	same numbers: what a step remembers of a range is about one that it goes on
+ *	with, never about one that is fresh.
  *
  *	The last sums of a helper are known when it has gone, which may be after
  *	its last range was seen to be done: a step sends the crew away before the
@@ -311,7 +313,7 @@ read_range(RmRun *run)
 
 /*
  * Takes a range into run->range, and locks its row: the one that was worked on
- * before, if it is still ours and not done, or else one that is free.
+ * before, if it is still ours and not done, or else one that is free (and fresh).
  */
 RmRangeTaken
 rm_range_take(RmRun *run)
@@ -351,7 +353,10 @@ rm_range_take(RmRun *run)
 					 " ORDER BY number LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED",
 					 4, claim_types, v, n);
 	if (read_range(run))
+	{
+		run->range.fresh = true;
 		return RM_RANGE_TAKEN;
+	}
 	rm_state_execute("SELECT FROM risky_migrations.range"
 					 " WHERE migration_id = $1 AND next_block < end_block LIMIT 1",
 					 1, types, v, NULL);

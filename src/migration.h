@@ -145,6 +145,7 @@ typedef struct RmProgress
 typedef struct RmRange
 {
 	int			number;			/* 0: all, and the state row says how far */
+	bool		fresh;			/* not worked on before this transaction */
 	Oid			relid;
 	Oid			relfilenode;	/* to which block numbers belong */
 	int64		next_block;		/* below it everything is done */

@@ -297,6 +297,26 @@ is(sql(q{SELECT max(relfilenode) = pg_relation_filenode('t') FROM risky_migratio
 sql("CALL rm_enforce_not_null($id)");
 sql("CALL rm_rollback($id)");
 
+# Helpers that have done a part of their ranges, and rest, find ranges of the same
+# numbers in the new file.  Which of them each takes then is chance.
+for my $round (1 .. 4)
+{
+	$id = add_column('v::int');
+	sql(q{LOAD 'risky_migrations'; ALTER SYSTEM SET risky_migrations.batch_pause = '1h'});
+	$node->reload;
+	$call = start_call('runner', "CALL rm_backfill_batched(6000, $id)");
+	becomes("(SELECT waiting_for FROM rm_progress) = 'pause'", 'a part is done');
+	becomes(q{NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper' AND backend_xid IS NOT NULL)},
+		'and all rest');
+	note sql(q{SELECT string_agg(format('%s: %s of %s by %s', number, next_block - first_block, end_block - first_block, worker), ', ' ORDER BY number) FROM risky_migrations.range});
+	sql('VACUUM FULL t');
+	sql('ALTER SYSTEM RESET risky_migrations.batch_pause');
+	$node->reload;
+	ends_well($call, 'after VACUUM FULL it begins again');
+	is(sql('SELECT count(*) FROM t WHERE v_new IS DISTINCT FROM v::int'), 0, 'and leaves no page out');
+	sql("CALL rm_rollback($id)");
+}
+
 # leaves: one after the other, each shared out
 sql(qq{
 CREATE TABLE p (id int, v text NOT NULL, filler text) PARTITION BY RANGE (id);
