@@ -48,8 +48,9 @@
  *
  * What fails in a helper is tried again there where it would be in the runner;
  * other errors end it, and the runner raises them as its own.  A helper that
- * was terminated, or could not be had, is no error: the others do the work, and
- * after a while the runner asks for another one.
+ * was terminated, or could not be had for want of a worker or of shared memory, is
+ * no error: the others do the work, and after a while the runner asks for another
+ * one.
  *
  * Easy to get wrong:
  *
@@ -504,11 +505,12 @@ at_exit(int code, Datum arg)
 	crew_of_process = NULL;
 }
 
-/* a segment with the order, and no helpers yet */
+/* a segment with the order, and no helpers yet; arg is the RmRun */
 static void
-make_crew(RmRun *run)
+make_crew(void *arg)
 {
 	static bool registered = false;
+	RmRun	   *run = arg;
 	List	   *settings = rm_session_settings();
 	Size		size = 0;
 	Size		offset = 0;
@@ -516,10 +518,12 @@ make_crew(RmRun *run)
 	RmCrew	   *crew = MemoryContextAllocZero(run->cxt, sizeof(RmCrew));
 	CrewSegment *shared;
 
+	if (!registered)
+		before_shmem_exit(at_exit, (Datum) 0);
+	registered = true;
 	foreach(lc, settings)
 		size += strlen(lfirst(lc)) + 1;
 	crew->dsm = dsm_create(offsetof(CrewSegment, settings) + size, 0);
-	dsm_pin_mapping(crew->dsm);
 	crew->shared = shared = dsm_segment_address(crew->dsm);
 	memset(shared, 0, offsetof(CrewSegment, settings));
 	shared->magic = CREW_MAGIC;
@@ -541,11 +545,10 @@ make_crew(RmRun *run)
 	pg_atomic_init_u32(&shared->news, 0);
 	list_free_deep(settings);
 
+	/* nothing fails from here on */
+	dsm_pin_mapping(crew->dsm);
 	run->crew = crew;
 	crew_of_process = crew;
-	if (!registered)
-		before_shmem_exit(at_exit, (Datum) 0);
-	registered = true;
 }
 
 /* asks for one more helper, into an empty berth; false if none is to be had */
@@ -668,6 +671,31 @@ adjust_size(RmRun *run)
 }
 
 /*
+ * Makes the crew.  Where there is no shared memory for it the runner goes on
+ * alone, and asks again after a while; an interrupt is returned.
+ */
+static ErrorData *
+raise_crew(RmRun *run)
+{
+	ErrorData  *error;
+
+	if (GetCurrentTimestamp() < run->crew_next)
+		return NULL;
+	error = rm_try(make_crew, run, run->cxt);
+	if (error == NULL)
+		return NULL;
+	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED)
+		return error;
+	ereport(run->crew_next == 0 ? NOTICE : DEBUG1,
+			(errmsg("step %s goes on without helpers", run->step->name),
+			 errdetail("%s", error->message),
+			 errhint("They are asked for again as it goes on.")));
+	FreeErrorData(error);
+	run->crew_next = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ASK_AGAIN);
+	return NULL;
+}
+
+/*
  * Between two transactions of the step, when nothing holds it: raises the crew
  * that the step wants, or sends it away; and tells it to go on.  Returns the
  * error of a helper.
@@ -686,7 +714,11 @@ rm_crew_tend(RmRun *run)
 	if (run->crew == NULL && !rm_worker_can_be(GetSessionUserId()))
 		return NULL;			/* as nobody whom a worker could connect as */
 	if (run->crew == NULL)
-		make_crew(run);
+	{
+		error = raise_crew(run);
+		if (run->crew == NULL)
+			return error;
+	}
 	crew = run->crew;
 	error = muster(run);
 	if (error)

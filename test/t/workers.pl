@@ -367,6 +367,22 @@ is(sql(q{SELECT owner::regrole FROM risky_migrations.step_log WHERE step = 'back
 my ($rc, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\nCALL risky_migrations.help()");
 like($err, qr/ERROR:  55000: risky_migrations.help\(\) can be called by a helper only/, 'nobody else can be a helper');
 
+# without shared memory for a crew the runner does it alone
+$node->append_conf('postgresql.conf', 'dynamic_shared_memory_type = mmap');
+$node->restart;
+$id = add_column('v::int');
+my $shared = $node->data_dir . '/pg_dynshmem';
+# no session could begin without it
+$gate = close_gate();
+$call = start_call('runner', 'SELECT pg_advisory_xact_lock(1)', 'SET client_min_messages = notice', "CALL rm_backfill_batched(1000, $id)");
+wait_for(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)}, 'there is no runner');
+rename $shared, "$shared.away" or die "rename: $!";
+$gate->quit;
+ends_well($call, 'no shared memory for helpers');
+rename "$shared.away", $shared or die "rename: $!";
+like($call->{err}, qr/step backfill goes on without helpers\nDETAIL:  could not open shared memory segment/, 'it says so');
+all_is_right('no shared memory', $id);
+
 # ---------------------------------------------------------------------------
 # DROP EXTENSION
 # ---------------------------------------------------------------------------
