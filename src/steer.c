@@ -665,6 +665,23 @@ is_running(void *arg)
 }
 
 /*
+ * Waits for the end of the starter's transaction, however long that lasts: limits
+ * that the role or the server has are about other waits.
+ */
+static void
+wait_for_starter(TransactionId starter)
+{
+	StartTransactionCommand();
+	(void) set_config_option("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	if (GetConfigOption("transaction_timeout", true, false) != NULL)
+		(void) set_config_option("transaction_timeout", "0", PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+	XactLockTableWait(starter, NULL, NULL, XLTW_None);
+	CommitTransactionCommand();
+}
+
+/*
  * Entry point of the worker.  An error ends it; the runner has recorded it, and
  * here it goes to the server's log, as do the notices.
  */
@@ -687,11 +704,7 @@ rm_runner_main(Datum main_arg)
 									 ALLOCSET_SMALL_SIZES);
 
 	if (TransactionIdIsValid(order.starter))
-	{
-		StartTransactionCommand();
-		XactLockTableWait(order.starter, NULL, NULL, XLTW_None);
-		CommitTransactionCommand();
-	}
+		wait_for_starter(order.starter);
 	in_transaction(read_plan, &plan);
 	if (plan.found)
 		in_transaction(is_running, &plan);
