@@ -445,6 +445,13 @@ for my $round (1 .. 3)
 	sleep 1;
 }
 is(times_logged(qr/migration $id was interrupted and goes on/), 3, 'and then left alone');
+# what helpers have done counts as getting further
+sql("UPDATE risky_migrations.migration SET steps_done = 1 WHERE id = $id");
+sql("INSERT INTO risky_migrations.range (migration_id, number, relid, relfilenode, first_block, next_block, end_block, run) VALUES ($id, 1, 0, 0, 0, 0, 2048, 0)");
+becomes("SELECT launch_mark ~ '^1 .* 0\$' AND launches = 3 FROM risky_migrations.steering WHERE migration_id = $id", 't', 'it is started again where it has got further');
+sql("UPDATE risky_migrations.range SET next_block = 1024 WHERE migration_id = $id");
+becomes("SELECT launch_mark ~ '^1 .* 1024\$' AND launches = 3 FROM risky_migrations.steering WHERE migration_id = $id", 't', 'and where its helpers have');
+sql("DELETE FROM risky_migrations.range; UPDATE risky_migrations.migration SET steps_done = 0 WHERE id = $id");
 sql("CALL rm_rollback($id)");
 
 # ---------------------------------------------------------------------------
