@@ -704,13 +704,13 @@ end_transaction(RmRun *run, RmStepResult result)
 	return result;
 }
 
-/* the window is one of another leaf, or of another range */
+/* the window is one of another leaf, or of another range, if only of the same number */
 static void
 change_range(RmRun *run)
 {
 	Backfill   *b = run->work;
 
-	if (b->leaf == run->m->leaf && b->range == run->range.number)
+	if (b->leaf == run->m->leaf && b->range == run->range.number && !run->range.fresh)
 		return;
 	b->leaf = run->m->leaf;
 	b->range = run->range.number;

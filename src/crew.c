@@ -48,8 +48,9 @@
  *
  * What fails in a helper is tried again there where it would be in the runner;
  * other errors end it, and the runner raises them as its own.  A helper that
- * was terminated, or could not be had, is no error: the others do the work, and
- * after a while the runner asks for another one.
+ * was terminated, or could not be had for want of a worker or of shared memory, is
+ * no error: the others do the work, and after a while the runner asks for another
+ * one.
  *
  * Easy to get wrong:
  *
@@ -57,7 +58,9 @@
  *	changes in run->m is saved there, and notices of a helper go nowhere.
  *
  *	A range belongs to one relfilenode.  Whoever finds another one does nothing;
- *	the runner will throw the ranges away.
+ *	the runner will throw the ranges away, and those that it cuts then have the
+ *	same numbers: what a step remembers of a range is about one that it goes on
+ *	with, never about one that is fresh.
  *
  *	The last sums of a helper are known when it has gone, which may be after
  *	its last range was seen to be done: a step sends the crew away before the
@@ -311,7 +314,7 @@ read_range(RmRun *run)
 
 /*
  * Takes a range into run->range, and locks its row: the one that was worked on
- * before, if it is still ours and not done, or else one that is free.
+ * before, if it is still ours and not done, or else one that is free (and fresh).
  */
 RmRangeTaken
 rm_range_take(RmRun *run)
@@ -351,7 +354,10 @@ rm_range_take(RmRun *run)
 					 " ORDER BY number LIMIT 1 FOR NO KEY UPDATE SKIP LOCKED",
 					 4, claim_types, v, n);
 	if (read_range(run))
+	{
+		run->range.fresh = true;
 		return RM_RANGE_TAKEN;
+	}
 	rm_state_execute("SELECT FROM risky_migrations.range"
 					 " WHERE migration_id = $1 AND next_block < end_block LIMIT 1",
 					 1, types, v, NULL);
@@ -499,11 +505,12 @@ at_exit(int code, Datum arg)
 	crew_of_process = NULL;
 }
 
-/* a segment with the order, and no helpers yet */
+/* a segment with the order, and no helpers yet; arg is the RmRun */
 static void
-make_crew(RmRun *run)
+make_crew(void *arg)
 {
 	static bool registered = false;
+	RmRun	   *run = arg;
 	List	   *settings = rm_session_settings();
 	Size		size = 0;
 	Size		offset = 0;
@@ -511,10 +518,12 @@ make_crew(RmRun *run)
 	RmCrew	   *crew = MemoryContextAllocZero(run->cxt, sizeof(RmCrew));
 	CrewSegment *shared;
 
+	if (!registered)
+		before_shmem_exit(at_exit, (Datum) 0);
+	registered = true;
 	foreach(lc, settings)
 		size += strlen(lfirst(lc)) + 1;
 	crew->dsm = dsm_create(offsetof(CrewSegment, settings) + size, 0);
-	dsm_pin_mapping(crew->dsm);
 	crew->shared = shared = dsm_segment_address(crew->dsm);
 	memset(shared, 0, offsetof(CrewSegment, settings));
 	shared->magic = CREW_MAGIC;
@@ -536,11 +545,10 @@ make_crew(RmRun *run)
 	pg_atomic_init_u32(&shared->news, 0);
 	list_free_deep(settings);
 
+	/* nothing fails from here on */
+	dsm_pin_mapping(crew->dsm);
 	run->crew = crew;
 	crew_of_process = crew;
-	if (!registered)
-		before_shmem_exit(at_exit, (Datum) 0);
-	registered = true;
 }
 
 /* asks for one more helper, into an empty berth; false if none is to be had */
@@ -663,6 +671,31 @@ adjust_size(RmRun *run)
 }
 
 /*
+ * Makes the crew.  Where there is no shared memory for it the runner goes on
+ * alone, and asks again after a while; an interrupt is returned.
+ */
+static ErrorData *
+raise_crew(RmRun *run)
+{
+	ErrorData  *error;
+
+	if (GetCurrentTimestamp() < run->crew_next)
+		return NULL;
+	error = rm_try(make_crew, run, run->cxt);
+	if (error == NULL)
+		return NULL;
+	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED)
+		return error;
+	ereport(run->crew_next == 0 ? NOTICE : DEBUG1,
+			(errmsg("step %s goes on without helpers", run->step->name),
+			 errdetail("%s", error->message),
+			 errhint("They are asked for again as it goes on.")));
+	FreeErrorData(error);
+	run->crew_next = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), ASK_AGAIN);
+	return NULL;
+}
+
+/*
  * Between two transactions of the step, when nothing holds it: raises the crew
  * that the step wants, or sends it away; and tells it to go on.  Returns the
  * error of a helper.
@@ -681,7 +714,11 @@ rm_crew_tend(RmRun *run)
 	if (run->crew == NULL && !rm_worker_can_be(GetSessionUserId()))
 		return NULL;			/* as nobody whom a worker could connect as */
 	if (run->crew == NULL)
-		make_crew(run);
+	{
+		error = raise_crew(run);
+		if (run->crew == NULL)
+			return error;
+	}
 	crew = run->crew;
 	error = muster(run);
 	if (error)

@@ -57,6 +57,7 @@
 #include "commands/extension.h"
 #include "compat.h"
 #include "executor/spi.h"
+#include "migration.h"
 #include "miscadmin.h"
 #include "pgstat.h"
 #include "postmaster/bgworker.h"
@@ -201,8 +202,10 @@ rm_launcher_main(Datum main_arg)
 		MemoryContextReset(cxt);
 		do
 		{
+			/* waiting for a scout may have swallowed the wake-up of a reload */
 			rc = WaitLatch(MyLatch, WL_LATCH_SET | WL_TIMEOUT | WL_EXIT_ON_PM_DEATH,
-						   rm_launcher_interval * 1000L, wait_event);
+						   ConfigReloadPending ? 0 : rm_launcher_interval * 1000L,
+						   wait_event);
 			ResetLatch(MyLatch);
 			CHECK_FOR_INTERRUPTS();
 			if (ConfigReloadPending)
@@ -238,21 +241,25 @@ extension_is_here(void)
 
 /*
  * Counts one more start of the migration; false if it has been started often
- * enough without getting any further.
+ * enough without getting any further.  How far it is the state row says, and
+ * where the pages are shared out, or there are several leaves, their rows.  Ranges
+ * of the verification do not count, for each run begins with new ones.
  */
 static bool
 may_launch(int64 id)
 {
-	Oid			types[] = {INT8OID, INT8OID};
-	Datum		v[] = {Int64GetDatum(id), Int64GetDatum(MAX_LAUNCHES)};
+	Oid			types[] = {INT8OID, INT8OID, INT8OID};
+	Datum		v[] = {Int64GetDatum(id), Int64GetDatum(MAX_LAUNCHES), Int64GetDatum(RM_BACKFILL)};
 
-	rm_state_execute("WITH now AS (SELECT pg_catalog.format('%s %s %s %s', m.steps_done, m.phase, m.next_block, m.rows_done) AS mark"
+	rm_state_execute("WITH now AS (SELECT pg_catalog.format('%s %s %s %s %s %s', m.steps_done, m.phase, m.next_block, m.rows_done,"
+					 "  (SELECT count(*) FROM risky_migrations.leaf l WHERE l.migration_id = m.id AND l.done),"
+					 "  (SELECT sum(r.next_block) FROM risky_migrations.range r WHERE r.migration_id = m.id AND m.steps_done = $3)) AS mark"
 					 " FROM risky_migrations.migration m WHERE m.id = $1)"
 					 " UPDATE risky_migrations.steering s SET launch_mark = n.mark,"
 					 " launches = CASE WHEN s.launch_mark = n.mark THEN s.launches + 1 ELSE 1 END"
 					 " FROM now n WHERE s.migration_id = $1"
 					 " AND (s.launches < $2 OR s.launch_mark IS DISTINCT FROM n.mark)",
-					 2, types, v, NULL);
+					 3, types, v, NULL);
 	return SPI_processed > 0;
 }
 

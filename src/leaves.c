@@ -372,7 +372,7 @@ rm_leaves_watched(RmMigration *m)
 
 /*
  * Of the way back: rel, a leaf, has been looked through, whether it was there
- * before or has come since.
+ * before or has come since; or (NULL) it is none any more.
  */
 void
 rm_leaf_adopt(RmMigration *m, Relation rel)
@@ -380,7 +380,8 @@ rm_leaf_adopt(RmMigration *m, Relation rel)
 	if (!rm_is_parted(m) || !rm_leaves_watched(m))
 		return;
 	refresh(m);
-	adopt(m, rel);
+	if (rel)
+		adopt(m, rel);
 	if (rm_leaves_done(m))
 		m->trigger_xmin = rm_trigger_xmin(m);
 }
@@ -465,11 +466,14 @@ rm_leaf_open(RmRun *run, LOCKMODE mode)
 	Oid			relid = OidIsValid(m->leaf) ? m->leaf : m->relid;
 	Relation	rel = NULL;
 
-	if (relid == m->relid || SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+	/* a partition may be dropped at any time before it is locked */
+	if (relid == m->relid)
 	{
 		rm_lock_relation(&run->locks, relid, mode);
 		rel = table_open(relid, NoLock);
 	}
+	else if (rm_lock_relation_if_there(&run->locks, relid, mode))
+		rel = table_open(relid, NoLock);
 	if (rel && !rm_is_leaf_of(rel, m->relid))
 	{
 		table_close(rel, NoLock);

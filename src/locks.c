@@ -626,27 +626,26 @@ rm_lock_yield_in_deadlocks(void)
 							 GUC_ACTION_LOCAL, true, 0, false);
 }
 
-/* the lock on relid has been got: notes it, and the relation's name (42P01) */
-static void
+/*
+ * The lock on relid has been got: notes it, and the relation's name.  False if
+ * the relation is gone, for a lock can be had on that as well.
+ */
+static bool
 note_taken(RmLockAccount *account, RmLockStat *stat, Oid relid)
 {
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		return false;
 	INSTR_TIME_SET_CURRENT(stat->acquired);
 	stat->current = true;
 	stat->current_bound = false;
 	if (stat->mode >= ShareLock)
 		account->blocking = true;
-
-	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("the table of this migration does not exist any more"),
-				 errdetail("It had the OID %u.", relid),
-				 errhint("Close the migration with CALL rm_rollback() and its id; SELECT * FROM rm_migrations shows it.")));
 	if (stat->relation == NULL)
 		stat->relation =
 			MemoryContextStrdup(account->cxt,
 								quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
 														   get_rel_name(relid)));
+	return true;
 }
 
 /*
@@ -681,7 +680,8 @@ rm_wraparound_vacuum(Oid relid)
 
 /*
  * Takes a lock on a relation until the end of the transaction, with the wait
- * bounded as rm_lock_bound_waits() says.  42P01 if the relation is gone.
+ * bounded as rm_lock_bound_waits() says.  False if the relation is gone: it may
+ * have been dropped while it was waited for.
  *
  * A vacuum against wraparound is not queued behind, since it would not give
  * way: 55P03 at once, and account->vacuumed is set.
@@ -689,8 +689,8 @@ rm_wraparound_vacuum(Oid relid)
  * Only for the first relation of a transaction: while one lock is held no
  * other may be waited for.
  */
-void
-rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
+bool
+rm_lock_relation_if_there(RmLockAccount *account, Oid relid, LOCKMODE mode)
 {
 	RmLockStat *stat = stat_for(account, relid, mode);
 	instr_time	before;
@@ -719,7 +719,30 @@ rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 	PG_END_TRY();
 	INSTR_TIME_SET_CURRENT(after);
 	stat->wait_ms = Max(stat->wait_ms, ms_between(before, after));
-	note_taken(account, stat, relid);
+	return note_taken(account, stat, relid);
+}
+
+/* the same; 42P01 if the relation is gone */
+void
+rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
+{
+	if (!rm_lock_relation_if_there(account, relid, mode))
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("the table of this migration does not exist any more"),
+				 errdetail("It had the OID %u.", relid),
+				 errhint("Close the migration with CALL rm_rollback() and its id; SELECT * FROM rm_migrations shows it.")));
+}
+
+/* one of several relations that are needed together was dropped: try again */
+static void
+refuse_gone(RmLockAccount *account, Oid relid)
+{
+	account->missed = true;
+	ereport(ERROR,
+			(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+			 errmsg("a relation was dropped while it was waited for"),
+			 errdetail("It had the OID %u.", relid)));
 }
 
 /* does this transaction have a lock of rm_lock_relation()? */
@@ -787,7 +810,8 @@ take_if_free(RmLockAccount *account, Oid relid, LOCKMODE mode, TimestampTz patie
 		doze(1);
 	}
 	stat->wait_ms = Max(stat->wait_ms, rm_elapsed_ms(before));
-	note_taken(account, stat, relid);
+	if (!note_taken(account, stat, relid))
+		refuse_gone(account, relid);
 	return true;
 }
 
@@ -811,6 +835,8 @@ let_go(RmLockAccount *account, List *relids, int first, int n, LOCKMODE mode)
  * milliseconds behind what is held.  If not, all are let go and others pass;
  * then the next one is waited for.  All this together takes no longer than
  * risky_migrations.lock_timeout (55P03, and the transaction's end lets all go).
+ * The list was made before: where another than its first, which is the table, has
+ * been dropped since, that is 55P03 too, and the next try will have a list without it.
  *
  * Which one is waited for matters: with the right one, often the first that
  * others' transactions touch, the rest falls free while they queue behind it.  It
@@ -838,7 +864,10 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 		TimestampTz patience = 0;
 		char	   *name;
 
-		rm_lock_relation(account, list_nth_oid(relids, first), mode);
+		if (first == 0)
+			rm_lock_relation(account, linitial_oid(relids), mode);
+		else if (!rm_lock_relation_if_there(account, list_nth_oid(relids, first), mode))
+			refuse_gone(account, list_nth_oid(relids, first));
 		if (!held && round % 2 == 1)
 			patience = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
 												   Min(SET_PATIENCE, ms_until(deadline)));

@@ -89,6 +89,8 @@ extern void rm_lock_note_wait(RmLockAccount *account, double wait_ms);
 
 extern void rm_lock_bound_waits(void);
 extern void rm_lock_yield_in_deadlocks(void);
+extern bool rm_lock_relation_if_there(RmLockAccount *account, Oid relid,
+									  LOCKMODE mode);
 extern void rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode);
 extern void rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode,
 							  int tries);

@@ -145,6 +145,7 @@ typedef struct RmProgress
 typedef struct RmRange
 {
 	int			number;			/* 0: all, and the state row says how far */
+	bool		fresh;			/* not worked on before this transaction */
 	Oid			relid;
 	Oid			relfilenode;	/* to which block numbers belong */
 	int64		next_block;		/* below it everything is done */
@@ -214,6 +215,7 @@ struct RmRun
 	bool		ranges_new;		/* there are ranges that helpers do not know of */
 	int			helper;			/* the number of this process; 0: the runner */
 	RmCrew	   *crew;			/* crew.c's own */
+	TimestampTz crew_next;		/* not to be made before; 0: not tried in vain */
 	RmCrewSums	crew_sums;		/* of helpers that have gone */
 
 	RmProgress	progress;		/* kept up by the step, where it can tell */

@@ -115,9 +115,8 @@ static bool in_background = false;
 typedef struct Wish
 {
 	int64		id;
-	MemoryContext cxt;
 	RmWanted	wanted;
-	char	   *role;			/* its name, or what is left of it */
+	char		role[NAMEDATALEN];	/* its name, or what is left of it */
 } Wish;
 
 static void
@@ -128,7 +127,7 @@ read_wish(void *arg)
 	Datum		v[] = {Int64GetDatum(wish->id)};
 
 	wish->wanted = RM_WANT_RUN;
-	wish->role = "";
+	wish->role[0] = '\0';
 	rm_state_execute("SELECT wanted, pg_catalog.pg_get_userbyid(wanted_by)::text"
 					 " FROM risky_migrations.steering WHERE migration_id = $1",
 					 1, types, v, NULL);
@@ -136,7 +135,7 @@ read_wish(void *arg)
 		return;
 	wish->wanted = rm_wanted_by_name(rm_result_text(0, 1));
 	if (!rm_result_isnull(0, 2))
-		wish->role = MemoryContextStrdup(wish->cxt, rm_result_text(0, 2));
+		strlcpy(wish->role, rm_result_text(0, 2), sizeof(wish->role));
 }
 
 /*
@@ -149,7 +148,6 @@ look_up_wish(RmRun *run, Wish *wish)
 	ErrorData  *error;
 
 	wish->id = run->migration_id;
-	wish->cxt = run->cxt;
 	wish->wanted = RM_WANT_RUN;
 	if (wish->id == 0)
 		return;
@@ -667,6 +665,23 @@ is_running(void *arg)
 }
 
 /*
+ * Waits for the end of the starter's transaction, however long that lasts: limits
+ * that the role or the server has are about other waits.
+ */
+static void
+wait_for_starter(TransactionId starter)
+{
+	StartTransactionCommand();
+	(void) set_config_option("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_LOCAL, true, 0, false);
+	if (GetConfigOption("transaction_timeout", true, false) != NULL)
+		(void) set_config_option("transaction_timeout", "0", PGC_USERSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+	XactLockTableWait(starter, NULL, NULL, XLTW_None);
+	CommitTransactionCommand();
+}
+
+/*
  * Entry point of the worker.  An error ends it; the runner has recorded it, and
  * here it goes to the server's log, as do the notices.
  */
@@ -689,11 +704,7 @@ rm_runner_main(Datum main_arg)
 									 ALLOCSET_SMALL_SIZES);
 
 	if (TransactionIdIsValid(order.starter))
-	{
-		StartTransactionCommand();
-		XactLockTableWait(order.starter, NULL, NULL, XLTW_None);
-		CommitTransactionCommand();
-	}
+		wait_for_starter(order.starter);
 	in_transaction(read_plan, &plan);
 	if (plan.found)
 		in_transaction(is_running, &plan);

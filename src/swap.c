@@ -1083,6 +1083,23 @@ leaf_after(const RmMigration *m, Oid leaf)
 	return next;
 }
 
+/* locks and opens a leaf whose rows are to be looked at; NULL if it is none any more */
+static Relation
+open_leaf(RmRun *run, Oid leaf)
+{
+	Relation	rel;
+
+	if (leaf == run->m->relid)
+		rm_lock_relation(&run->locks, leaf, RowExclusiveLock);
+	else if (!rm_lock_relation_if_there(&run->locks, leaf, RowExclusiveLock))
+		return NULL;
+	rel = table_open(leaf, NoLock);
+	if (rm_is_leaf_of(rel, run->m->relid))
+		return rel;
+	table_close(rel, NoLock);
+	return NULL;
+}
+
 /*
  * Records are hints, since rows may have been mended or deleted: looks at a
  * range of the rows themselves.  Those that are there at the beginning are
@@ -1112,8 +1129,15 @@ look_for_misfits(RmRun *run)
 		m->trigger_xmin = rm_trigger_xmin(m);	/* all partitions are gone */
 		return true;
 	}
-	rm_lock_relation(&run->locks, s->leaf, RowExclusiveLock);
-	rel = table_open(s->leaf, NoLock);
+	rel = open_leaf(run, s->leaf);
+	if (rel == NULL)
+	{
+		/* dropped or detached meanwhile */
+		rm_leaf_adopt(m, NULL);
+		s->next_block = 0;
+		s->leaf = leaf_after(m, s->leaf);
+		return !OidIsValid(s->leaf);
+	}
 	forth = *rm_migration_on(m, rel);
 	rm_check_ground(&forth, rel);
 	look.rows = rm_rows_open(m, rel, RM_ROWS_MANY);

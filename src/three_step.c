@@ -1084,7 +1084,7 @@ enforce_apply(RmRun *run)
 	const char *alter;
 	Relation	rel;
 	bool		valid;
-	bool		here;
+	bool		here = true;
 	Oid			leaf = InvalidOid;	/* where the CHECK is to be proven */
 
 	if (e == NULL)
@@ -1105,18 +1105,22 @@ enforce_apply(RmRun *run)
 	if (m->phase == ENFORCE_VALIDATE && !e->invalid)
 	{
 		leaf = find_unproven(m);
-		if (!OidIsValid(leaf))
-			leaf = m->relid;
-		rm_lock_relation(&run->locks, leaf, ShareUpdateExclusiveLock);
+		if (OidIsValid(leaf) && leaf != m->relid)
+			here = rm_lock_relation_if_there(&run->locks, leaf, ShareUpdateExclusiveLock);
+		else
+			rm_lock_relation(&run->locks, leaf = m->relid, ShareUpdateExclusiveLock);
 	}
 	else
 		rm_lock_tree(run, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
-	rel = table_open(OidIsValid(leaf) ? leaf : m->relid, NoLock);
-	here = rm_is_leaf_of(rel, m->relid);
 	if (here)
-		rm_check_ground(rm_migration_on(m, rel), rel);
-	table_close(rel, NoLock);	/* ALTER TABLE wants it closed, but locked */
+	{
+		rel = table_open(OidIsValid(leaf) ? leaf : m->relid, NoLock);
+		here = rm_is_leaf_of(rel, m->relid);
+		if (here)
+			rm_check_ground(rm_migration_on(m, rel), rel);
+		table_close(rel, NoLock);	/* ALTER TABLE wants it closed, but locked */
+	}
 
 	if (!here || !trigger_unchanged(m))
 	{

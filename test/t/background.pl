@@ -323,6 +323,19 @@ sql('SELECT rm_resume()');
 finishes($id, 'with workers again');
 
 # ---------------------------------------------------------------------------
+# The worker waits for the transaction that has asked for it, whatever the limits
+# ---------------------------------------------------------------------------
+
+my $limits = "ALTER DATABASE postgres SET lock_timeout = '50ms'";
+$limits .= "; ALTER DATABASE postgres SET transaction_timeout = '50ms'" if $node->pg_version >= 17;
+sql($limits);
+$id = (split /\n/, sql(($node->pg_version >= 17 ? 'SET transaction_timeout = 0; ' : '') .
+	  q{BEGIN; SELECT rm_start('other_table', 'v', 'int', 'v::int'); SELECT pg_sleep(0.5); COMMIT}))[0];
+sql($limits =~ s/ALTER DATABASE postgres SET (\w+) = '50ms'/ALTER DATABASE postgres RESET $1/gr =~ s/^/SET lock_timeout = 0; /r);
+becomes("SELECT steps_done FROM rm_migrations WHERE id = $id", '5', 'a worker waits as long as its starter takes');
+sql("CALL rm_rollback($id)");
+
+# ---------------------------------------------------------------------------
 # Without the launcher nothing is lost, and the view says what to call
 # ---------------------------------------------------------------------------
 
@@ -432,6 +445,13 @@ for my $round (1 .. 3)
 	sleep 1;
 }
 is(times_logged(qr/migration $id was interrupted and goes on/), 3, 'and then left alone');
+# what helpers have done counts as getting further
+sql("UPDATE risky_migrations.migration SET steps_done = 1 WHERE id = $id");
+sql("INSERT INTO risky_migrations.range (migration_id, number, relid, relfilenode, first_block, next_block, end_block, run) VALUES ($id, 1, 0, 0, 0, 0, 2048, 0)");
+becomes("SELECT launch_mark ~ '^1 .* 0\$' AND launches = 3 FROM risky_migrations.steering WHERE migration_id = $id", 't', 'it is started again where it has got further');
+sql("UPDATE risky_migrations.range SET next_block = 1024 WHERE migration_id = $id");
+becomes("SELECT launch_mark ~ '^1 .* 1024\$' AND launches = 3 FROM risky_migrations.steering WHERE migration_id = $id", 't', 'and where its helpers have');
+sql("DELETE FROM risky_migrations.range; UPDATE risky_migrations.migration SET steps_done = 0 WHERE id = $id");
 sql("CALL rm_rollback($id)");
 
 # ---------------------------------------------------------------------------

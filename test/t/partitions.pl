@@ -149,6 +149,47 @@ sql('CALL rm_cleanup()');
 is_right('timestamp without time zone', 'after the cleanup');
 is(sql('SELECT count(*) FROM risky_migrations.leaf'), 0, 'no partition is remembered');
 
+# Dropped while its lock is waited for, alone in the backfill and with all the
+# others in the way back.
+sub drop_while_waited_for
+{
+	my ($partition, $begin, $goes_on, $name) = @_;
+	my $gate = $node->background_psql('postgres', on_error_stop => 0);
+
+	$gate->query_safe('SELECT pg_advisory_lock(1)');
+	my $begun = $begin->();
+	my $keeper = start_call('keeper', 'BEGIN', "DROP TABLE $partition", 'SELECT pg_advisory_xact_lock(1)', 'COMMIT');
+	wait_for(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)}, 'it is not dropped');
+	$begun = $goes_on->() // $begun;
+	wait_for(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'relation' AND NOT granted)}, 'nobody waits');
+	$gate->quit;
+	ends_well($keeper, "$name: dropped");
+	ends_well($begun, "$name: and left out");
+	return;
+}
+
+sql(q{
+CREATE TABLE d (id int, v text) PARTITION BY RANGE (id);
+CREATE TABLE d1 PARTITION OF d FOR VALUES FROM (0) TO (20000);
+CREATE TABLE d2 PARTITION OF d FOR VALUES FROM (20000) TO (30000);
+CREATE TABLE d3 PARTITION OF d FOR VALUES FROM (30000) TO (40000);
+INSERT INTO d SELECT g, g FROM generate_series(1, 39999) g;
+CALL rm_add_column('d', 'v', 'int', 'v::int');
+LOAD 'risky_migrations';
+ALTER SYSTEM SET risky_migrations.batch_pause = '1h';
+});
+$node->reload;
+drop_while_waited_for('d1', sub {
+	my $c = start_call('runner', q{SET risky_migrations.lock_timeout = '60s'}, 'CALL rm_backfill_batched(1000)');
+	wait_for(q{(SELECT waiting_for FROM rm_progress) = 'pause'}, 'it does not rest');
+	return $c;
+}, sub { sql('ALTER SYSTEM RESET risky_migrations.batch_pause'); $node->reload; return; }, 'in the backfill');
+is(sql('SELECT count(*), count(v_new) FROM d'), '20000|20000', 'the others are filled');
+drop_while_waited_for('d3', sub { return; }, sub {
+	return start_call('runner', q{SET risky_migrations.lock_timeout = '60s'}, 'CALL rm_rollback()');
+}, 'in the way back');
+is(sql(q{SELECT string_agg(attname, ', ') FROM pg_attribute WHERE attrelid = 'd2'::regclass AND attnum > 2 AND NOT attisdropped}), '', 'and nothing is left');
+
 # A foreign key that refers to a partitioned table cannot be built beforehand: it
 # is tried before the swap, and proven after it.
 sql(q{

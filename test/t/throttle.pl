@@ -118,12 +118,19 @@ sub holds
 	  or diag sql('SELECT * FROM rm_progress');
 	my $reason = as_owner('SELECT waiting_reason FROM rm_progress');
 	note $reason;
-	is( sql(q{SELECT count(*) FROM pg_locks l JOIN rm_progress p USING (pid)
-		WHERE l.locktype NOT IN ('virtualxid', 'advisory')}),
-		0, "$name: it holds no lock");
-	is( sql(q{SELECT count(*) FROM pg_stat_activity a JOIN rm_progress p USING (pid)
-		WHERE a.backend_xmin IS NOT NULL OR a.backend_xid IS NOT NULL}),
-		0, "$name: and no snapshot");
+	# It looks once in a while, for which it takes a lock and a snapshot: one of
+	# these looks may be under way, but not most of the time.
+	foreach my $what (
+		[ q{SELECT count(*) FROM pg_locks l JOIN rm_progress p USING (pid)
+			WHERE l.locktype NOT IN ('virtualxid', 'advisory')}, 'it holds no lock' ],
+		[ q{SELECT count(*) FROM pg_stat_activity a JOIN rm_progress p USING (pid)
+			WHERE a.backend_xmin IS NOT NULL OR a.backend_xid IS NOT NULL}, 'and no snapshot' ])
+	{
+		my ($query, $is_so) = @$what;
+		my @seen = sql($query);
+		push @seen, map { sql($query) } 1 .. 8 if $seen[0] != 0;
+		cmp_ok(2 * grep({ $_ != 0 } @seen), '<=', scalar(@seen), "$name: $is_so");
+	}
 	return $reason;
 }
 

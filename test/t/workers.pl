@@ -297,6 +297,26 @@ is(sql(q{SELECT max(relfilenode) = pg_relation_filenode('t') FROM risky_migratio
 sql("CALL rm_enforce_not_null($id)");
 sql("CALL rm_rollback($id)");
 
+# Helpers that have done a part of their ranges, and rest, find ranges of the same
+# numbers in the new file.  Which of them each takes then is chance.
+for my $round (1 .. 4)
+{
+	$id = add_column('v::int');
+	sql(q{LOAD 'risky_migrations'; ALTER SYSTEM SET risky_migrations.batch_pause = '1h'});
+	$node->reload;
+	$call = start_call('runner', "CALL rm_backfill_batched(6000, $id)");
+	becomes("(SELECT waiting_for FROM rm_progress) = 'pause'", 'a part is done');
+	becomes(q{NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper' AND backend_xid IS NOT NULL)},
+		'and all rest');
+	note sql(q{SELECT string_agg(format('%s: %s of %s by %s', number, next_block - first_block, end_block - first_block, worker), ', ' ORDER BY number) FROM risky_migrations.range});
+	sql('VACUUM FULL t');
+	sql('ALTER SYSTEM RESET risky_migrations.batch_pause');
+	$node->reload;
+	ends_well($call, 'after VACUUM FULL it begins again');
+	is(sql('SELECT count(*) FROM t WHERE v_new IS DISTINCT FROM v::int'), 0, 'and leaves no page out');
+	sql("CALL rm_rollback($id)");
+}
+
 # leaves: one after the other, each shared out
 sql(qq{
 CREATE TABLE p (id int, v text NOT NULL, filler text) PARTITION BY RANGE (id);
@@ -346,6 +366,22 @@ all_is_right('an owner who may not log in', $id);
 is(sql(q{SELECT owner::regrole FROM risky_migrations.step_log WHERE step = 'backfill' ORDER BY id DESC LIMIT 1}), 'owner', 'whose step it is');
 my ($rc, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose\nCALL risky_migrations.help()");
 like($err, qr/ERROR:  55000: risky_migrations.help\(\) can be called by a helper only/, 'nobody else can be a helper');
+
+# without shared memory for a crew the runner does it alone
+$node->append_conf('postgresql.conf', 'dynamic_shared_memory_type = mmap');
+$node->restart;
+$id = add_column('v::int');
+my $shared = $node->data_dir . '/pg_dynshmem';
+# no session could begin without it
+$gate = close_gate();
+$call = start_call('runner', 'SELECT pg_advisory_xact_lock(1)', 'SET client_min_messages = notice', "CALL rm_backfill_batched(1000, $id)");
+wait_for(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)}, 'there is no runner');
+rename $shared, "$shared.away" or die "rename: $!";
+$gate->quit;
+ends_well($call, 'no shared memory for helpers');
+rename "$shared.away", $shared or die "rename: $!";
+like($call->{err}, qr/step backfill goes on without helpers\nDETAIL:  could not open shared memory segment/, 'it says so');
+all_is_right('no shared memory', $id);
 
 # ---------------------------------------------------------------------------
 # DROP EXTENSION
