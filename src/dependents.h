@@ -43,6 +43,7 @@ extern bool rm_dependent_is_built(const RmMigration *m, const RmDependent *d,
 								  bool *invalid, bool *unvalidated);
 extern List *rm_dependents_leftovers(const RmMigration *m, bool new_side,
 									 List *wanted);
+extern List *rm_dependents_copies(const RmMigration *m, bool new_side);
 extern List *rm_dependents_relations(const RmMigration *m, List *list);
 extern void rm_name_not_null(const RmDependent *d, AttrNumber attnum);
 extern void rm_move_identity(Oid relid, AttrNumber from, AttrNumber to, Oid sequence);
