@@ -854,6 +854,34 @@ END;
 COMMENT ON FUNCTION risky_migrations.make_policy(oid) IS
 	'the statements that make a policy again: with its comment';
 
+CREATE FUNCTION risky_migrations.column_publications(relid oid, attnum smallint)
+RETURNS TABLE (kind text, objid oid, publication name, owner oid, drop_sql text, make_sql text[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
+BEGIN ATOMIC
+	SELECT x.kind, r.oid, p.pubname, p.pubowner,
+		pg_catalog.format('ALTER PUBLICATION %I DROP TABLE ONLY %s', p.pubname, r.prrelid::regclass),
+		ARRAY[pg_catalog.concat(pg_catalog.format('ALTER PUBLICATION %I ADD TABLE ONLY %s', p.pubname, r.prrelid::regclass),
+			' (' || (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', ' ORDER BY a.attnum)
+				FROM pg_catalog.pg_attribute a WHERE a.attrelid = r.prrelid AND a.attnum = ANY (r.prattrs::smallint[])) || ')',
+			' WHERE (' || pg_catalog.pg_get_expr(r.prqual, r.prrelid) || ')')]
+	FROM risky_migrations.member_columns(column_publications.relid, column_publications.attnum) m
+	JOIN pg_catalog.pg_publication_rel r ON r.prrelid = m.member
+	JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
+	CROSS JOIN LATERAL (SELECT CASE
+		WHEN r.prqual IS NOT NULL AND EXISTS (SELECT FROM pg_catalog.pg_depend d
+			WHERE d.classid = 'pg_catalog.pg_publication_rel'::regclass AND d.objid = r.oid
+				AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = m.member AND d.refobjsubid = m.number
+				-- the list has a dependency of its own
+				AND (m.number = ANY (r.prattrs::smallint[]) IS NOT TRUE
+					OR r.prqual::text ~ pg_catalog.format(':varattno %s ', m.number)))
+			THEN 'publication row filter'
+		WHEN m.number = ANY (r.prattrs::smallint[]) THEN 'publication column list' END) x (kind)
+	WHERE x.kind IS NOT NULL;
+END;
+COMMENT ON FUNCTION risky_migrations.column_publications(oid, smallint) IS
+	'publications whose condition uses a column, or else whose list has it, with the statements that take the table out and put it in again';
+
 CREATE FUNCTION risky_migrations.column_objects(relid oid, attnum smallint)
 RETURNS TABLE (ord integer, kind text, name text, drop_sql text, make_sql text[], relation oid)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
@@ -865,7 +893,10 @@ BEGIN ATOMIC
 		FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid
 		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0 AND c.relkind IN ('v', 'm')
 	), object AS (
-		-- nothing depends on the first three
+		-- nothing depends on the first four
+		SELECT 'pg_catalog.pg_publication_rel'::regclass AS classid, p.objid, 0 AS part, 0 AS depth, p.kind, p.drop_sql, p.make_sql
+		FROM risky_migrations.column_publications(column_objects.relid, column_objects.attnum) p
+		UNION ALL
 		SELECT u.classid, u.objid, 1 AS part, 0 AS depth, 'policy' AS kind,
 			pg_catalog.format('DROP POLICY %I ON %s', p.polname, p.polrelid::regclass) AS drop_sql,
 			risky_migrations.make_policy(p.oid) AS make_sql
@@ -895,7 +926,7 @@ BEGIN ATOMIC
 	ORDER BY 1;
 END;
 COMMENT ON FUNCTION risky_migrations.column_objects(oid, smallint) IS
-	'the policies, triggers, rules and views that a column cannot be exchanged under: to be dropped by ord, and made again the other way round, each by its statements in order; a view with its OID.  A materialized view is made empty: column_copies() knows better';
+	'the publications, policies, triggers, rules and views that a column cannot be exchanged under: to be dropped by ord, and made again the other way round, each by its statements in order; a view with its OID.  A materialized view is made empty: column_copies() knows better';
 
 -- A materialized view stores what it has read, and filling it takes time.  So,
 -- as indexes are, it is made anew beside the one that everybody reads, under a name of
@@ -1025,8 +1056,7 @@ BEGIN ATOMIC
 	), in_use (relation) AS (
 		SELECT u.relation FROM used u WHERE u.classid <> 'pg_catalog.pg_proc'::regclass
 	), publication AS (
-		SELECT p.pubname, r.oid AS relation, r.prattrs, r.prqual IS NOT NULL AS has_filter,
-			t.attnum = ANY (r.prattrs::smallint[]) AS in_list, t.oid AS relid, t.attnum, t.relreplident
+		SELECT p.pubname, r.prattrs, t.relreplident
 		FROM target t CROSS JOIN pg_catalog.pg_publication p
 		LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = t.oid
 		WHERE t.relpersistence = 'p' AND (r.oid IS NOT NULL OR p.puballtables
@@ -1205,15 +1235,16 @@ BEGIN ATOMIC
 		UNION
 		SELECT x.kind, pg_catalog.quote_ident(p.pubname), x.reason
 		FROM publication p CROSS JOIN LATERAL (VALUES
-			('publication column list', p.in_list, 'its list of columns has the column'),
-			('publication row filter', p.has_filter AND EXISTS (SELECT FROM pg_catalog.pg_depend d
-				WHERE d.classid = 'pg_catalog.pg_publication_rel'::regclass AND d.objid = p.relation AND d.refobjid = p.relid
-					AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjsubid = p.attnum)
-				AND p.in_list IS NOT TRUE, 'its condition uses the column'),
 			('publication', p.prattrs IS NULL, 'it publishes all columns, and the subscriber does not have the new one'),
 			('publication', p.relreplident IN ('f', 'n'), 'it publishes the table, whose replica identity is '
 				|| CASE p.relreplident WHEN 'f' THEN 'FULL' ELSE 'NOTHING' END)) x (kind, applies, reason)
 		WHERE x.applies
+		UNION
+		SELECT p.kind, pg_catalog.quote_ident(p.publication), CASE p.kind WHEN 'publication row filter' THEN 'its condition uses the column'
+			ELSE 'its list of columns has the column' END
+			|| pg_catalog.format(', and role %I is not an owner of it', current_user)
+		FROM risky_migrations.column_publications(column_obstacles.relid, column_obstacles.attnum) p
+		WHERE NOT pg_catalog.pg_has_role(p.owner, 'USAGE')
 	)
 	SELECT l.kind, l.name, l.reason, h.hint
 	FROM listed l LEFT JOIN (VALUES
@@ -1238,8 +1269,8 @@ BEGIN ATOMIC
 		('passed on privileges', 'Revoke them, and let the owner grant them.'),
 		('extension', 'Take it out of the extension, or drop the extension.'),
 		('publication', 'Take the table out of the publication; or, where the subscribers have the new column already, SET risky_migrations.accept_publications = on.'),
-		('publication column list', 'Take the column out of the list, and put it back after the migration.'),
-		('publication row filter', 'Take the condition off, and set it again after the migration.'),
+		('publication column list', 'Run the migration as a role that owns the publication too; or take the column out of the list, and put it back after the migration.'),
+		('publication row filter', 'Run the migration as a role that owns the publication too; or take the condition off, and set it again after the migration.'),
 		('other object', 'Drop it, and create it again after the migration.')) h (kind, hint) ON h.kind = l.kind
 	ORDER BY l.kind COLLATE "C", l.name COLLATE "C", l.reason COLLATE "C";
 END;

@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * definitions.c
- *	  Views, rules, policies and triggers on a column: dropped, and made again.
+ *	  Views, rules, policies, triggers and publications on a column: dropped, and
+ *	  made again.
  *
  * ALTER TABLE refuses to change the type of a column that they read, and when
  * another column takes its name they would stay with the old one.  So each is
@@ -21,7 +22,7 @@
 #include "matviews.h"
 #include "state.h"
 
-/* views, rules, policies, triggers: dropped before, and made again after it */
+/* views, rules, policies, triggers, publications: dropped before, made again after it */
 typedef struct Definition
 {
 	Oid			relid;			/* of a view, else 0 */
@@ -33,13 +34,17 @@ typedef struct Definition
 List *
 rm_definitions_on(const RmMigration *m, AttrNumber attnum)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	Oid			types[] = {OIDOID, INT2OID, BOOLOID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum),
+	BoolGetDatum(m->method == &rm_method_online_rewrite)};
 	List	   *list = NIL;
 
+	/* a list of columns, which is one of numbers, is left alone where they stay */
 	if (SPI_execute_with_args("SELECT drop_sql, make_sql, coalesce(relation, 0)"
-							  " FROM risky_migrations.column_objects($1, $2) ORDER BY ord",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+							  " FROM risky_migrations.column_objects($1, $2)"
+							  " WHERE NOT ($3 AND kind OPERATOR(pg_catalog.=) 'publication column list')"
+							  " ORDER BY ord",
+							  3, types, v, NULL, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not read the definitions");
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{

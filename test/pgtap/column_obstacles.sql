@@ -208,12 +208,21 @@ CREATE PUBLICATION of_schema FOR TABLES IN SCHEMA o WITH (publish = 'insert');
 CREATE PUBLICATION of_all FOR ALL TABLES;
 SET ROLE rm_tap_owner;
 SELECT bag_eq($$SELECT obstacles('o.pub')$$, ARRAY[
-	'publication column list | "Listed" | its list of columns has the column',
-	'publication row filter | filtered | its condition uses the column',
 	'publication | whole | it publishes all columns, and the subscriber does not have the new one',
 	'publication | of_schema | it publishes all columns, and the subscriber does not have the new one',
 	'publication | of_all | it publishes all columns, and the subscriber does not have the new one'
-], 'publications: list of columns, condition, all columns, of a schema, of all tables');
+], 'publications of one''s own: a list of columns and a condition are carried over');
+RESET ROLE;
+ALTER PUBLICATION "Listed" OWNER TO rm_tap_other;
+ALTER PUBLICATION filtered OWNER TO rm_tap_other;
+SET ROLE rm_tap_owner;
+SELECT bag_eq($$SELECT obstacles('o.pub')$$, ARRAY[
+	'publication column list | "Listed" | its list of columns has the column, and role rm_tap_owner is not an owner of it',
+	'publication row filter | filtered | its condition uses the column, and role rm_tap_owner is not an owner of it',
+	'publication | whole | it publishes all columns, and the subscriber does not have the new one',
+	'publication | of_schema | it publishes all columns, and the subscriber does not have the new one',
+	'publication | of_all | it publishes all columns, and the subscriber does not have the new one'
+], 'of others: list of columns, condition, all columns, of a schema, of all tables');
 SELECT bag_eq($$SELECT obstacles('o.pub_full')$$, ARRAY[
 	'publication | of_schema | it publishes all columns, and the subscriber does not have the new one',
 	'publication | of_schema | it publishes the table, whose replica identity is FULL',

@@ -152,6 +152,25 @@ CREATE POLICY elsewhere ON seen USING (id IN (SELECT fact.id FROM fact WHERE fac
 },
 	},
 	{
+		name => 'publications: lists of columns, conditions, both',
+		table => 'told', column => 'v', type => 'bigint', rows => 50,
+		setup => q{
+CREATE TABLE told (id int, v int NOT NULL, n int, PRIMARY KEY (id, v));
+INSERT INTO told SELECT g, g, g FROM generate_series(1, 50) g;
+CREATE TABLE beside (id int PRIMARY KEY, v int);
+},
+		around => q{
+CREATE PUBLICATION "Listed" FOR TABLE told (id, v), beside WITH (publish = 'insert, update');
+CREATE PUBLICATION filtered FOR TABLE told (id, v, n) WHERE (v > 7 AND n IS NOT NULL);
+CREATE PUBLICATION inserts FOR TABLE told (id, n) WHERE (v <> 3) WITH (publish = 'insert');
+CREATE PUBLICATION untouched FOR TABLE told (id, n) WHERE (n > 3) WITH (publish = 'insert');
+COMMENT ON PUBLICATION filtered IS 'some';
+},
+		same => q{
+SELECT string_agg(format('%s %s %s %s', pubname, tablename, (SELECT array_agg(a ORDER BY a) FROM unnest(attnames) a), rowfilter), ', '
+	ORDER BY pubname, tablename) FROM pg_publication_tables},
+	},
+	{
 		name => 'materialized views: chains, views between and on them, not populated, all that they have',
 		table => 'sale', column => 'id', type => 'bigint', rows => 200,
 		settings => 'SET risky_migrations.recreate_matviews = on',
@@ -366,6 +385,7 @@ CREATE EXTENSION risky_migrations;
 CREATE SCHEMA it AUTHORIZATION keeper;
 GRANT USAGE ON SCHEMA it TO reader;
 GRANT USAGE, CREATE ON SCHEMA it TO hoarder;
+GRANT CREATE ON DATABASE $db TO keeper;
 SET ROLE keeper; SET search_path = it;
 $setup} . ($around // ''));
 }
