@@ -1277,6 +1277,68 @@ END;
 COMMENT ON FUNCTION risky_migrations.column_obstacles(oid, smallint) IS
 	'everything that forbids to exchange a column for the caller, all of it, with the reason and what to do; the kind publication may be accepted';
 
+CREATE FUNCTION risky_migrations.column_coercions(relid oid, attnum smallint, new_type oid)
+RETURNS TABLE (kind text, name text, reason text, hint text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	-- PostgreSQL writes out the casts that it has put in by itself, and so they
+	-- stay when a definition is made again, where the new type needs none, or
+	-- one that fails.  Casts of the user's own are his to decide.
+	WITH RECURSIVE base (oid) AS (
+		SELECT column_coercions.new_type
+		UNION
+		SELECT y.typbasetype FROM base b JOIN pg_catalog.pg_type y ON y.oid = b.oid WHERE y.typtype = 'd'
+	), new AS (
+		SELECT y.oid, y.typcategory FROM base b JOIN pg_catalog.pg_type y ON y.oid = b.oid WHERE y.typtype <> 'd'
+	), target AS (
+		SELECT m.number, a.atttypid, y.typtype = 'd' AS is_domain
+		FROM risky_migrations.member_columns(column_coercions.relid, column_coercions.attnum) m
+		JOIN pg_catalog.pg_attribute a ON a.attrelid = m.member AND a.attnum = m.number
+		JOIN pg_catalog.pg_type y ON y.oid = a.atttypid
+	), used AS MATERIALIZED (
+		SELECT u.classid, u.objid, u.depth
+		FROM risky_migrations.column_dependents(column_coercions.relid, column_coercions.attnum) u
+	), definition AS (
+		SELECT u.classid, u.objid, u.depth, w.ev_action::text AS tree
+		FROM used u JOIN pg_catalog.pg_rewrite w ON w.ev_class = u.objid AND w.ev_type = '1'
+		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
+		UNION ALL
+		SELECT u.classid, u.objid, 0, pg_catalog.concat(w.ev_action::text, w.ev_qual::text)
+		FROM used u JOIN pg_catalog.pg_rewrite w ON u.classid = 'pg_catalog.pg_rewrite'::regclass AND w.oid = u.objid
+		UNION ALL
+		SELECT u.classid, u.objid, 0, pg_catalog.concat(p.polqual::text, p.polwithcheck::text)
+		FROM used u JOIN pg_catalog.pg_policy p ON u.classid = 'pg_catalog.pg_policy'::regclass AND p.oid = u.objid
+		UNION ALL
+		SELECT u.classid, u.objid, 0, g.tgqual::text
+		FROM used u JOIN pg_catalog.pg_trigger g ON u.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = u.objid
+		UNION ALL
+		SELECT 'pg_catalog.pg_publication_rel'::regclass, r.oid, 0, r.prqual::text
+		FROM risky_migrations.column_publications(column_coercions.relid, column_coercions.attnum) p
+		JOIN pg_catalog.pg_publication_rel r ON r.oid = p.objid
+	), coerced AS (
+		SELECT DISTINCT d.classid, d.objid, coalesce(x.match[1], x.match[2])::oid AS type
+		FROM definition d CROSS JOIN target t
+		CROSS JOIN LATERAL pg_catalog.regexp_matches(d.tree, pg_catalog.format(
+			-- implicit ones of the column: a function, or the same value by another name
+			'\{(?:FUNCEXPR :funcid \d+ :funcresulttype (\d+) :funcretset false :funcvariadic false :funcformat 2 :funccollid \d+ :inputcollid \d+ :args \(|RELABELTYPE :arg )'
+				'\{VAR :varno \d+ :varattno %s :vartype %s [^{}]*\}(?: :resulttype (\d+) :resulttypmod -?\d+ :resultcollid \d+ :relabelformat 2 )?',
+			-- a view that stands on another one has a number of its own for it
+			CASE WHEN d.depth > 1 AND t.is_domain THEN '\d+' ELSE t.number::text END, t.atttypid), 'g') x (match)
+	)
+	SELECT 'implicit cast', i.identity,
+		pg_catalog.format('it has the column cast to %s, and values of type %s need not fit', pg_catalog.format_type(c.type, NULL),
+			pg_catalog.format_type(column_coercions.new_type, NULL)),
+		'Write a cast to the new type into it (column::newtype), or drop it, and create it again after the migration.'
+	FROM coerced c CROSS JOIN new n JOIN pg_catalog.pg_type y ON y.oid = c.type
+	CROSS JOIN LATERAL pg_catalog.pg_identify_object(c.classid, c.objid, 0) i
+	WHERE n.typcategory = 'N' AND y.typcategory = 'N' AND EXISTS (SELECT FROM pg_catalog.pg_cast k
+			WHERE k.castsource = n.oid AND k.casttarget = y.oid AND k.castcontext <> 'i' AND k.castmethod = 'f')
+		OR n.typcategory = 'S' AND y.typcategory <> 'S'
+	ORDER BY 2, 3;
+END;
+COMMENT ON FUNCTION risky_migrations.column_coercions(oid, smallint, oid) IS
+	'what reads a column through a cast that nobody wrote and that would be written out, and could fail for values of the new type; as column_obstacles()';
+
 -- Definitions come from a twin: an empty copy of the table in which the ALTER
 -- has been done by PostgreSQL itself and whose column bears the name that the
 -- new one has while it waits.  Only the names of table and index in front of

@@ -560,17 +560,18 @@ rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
  * they may be made again.
  */
 void
-rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications)
+rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type, bool publications)
 {
-	Oid			types[] = {OIDOID, INT2OID, BOOLOID, BOOLOID};
+	Oid			types[] = {OIDOID, INT2OID, BOOLOID, BOOLOID, OIDOID};
 	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum),
-	BoolGetDatum(!publications), BoolGetDatum(rm_recreate_matviews)};
+	BoolGetDatum(!publications), BoolGetDatum(rm_recreate_matviews), ObjectIdGetDatum(new_type)};
 	StringInfoData detail;
 	StringInfoData hint;
 
 	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
-		  " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END",
-		  4, types, v);
+		  " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END"
+		  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $5)",
+		  5, types, v);
 	if (SPI_processed == 0)
 		return;
 	initStringInfo(&detail);

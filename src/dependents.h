@@ -29,7 +29,8 @@ typedef struct RmDependent
 	char	   *drop_sql;		/* puts the one in force out of it, or NULL */
 } RmDependent;
 
-extern void rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications);
+extern void rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type,
+								 bool publications);
 extern List *rm_dependents_derive(const RmMigration *m, bool new_side,
 								  MemoryContext cxt);
 extern List *rm_dependents_add_members(const RmMigration *m, List *list,

@@ -269,7 +269,7 @@ plan(RmRun *run)
 		rm_leaves_accept_empty(run);
 	refuse_unverified(m);
 	/* somebody may have added something since the migration began */
-	rm_dependents_refuse(m->relid, m->attnum, false);
+	rm_dependents_refuse(m->relid, m->attnum, m->new_type_id, false);
 	take_names(m);
 	wanted = rm_dependents_derive(m, true, CurrentMemoryContext);
 	leftovers = rm_dependents_leftovers(m, true, rm_dependents_unchanged(before, wanted));

@@ -234,6 +234,40 @@ RESET ROLE;
 DROP PUBLICATION of_schema, of_all;
 
 -----------------------------------------------------------------------
+-- Casts that nobody wrote
+-----------------------------------------------------------------------
+
+SET ROLE rm_tap_owner;
+CREATE DOMAIN o.whole AS int;
+CREATE TABLE o.casts (id int, c o.whole, s smallint);
+CREATE FUNCTION o.note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE FUNCTION o.takes(int) RETURNS int LANGUAGE sql AS 'SELECT $1';
+CREATE VIEW o.compared AS SELECT id FROM o.casts WHERE c > 5;
+CREATE VIEW o.passed AS SELECT id, c FROM o.casts;
+CREATE VIEW o.passed_on AS SELECT id FROM o.passed WHERE c > 5;
+CREATE VIEW o.widened AS SELECT id FROM o.casts WHERE c::bigint > 5 AND id > 5;
+CREATE VIEW o.of_small AS SELECT o.takes(s) FROM o.casts WHERE s > 5;
+CREATE TRIGGER compares AFTER UPDATE OF c ON o.casts FOR EACH ROW WHEN (OLD.c <> NEW.c) EXECUTE FUNCTION o.note();
+CREATE TRIGGER does_not AFTER UPDATE OF c ON o.casts FOR EACH ROW WHEN (NEW.c IS NOT NULL) EXECUTE FUNCTION o.note();
+CREATE POLICY compares ON o.casts USING (c > 5);
+CREATE RULE compares AS ON DELETE TO o.casts WHERE OLD.c = 5 DO INSTEAD NOTHING;
+CREATE FUNCTION pg_temp.coercions(attnum int, type regtype) RETURNS SETOF text LANGUAGE sql AS $$
+	SELECT concat_ws(' | ', kind, name, reason) FROM risky_migrations.column_coercions('o.casts'::regclass, attnum::smallint, type) $$;
+SELECT bag_eq($$SELECT pg_temp.coercions(2, 'bigint')$$, ARRAY[
+	'implicit cast | o.compared | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | o.passed_on | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | compares on o.casts | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | compares on o.casts | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | compares on o.casts | it has the column cast to integer, and values of type bigint need not fit'
+], 'a domain over int that becomes a bigint');
+SELECT is(count(*), 5::bigint, 'or text') FROM pg_temp.coercions(2, 'text');
+SELECT is_empty($$SELECT pg_temp.coercions(2, 'integer')$$, 'its base type fits');
+SELECT is_empty($$SELECT pg_temp.coercions(2, 'smallint')$$, 'and so does a smaller one');
+SELECT set_eq($$SELECT pg_temp.coercions(3, 'bigint')$$, ARRAY[
+	'implicit cast | o.of_small | it has the column cast to integer, and values of type bigint need not fit'], 'an argument of a function');
+RESET ROLE;
+
+-----------------------------------------------------------------------
 -- What the caller could not make again
 -----------------------------------------------------------------------
 

@@ -78,6 +78,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'function member_columns(relid oid, attnum smallint) TABLE(member oid, number smallint) stable',
 	'function column_objects(relid oid, attnum smallint) TABLE(ord integer, kind text, name text, drop_sql text, make_sql text[], relation oid) stable',
 	'function column_copies(relid oid, attnum smallint, prefix text) TABLE(ord integer, name text, relation oid, copy_name text, aside_sql text, make_sql text[], wait_sql text[], fill_sql text, take_sql text[], state text) stable',
+	'function column_coercions(relid oid, attnum smallint, new_type oid) TABLE(kind text, name text, reason text, hint text) stable',
 	'function column_publications(relid oid, attnum smallint) TABLE(kind text, objid oid, publication name, owner oid, drop_sql text, make_sql text[]) stable',
 	'function copies_there(relid oid, prefix text) TABLE(ord bigint, relation oid, populated boolean, drop_sql text) stable',
 	'function column_obstacles(relid oid, attnum smallint) TABLE(kind text, name text, reason text, hint text) stable',

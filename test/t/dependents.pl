@@ -161,7 +161,7 @@ CREATE TABLE beside (id int PRIMARY KEY, v int);
 },
 		around => q{
 CREATE PUBLICATION "Listed" FOR TABLE told (id, v), beside WITH (publish = 'insert, update');
-CREATE PUBLICATION filtered FOR TABLE told (id, v, n) WHERE (v > 7 AND n IS NOT NULL);
+CREATE PUBLICATION filtered FOR TABLE told (id, v, n) WHERE (v > 7 AND id > 0);
 CREATE PUBLICATION inserts FOR TABLE told (id, n) WHERE (v <> 3) WITH (publish = 'insert');
 CREATE PUBLICATION untouched FOR TABLE told (id, n) WHERE (n > 3) WITH (publish = 'insert');
 COMMENT ON PUBLICATION filtered IS 'some';
