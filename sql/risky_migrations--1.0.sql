@@ -513,6 +513,9 @@ BEGIN ATOMIC
 	), view (oid) AS (
 		SELECT r.ev_class FROM direct d
 		JOIN pg_catalog.pg_rewrite r ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND r.oid = d.objid AND r.ev_type = '1'
+		JOIN pg_catalog.pg_class c ON c.oid = r.ev_class
+		-- a copy that waits, of a whole row of the table: see column_copies()
+		WHERE c.relname !~ '^rm_[no]_[0-9]+_[0-9]+$'
 		UNION
 		SELECT r.ev_class FROM view v
 		JOIN pg_catalog.pg_class c ON c.oid = v.oid
@@ -653,28 +656,59 @@ END;
 COMMENT ON FUNCTION risky_migrations.make_grants(oid) IS
 	'the statements that give a new relation the privileges that this one has, whatever default privileges have given it';
 
-CREATE FUNCTION risky_migrations.make_view(view oid) RETURNS text[]
+CREATE FUNCTION risky_migrations.make_view(view oid, prefix text DEFAULT NULL) RETURNS text[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
 BEGIN ATOMIC
 	WITH rel AS (
-		SELECT c.oid, c.reltype, c.relowner, c.reloptions, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
+		SELECT c.oid, c.reltype, c.relowner, c.reloptions, t.reloptions AS toast_options, c.relkind = 'm' AS stored, m.amname, s.spcname,
+			CASE c.relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END AS kind,
+			n.nspname, pg_catalog.format('%I.%I', n.nspname, c.relname) AS name
 		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		LEFT JOIN pg_catalog.pg_class t ON t.oid = c.reltoastrelid
+		LEFT JOIN pg_catalog.pg_am m ON m.oid = c.relam
+		-- 0 is the database's own, whatever default_tablespace says
+		LEFT JOIN pg_catalog.pg_tablespace s ON s.oid = CASE c.reltablespace WHEN 0 THEN
+			(SELECT d.dattablespace FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()) ELSE c.reltablespace END
 		WHERE c.oid = make_view.view
 	), att AS (
 		SELECT a.attnum, a.attname, pg_catalog.col_description(a.attrelid, a.attnum) AS comment,
-			pg_catalog.pg_get_expr(d.adbin, d.adrelid) AS default_expr
+			pg_catalog.pg_get_expr(d.adbin, d.adrelid) AS default_expr, a.attoptions, a.attcompression,
+			nullif(a.attstattarget, -1) AS attstattarget, nullif(a.attstorage, y.typstorage) AS attstorage
 		FROM rel r JOIN pg_catalog.pg_attribute a ON a.attrelid = r.oid AND a.attnum > 0
+		JOIN pg_catalog.pg_type y ON y.oid = a.atttypid
 		LEFT JOIN pg_catalog.pg_attrdef d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
+	), index AS (
+		SELECT i.oid, x.indisunique, x.indisclustered, r.nspname,
+			coalesce(make_view.prefix || i.oid, i.relname) AS name,
+			pg_catalog.substr(pg_catalog.pg_get_indexdef(i.oid), 1 + pg_catalog.length(pg_catalog.format('CREATE %sINDEX %I ON %s USING ',
+				CASE WHEN x.indisunique THEN 'UNIQUE ' ELSE '' END, i.relname, r.name))) AS def,
+			coalesce(' WHERE ' || pg_catalog.pg_get_expr(x.indpred, x.indrelid), '') AS pred,
+			coalesce(s.spcname, r.spcname) AS spcname
+		FROM rel r JOIN pg_catalog.pg_index x ON x.indrelid = r.oid AND x.indislive
+		JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+		LEFT JOIN pg_catalog.pg_tablespace s ON s.oid = CASE i.reltablespace WHEN 0 THEN
+			(SELECT d.dattablespace FROM pg_catalog.pg_database d WHERE d.datname = pg_catalog.current_database()) ELSE i.reltablespace END
+	), statistic AS (
+		SELECT x.oid, n.nspname, coalesce(make_view.prefix || x.oid, x.stxname) AS name, x.stxowner, x.stxstattarget,
+			(SELECT pg_catalog.string_agg(CASE y WHEN 'd' THEN 'ndistinct' WHEN 'f' THEN 'dependencies' WHEN 'm' THEN 'mcv' END, ', ')
+				FROM pg_catalog.unnest(x.stxkind) y WHERE y <> 'e') AS kinds
+		FROM rel r JOIN pg_catalog.pg_statistic_ext x ON x.stxrelid = r.oid
+		JOIN pg_catalog.pg_namespace n ON n.oid = x.stxnamespace
 	), statement AS (
-		SELECT 1 AS part, 0::bigint AS n, pg_catalog.concat('CREATE VIEW ', r.name,
+		SELECT 1 AS part, 0::bigint AS n, pg_catalog.concat('CREATE ', r.kind, ' ', r.name,
 			' (' || (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', ' ORDER BY a.attnum) FROM att a) || ')',
-			' WITH (' || (SELECT pg_catalog.string_agg(pg_catalog.format('%I = %L', o.option_name, o.option_value), ', ')
-				FROM pg_catalog.pg_options_to_table(r.reloptions) o) || ')',
-			' AS ', pg_catalog.rtrim(pg_catalog.pg_get_viewdef(r.oid), ';')) AS sql
+			CASE WHEN r.stored THEN pg_catalog.format(' USING %I', r.amname) END,
+			' WITH (' || (SELECT pg_catalog.string_agg(pg_catalog.format('%s%I = %L', o.prefix, o.option_name, o.option_value), ', ')
+				FROM (SELECT '' AS prefix, x.* FROM pg_catalog.pg_options_to_table(r.reloptions) x
+					UNION ALL
+					SELECT 'toast.', x.* FROM pg_catalog.pg_options_to_table(r.toast_options) x) o) || ')',
+			CASE WHEN r.stored THEN pg_catalog.format(' TABLESPACE %I', r.spcname) END,
+			' AS ', pg_catalog.rtrim(pg_catalog.pg_get_viewdef(r.oid), ';'),
+			CASE WHEN r.stored THEN ' WITH NO DATA' END) AS sql
 		FROM rel r
 		UNION ALL
-		SELECT 2, 0, pg_catalog.format('ALTER VIEW %s OWNER TO %s', r.name, r.relowner::regrole) FROM rel r
+		SELECT 2, 0, pg_catalog.format('ALTER %s %s OWNER TO %s', r.kind, r.name, r.relowner::regrole) FROM rel r
 		UNION ALL
 		SELECT 3, g.n, g.sql FROM rel r
 		CROSS JOIN LATERAL ROWS FROM (risky_migrations.make_grants(r.oid)) WITH ORDINALITY g (sql, n)
@@ -682,28 +716,75 @@ BEGIN ATOMIC
 		SELECT 4, a.attnum, pg_catalog.format('ALTER VIEW %s ALTER COLUMN %I SET DEFAULT %s', r.name, a.attname, a.default_expr)
 		FROM rel r, att a WHERE a.default_expr IS NOT NULL
 		UNION ALL
-		SELECT 5, 0, pg_catalog.format('COMMENT ON VIEW %s IS %L', r.name, pg_catalog.obj_description(r.oid, 'pg_class'))
+		-- what only a materialized view has: settings of columns, indexes, statistics
+		SELECT 4, a.attnum, pg_catalog.format('ALTER MATERIALIZED VIEW %s ALTER COLUMN %I SET %s', r.name, a.attname, x.setting)
+		FROM rel r, att a CROSS JOIN LATERAL (VALUES
+			('STATISTICS ' || a.attstattarget),
+			('STORAGE ' || CASE a.attstorage WHEN 'p' THEN 'PLAIN' WHEN 'm' THEN 'MAIN' WHEN 'e' THEN 'EXTERNAL' ELSE 'EXTENDED' END),
+			('COMPRESSION ' || CASE a.attcompression WHEN 'p' THEN 'pglz' WHEN 'l' THEN 'lz4' END),
+			('(' || (SELECT pg_catalog.string_agg(pg_catalog.format('%I = %L', o.option_name, o.option_value), ', ')
+				FROM pg_catalog.pg_options_to_table(a.attoptions) o) || ')')) x (setting)
+		WHERE r.stored AND x.setting IS NOT NULL AND (a.attstorage IS NOT NULL OR x.setting NOT LIKE 'STORAGE %')
+		UNION ALL
+		SELECT 5, i.oid, x.sql
+		FROM rel r, index i CROSS JOIN LATERAL (
+			SELECT pg_catalog.format('CREATE %sINDEX %I ON %s USING %s TABLESPACE %I%s', CASE WHEN i.indisunique THEN 'UNIQUE ' ELSE '' END,
+				i.name, r.name, pg_catalog.left(i.def, pg_catalog.length(i.def) - pg_catalog.length(i.pred)), i.spcname, i.pred)
+			UNION ALL
+			SELECT pg_catalog.format('ALTER INDEX %I.%I ALTER COLUMN %s SET STATISTICS %s', i.nspname, i.name, a.attnum, a.attstattarget)
+			FROM pg_catalog.pg_attribute a WHERE a.attrelid = i.oid AND a.attstattarget >= 0
+			UNION ALL
+			SELECT pg_catalog.format('COMMENT ON INDEX %I.%I IS %L', i.nspname, i.name, pg_catalog.obj_description(i.oid, 'pg_class'))
+			WHERE pg_catalog.obj_description(i.oid, 'pg_class') IS NOT NULL
+			UNION ALL
+			SELECT pg_catalog.format('ALTER INDEX %I.%I DEPENDS ON EXTENSION %I', i.nspname, i.name, e.extname)
+			FROM pg_catalog.pg_depend d JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+			WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = i.oid
+				AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'x'
+			UNION ALL
+			SELECT pg_catalog.format('ALTER MATERIALIZED VIEW %s CLUSTER ON %I', r.name, i.name) WHERE i.indisclustered) x (sql)
+		UNION ALL
+		SELECT 6, x.oid, y.sql
+		FROM rel r, statistic x CROSS JOIN LATERAL (VALUES
+			(pg_catalog.format('CREATE STATISTICS %I.%I%s ON %s FROM %s', x.nspname, x.name, ' (' || x.kinds || ')',
+				pg_catalog.pg_get_statisticsobjdef_columns(x.oid), r.name)),
+			(pg_catalog.format('ALTER STATISTICS %I.%I OWNER TO %s', x.nspname, x.name, x.stxowner::regrole)),
+			(CASE WHEN x.stxstattarget >= 0 THEN
+				pg_catalog.format('ALTER STATISTICS %I.%I SET STATISTICS %s', x.nspname, x.name, x.stxstattarget) END),
+			('COMMENT ON STATISTICS ' || pg_catalog.format('%I.%I IS ', x.nspname, x.name)
+				|| pg_catalog.quote_literal(pg_catalog.obj_description(x.oid, 'pg_statistic_ext')))) y (sql)
+		WHERE y.sql IS NOT NULL
+		UNION ALL
+		SELECT 7, 0, pg_catalog.format('COMMENT ON %s %s IS %L', r.kind, r.name, pg_catalog.obj_description(r.oid, 'pg_class'))
 		FROM rel r WHERE pg_catalog.obj_description(r.oid, 'pg_class') IS NOT NULL
 		UNION ALL
-		SELECT 5, a.attnum, pg_catalog.format('COMMENT ON COLUMN %s.%I IS %L', r.name, a.attname, a.comment)
+		SELECT 7, a.attnum, pg_catalog.format('COMMENT ON COLUMN %s.%I IS %L', r.name, a.attname, a.comment)
 		FROM rel r, att a WHERE a.comment IS NOT NULL
 		UNION ALL
-		SELECT 6, 0, pg_catalog.format('COMMENT ON TYPE %s IS %L', r.name, pg_catalog.obj_description(r.reltype, 'pg_type'))
+		SELECT 8, 0, pg_catalog.format('COMMENT ON TYPE %s IS %L', r.name, pg_catalog.obj_description(r.reltype, 'pg_type'))
 		FROM rel r WHERE pg_catalog.obj_description(r.reltype, 'pg_type') IS NOT NULL
 		UNION ALL
-		SELECT 6, 1, pg_catalog.format('COMMENT ON RULE %I ON %s IS %L', w.rulename, r.name, pg_catalog.obj_description(w.oid, 'pg_rewrite'))
+		SELECT 8, 1, pg_catalog.format('COMMENT ON RULE %I ON %s IS %L', w.rulename, r.name, pg_catalog.obj_description(w.oid, 'pg_rewrite'))
 		FROM rel r JOIN pg_catalog.pg_rewrite w ON w.ev_class = r.oid AND w.ev_type = '1'
 		WHERE pg_catalog.obj_description(w.oid, 'pg_rewrite') IS NOT NULL
 		UNION ALL
-		SELECT 7, l.objsubid, pg_catalog.format('SECURITY LABEL FOR %I ON %s %s%s IS %L', l.provider,
-			CASE l.objsubid WHEN 0 THEN 'VIEW' ELSE 'COLUMN' END, r.name,
+		SELECT 9, l.objsubid, pg_catalog.format('SECURITY LABEL FOR %I ON %s %s%s IS %L', l.provider,
+			CASE l.objsubid WHEN 0 THEN r.kind ELSE 'COLUMN' END, r.name,
 			(SELECT '.' || pg_catalog.quote_ident(a.attname) FROM att a WHERE a.attnum = l.objsubid), l.label)
 		FROM rel r JOIN pg_catalog.pg_seclabel l ON l.classoid = 'pg_catalog.pg_class'::regclass AND l.objoid = r.oid
+		UNION ALL
+		SELECT 9, 0, pg_catalog.format('ALTER MATERIALIZED VIEW %s DEPENDS ON EXTENSION %I', r.name, e.extname)
+		FROM rel r JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = r.oid AND d.objsubid = 0
+			AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'x'
+		JOIN pg_catalog.pg_extension e ON e.oid = d.refobjid
+		WHERE r.stored
 	)
-	SELECT pg_catalog.array_agg(s.sql ORDER BY s.part, s.n, s.sql COLLATE "C") FROM statement s;
+	SELECT pg_catalog.array_agg(s.sql ORDER BY s.part, s.n,
+		-- an index or a statistics object, before what it has
+		s.sql NOT LIKE 'CREATE %', s.sql COLLATE "C") FROM statement s;
 END;
-COMMENT ON FUNCTION risky_migrations.make_view(oid) IS
-	'the statements that make a view again: options, owner, privileges, defaults, comments, security labels; not its rules and triggers';
+COMMENT ON FUNCTION risky_migrations.make_view(oid, text) IS
+	'the statements that make a view again: options, owner, privileges, defaults, comments, security labels; not its rules and triggers.  A materialized view is made without its rows, with its indexes and statistics, which are called prefix and their former OID if a prefix is given';
 
 CREATE FUNCTION risky_migrations.make_rule(rule oid) RETURNS text[]
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
@@ -773,17 +854,49 @@ END;
 COMMENT ON FUNCTION risky_migrations.make_policy(oid) IS
 	'the statements that make a policy again: with its comment';
 
+CREATE FUNCTION risky_migrations.column_publications(relid oid, attnum smallint)
+RETURNS TABLE (kind text, objid oid, publication name, owner oid, drop_sql text, make_sql text[])
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
+BEGIN ATOMIC
+	SELECT x.kind, r.oid, p.pubname, p.pubowner,
+		pg_catalog.format('ALTER PUBLICATION %I DROP TABLE ONLY %s', p.pubname, r.prrelid::regclass),
+		ARRAY[pg_catalog.concat(pg_catalog.format('ALTER PUBLICATION %I ADD TABLE ONLY %s', p.pubname, r.prrelid::regclass),
+			' (' || (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', ' ORDER BY a.attnum)
+				FROM pg_catalog.pg_attribute a WHERE a.attrelid = r.prrelid AND a.attnum = ANY (r.prattrs::smallint[])) || ')',
+			' WHERE (' || pg_catalog.pg_get_expr(r.prqual, r.prrelid) || ')')]
+	FROM risky_migrations.member_columns(column_publications.relid, column_publications.attnum) m
+	JOIN pg_catalog.pg_publication_rel r ON r.prrelid = m.member
+	JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
+	CROSS JOIN LATERAL (SELECT CASE
+		WHEN r.prqual IS NOT NULL AND EXISTS (SELECT FROM pg_catalog.pg_depend d
+			WHERE d.classid = 'pg_catalog.pg_publication_rel'::regclass AND d.objid = r.oid
+				AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = m.member AND d.refobjsubid = m.number
+				-- the list has a dependency of its own
+				AND (m.number = ANY (r.prattrs::smallint[]) IS NOT TRUE
+					OR r.prqual::text ~ pg_catalog.format(':varattno %s ', m.number)))
+			THEN 'publication row filter'
+		WHEN m.number = ANY (r.prattrs::smallint[]) THEN 'publication column list' END) x (kind)
+	WHERE x.kind IS NOT NULL;
+END;
+COMMENT ON FUNCTION risky_migrations.column_publications(oid, smallint) IS
+	'publications whose condition uses a column, or else whose list has it, with the statements that take the table out and put it in again';
+
 CREATE FUNCTION risky_migrations.column_objects(relid oid, attnum smallint)
-RETURNS TABLE (ord integer, kind text, name text, drop_sql text, make_sql text[])
+RETURNS TABLE (ord integer, kind text, name text, drop_sql text, make_sql text[], relation oid)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH used AS MATERIALIZED (
 		SELECT u.classid, u.objid, u.depth FROM risky_migrations.column_dependents(column_objects.relid, column_objects.attnum) u
 	), view AS (
-		SELECT u.objid FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid
-		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0 AND c.relkind = 'v'
+		SELECT u.objid, u.depth, CASE c.relkind WHEN 'm' THEN 'materialized view' ELSE 'view' END AS kind
+		FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid
+		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0 AND c.relkind IN ('v', 'm')
 	), object AS (
-		-- nothing depends on the first three
+		-- nothing depends on the first four
+		SELECT 'pg_catalog.pg_publication_rel'::regclass AS classid, p.objid, 0 AS part, 0 AS depth, p.kind, p.drop_sql, p.make_sql
+		FROM risky_migrations.column_publications(column_objects.relid, column_objects.attnum) p
+		UNION ALL
 		SELECT u.classid, u.objid, 1 AS part, 0 AS depth, 'policy' AS kind,
 			pg_catalog.format('DROP POLICY %I ON %s', p.polname, p.polrelid::regclass) AS drop_sql,
 			risky_migrations.make_policy(p.oid) AS make_sql
@@ -803,18 +916,106 @@ BEGIN ATOMIC
 		WHERE w.ev_type <> '1' AND (w.ev_class IN (SELECT v.objid FROM view v)
 			OR w.oid IN (SELECT u.objid FROM used u WHERE u.classid = 'pg_catalog.pg_rewrite'::regclass))
 		UNION ALL
-		SELECT u.classid, u.objid, 4, u.depth, 'view',
-			pg_catalog.format('DROP VIEW %s', u.objid::regclass), risky_migrations.make_view(u.objid)
-		FROM used u JOIN view v ON v.objid = u.objid
-		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
+		SELECT 'pg_catalog.pg_class'::regclass, v.objid, 4, v.depth, v.kind,
+			pg_catalog.format('DROP %s %s', pg_catalog.upper(v.kind), v.objid::regclass), risky_migrations.make_view(v.objid)
+		FROM view v
 	)
 	SELECT pg_catalog.row_number() OVER (ORDER BY o.part, o.depth DESC, i.identity COLLATE "C")::integer,
-		o.kind, i.identity, o.drop_sql, o.make_sql
+		o.kind, i.identity, o.drop_sql, o.make_sql, CASE o.part WHEN 4 THEN o.objid END
 	FROM object o, LATERAL pg_catalog.pg_identify_object(o.classid, o.objid, 0) i
 	ORDER BY 1;
 END;
 COMMENT ON FUNCTION risky_migrations.column_objects(oid, smallint) IS
-	'the policies, triggers, rules and views that a column cannot be exchanged under: to be dropped by ord, and made again the other way round, each by its statements in order';
+	'the publications, policies, triggers, rules and views that a column cannot be exchanged under: to be dropped by ord, and made again the other way round, each by its statements in order; a view with its OID.  A materialized view is made empty: column_copies() knows better';
+
+-- A materialized view stores what it has read, and filling it takes time.  So,
+-- as indexes are, it is made anew beside the one that everybody reads, under a name of
+-- ours, together with the views that it reads; see matviews.c.
+CREATE FUNCTION risky_migrations.column_copies(relid oid, attnum smallint, prefix text)
+RETURNS TABLE (ord integer, name text, relation oid, copy_name text, aside_sql text, make_sql text[], wait_sql text[],
+	fill_sql text, take_sql text[], state text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH RECURSIVE view AS MATERIALIZED (
+		SELECT u.objid AS oid, u.depth, c.relname, c.reltype, c.relkind, c.relispopulated, c.xmin, n.nspname,
+			CASE c.relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END AS kind
+		FROM risky_migrations.column_dependents(column_copies.relid, column_copies.attnum) u
+		JOIN pg_catalog.pg_class c ON c.oid = u.objid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
+	), reads AS MATERIALIZED (
+		SELECT DISTINCT w.ev_class AS reader, v.oid AS source
+		FROM view v JOIN pg_catalog.pg_type y ON y.oid = v.reltype
+		CROSS JOIN LATERAL (VALUES ('pg_catalog.pg_class'::regclass, v.oid),
+			('pg_catalog.pg_type'::regclass, y.oid), ('pg_catalog.pg_type'::regclass, y.typarray)) x (classid, objid)
+		JOIN pg_catalog.pg_depend d ON d.refclassid = x.classid AND d.refobjid = x.objid
+			AND d.classid = 'pg_catalog.pg_rewrite'::regclass
+		JOIN pg_catalog.pg_rewrite w ON w.oid = d.objid AND w.ev_type = '1' AND w.ev_class <> v.oid
+	), needed (oid) AS (
+		SELECT v.oid FROM view v WHERE v.relkind = 'm'
+		UNION
+		SELECT r.source FROM needed n JOIN reads r ON r.reader = n.oid
+	), copied AS (
+		SELECT v.*, column_copies.prefix || v.oid AS copy,
+			-- out of the way for a moment
+			overlay(column_copies.prefix PLACING 'x' FROM 4 FOR 1) || v.oid AS aside,
+			risky_migrations.make_view(v.oid, column_copies.prefix) AS make
+		FROM view v WHERE v.oid IN (SELECT n.oid FROM needed n)
+	)
+	SELECT pg_catalog.row_number() OVER (ORDER BY c.depth, c.nspname, c.relname)::integer, pg_catalog.format('%I.%I', c.nspname, c.relname),
+		c.oid, c.copy,
+		pg_catalog.format('ALTER %s %I.%I RENAME TO %I', c.kind, c.nspname, c.relname, c.aside),
+		c.make,
+		ARRAY[pg_catalog.format('ALTER %s %I.%I RENAME TO %I', c.kind, c.nspname, c.relname, c.copy),
+			pg_catalog.format('ALTER %s %I.%I RENAME TO %I', c.kind, c.nspname, c.aside, c.relname)],
+		CASE WHEN c.relispopulated AND c.relkind = 'm' THEN pg_catalog.format('REFRESH MATERIALIZED VIEW %I.%I', c.nspname, c.copy) END,
+		ARRAY[pg_catalog.format('ALTER %s %I.%I RENAME TO %I', c.kind, c.nspname, c.copy, c.relname)]
+			|| ARRAY(SELECT pg_catalog.format('ALTER INDEX %I.%I RENAME TO %I', c.nspname, column_copies.prefix || i.oid, i.relname)
+				FROM pg_catalog.pg_index x JOIN pg_catalog.pg_class i ON i.oid = x.indexrelid
+				WHERE x.indrelid = c.oid AND x.indislive ORDER BY i.oid)
+			|| ARRAY(SELECT pg_catalog.format('ALTER STATISTICS %I.%I RENAME TO %I', n.nspname, column_copies.prefix || x.oid, x.stxname)
+				FROM pg_catalog.pg_statistic_ext x JOIN pg_catalog.pg_namespace n ON n.oid = x.stxnamespace
+				WHERE x.stxrelid = c.oid ORDER BY x.oid),
+		-- REFRESH writes the row of pg_class, also CONCURRENTLY; VACUUM and ANALYZE overwrite it
+		pg_catalog.format('%s/%s/%s/%s', c.oid, c.xmin, c.relispopulated, pg_catalog.md5(pg_catalog.array_to_string(c.make, ';')))
+	FROM copied c
+	ORDER BY 1;
+END;
+COMMENT ON FUNCTION risky_migrations.column_copies(oid, smallint, text) IS
+	'the materialized views that read a column, and the views below them, which come first: the statements that get each out of the way, make another one in its place, give that the name in which it waits, fill it, and give it the names that it has in force; the state changes with each REFRESH and with every change of the definition';
+
+CREATE FUNCTION risky_migrations.copies_there(relid oid, prefix text)
+RETURNS TABLE (ord bigint, relation oid, populated boolean, drop_sql text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH RECURSIVE named AS MATERIALIZED (
+		SELECT c.oid, c.relname, c.relkind, c.reltype, y.typarray, c.relispopulated, n.nspname
+		FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
+		JOIN pg_catalog.pg_type y ON y.oid = c.reltype
+		WHERE pg_catalog.starts_with(c.relname, copies_there.prefix) AND c.relkind IN ('v', 'm')
+	), copy (oid, depth) AS (
+		SELECT n.oid, 1 FROM named n
+		JOIN pg_catalog.pg_rewrite w ON w.ev_class = n.oid
+		JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_rewrite'::regclass AND d.objid = w.oid
+			AND d.refclassid = 'pg_catalog.pg_class'::regclass
+		WHERE d.refobjid IN (SELECT m FROM risky_migrations.members(copies_there.relid) m)
+		UNION
+		SELECT w.ev_class, c.depth + 1
+		FROM copy c JOIN named n ON n.oid = c.oid
+		CROSS JOIN LATERAL (VALUES ('pg_catalog.pg_class'::regclass, n.oid),
+			('pg_catalog.pg_type'::regclass, n.reltype), ('pg_catalog.pg_type'::regclass, n.typarray)) x (classid, objid)
+		JOIN pg_catalog.pg_depend d ON d.refclassid = x.classid AND d.refobjid = x.objid
+			AND d.classid = 'pg_catalog.pg_rewrite'::regclass
+		JOIN pg_catalog.pg_rewrite w ON w.oid = d.objid AND w.ev_class <> n.oid
+		WHERE w.ev_class IN (SELECT o.oid FROM named o) AND c.depth < (SELECT pg_catalog.count(*) FROM named)
+	)
+	SELECT pg_catalog.row_number() OVER (ORDER BY pg_catalog.max(c.depth) DESC, n.oid), n.oid, n.relispopulated,
+		pg_catalog.format('DROP %s %I.%I', CASE n.relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END, n.nspname, n.relname)
+	FROM copy c JOIN named n ON n.oid = c.oid
+	GROUP BY n.oid, n.relispopulated, n.relkind, n.nspname, n.relname
+	ORDER BY 1;
+END;
+COMMENT ON FUNCTION risky_migrations.copies_there(oid, text) IS
+	'the copies of materialized views and of views below them that wait under their names, in the order in which they can be dropped';
 
 
 CREATE FUNCTION risky_migrations.column_obstacles(relid oid, attnum smallint)
@@ -855,8 +1056,7 @@ BEGIN ATOMIC
 	), in_use (relation) AS (
 		SELECT u.relation FROM used u WHERE u.classid <> 'pg_catalog.pg_proc'::regclass
 	), publication AS (
-		SELECT p.pubname, r.oid AS relation, r.prattrs, r.prqual IS NOT NULL AS has_filter,
-			t.attnum = ANY (r.prattrs::smallint[]) AS in_list, t.oid AS relid, t.attnum, t.relreplident
+		SELECT p.pubname, r.prattrs, t.relreplident
 		FROM target t CROSS JOIN pg_catalog.pg_publication p
 		LEFT JOIN pg_catalog.pg_publication_rel r ON r.prpubid = p.oid AND r.prrelid = t.oid
 		WHERE t.relpersistence = 'p' AND (r.oid IS NOT NULL OR p.puballtables
@@ -977,7 +1177,7 @@ BEGIN ATOMIC
 			pg_catalog.format('role %I may not create objects in schema %I', r.rolname, n.nspname)
 		FROM view v JOIN pg_catalog.pg_namespace n ON n.oid = v.relnamespace
 		JOIN pg_catalog.pg_roles r ON r.oid = v.relowner OR r.rolname = current_user
-		WHERE v.relkind = 'v' AND v.relpersistence <> 't' AND NOT pg_catalog.has_schema_privilege(r.oid, n.oid, 'CREATE')
+		WHERE v.relpersistence <> 't' AND NOT pg_catalog.has_schema_privilege(r.oid, n.oid, 'CREATE')
 			AND NOT (SELECT m.rolsuper FROM pg_catalog.pg_roles m WHERE m.rolname = current_user)
 		UNION ALL
 		SELECT 'privilege', 'pg_catalog.pg_trigger'::regclass, g.oid, 0,
@@ -1025,25 +1225,30 @@ BEGIN ATOMIC
 				'pg_catalog.pg_policy'::regclass, 'pg_catalog.pg_proc'::regclass)
 			AND NOT (d.classid = 'pg_catalog.pg_type'::regclass AND d.objid IN (v.reltype, v.typarray))
 			AND (c.oid IN (SELECT w.oid FROM view w) OR a.adrelid = v.oid OR c.relkind = 't') IS NOT TRUE
+			-- of a materialized view
+			AND NOT EXISTS (SELECT FROM pg_catalog.pg_index w WHERE w.indexrelid = c.oid AND w.indrelid = v.oid)
+			AND NOT EXISTS (SELECT FROM pg_catalog.pg_statistic_ext w
+				WHERE d.classid = 'pg_catalog.pg_statistic_ext'::regclass AND w.oid = d.objid AND w.stxrelid = v.oid)
 	), listed AS (
 		SELECT o.kind, i.identity AS name, o.reason
 		FROM obstacle o, LATERAL pg_catalog.pg_identify_object(o.classid, o.objid, o.objsubid) i
 		UNION
 		SELECT x.kind, pg_catalog.quote_ident(p.pubname), x.reason
 		FROM publication p CROSS JOIN LATERAL (VALUES
-			('publication column list', p.in_list, 'its list of columns has the column'),
-			('publication row filter', p.has_filter AND EXISTS (SELECT FROM pg_catalog.pg_depend d
-				WHERE d.classid = 'pg_catalog.pg_publication_rel'::regclass AND d.objid = p.relation AND d.refobjid = p.relid
-					AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjsubid = p.attnum)
-				AND p.in_list IS NOT TRUE, 'its condition uses the column'),
 			('publication', p.prattrs IS NULL, 'it publishes all columns, and the subscriber does not have the new one'),
 			('publication', p.relreplident IN ('f', 'n'), 'it publishes the table, whose replica identity is '
 				|| CASE p.relreplident WHEN 'f' THEN 'FULL' ELSE 'NOTHING' END)) x (kind, applies, reason)
 		WHERE x.applies
+		UNION
+		SELECT p.kind, pg_catalog.quote_ident(p.publication), CASE p.kind WHEN 'publication row filter' THEN 'its condition uses the column'
+			ELSE 'its list of columns has the column' END
+			|| pg_catalog.format(', and role %I is not an owner of it', current_user)
+		FROM risky_migrations.column_publications(column_obstacles.relid, column_obstacles.attnum) p
+		WHERE NOT pg_catalog.pg_has_role(p.owner, 'USAGE')
 	)
 	SELECT l.kind, l.name, l.reason, h.hint
 	FROM listed l LEFT JOIN (VALUES
-		('materialized view', 'Drop it, and create it again after the migration.'),
+		('materialized view', 'Drop it, and create it again after the migration; or, with the method three_step, SET risky_migrations.recreate_matviews = on: it is filled again beside its readers.'),
 		('temporary view', 'Drop it, or end the session that made it.'),
 		('circular view', 'Drop it; nobody can read it.'),
 		('function', 'Drop it, and create it again after the migration; or give it a body that is a string.'),
@@ -1064,13 +1269,75 @@ BEGIN ATOMIC
 		('passed on privileges', 'Revoke them, and let the owner grant them.'),
 		('extension', 'Take it out of the extension, or drop the extension.'),
 		('publication', 'Take the table out of the publication; or, where the subscribers have the new column already, SET risky_migrations.accept_publications = on.'),
-		('publication column list', 'Take the column out of the list, and put it back after the migration.'),
-		('publication row filter', 'Take the condition off, and set it again after the migration.'),
+		('publication column list', 'Run the migration as a role that owns the publication too; or take the column out of the list, and put it back after the migration.'),
+		('publication row filter', 'Run the migration as a role that owns the publication too; or take the condition off, and set it again after the migration.'),
 		('other object', 'Drop it, and create it again after the migration.')) h (kind, hint) ON h.kind = l.kind
 	ORDER BY l.kind COLLATE "C", l.name COLLATE "C", l.reason COLLATE "C";
 END;
 COMMENT ON FUNCTION risky_migrations.column_obstacles(oid, smallint) IS
 	'everything that forbids to exchange a column for the caller, all of it, with the reason and what to do; the kind publication may be accepted';
+
+CREATE FUNCTION risky_migrations.column_coercions(relid oid, attnum smallint, new_type oid)
+RETURNS TABLE (kind text, name text, reason text, hint text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	-- PostgreSQL writes out the casts that it has put in by itself, and so they
+	-- stay when a definition is made again, where the new type needs none, or
+	-- one that fails.  Casts of the user's own are his to decide.
+	WITH RECURSIVE base (oid) AS (
+		SELECT column_coercions.new_type
+		UNION
+		SELECT y.typbasetype FROM base b JOIN pg_catalog.pg_type y ON y.oid = b.oid WHERE y.typtype = 'd'
+	), new AS (
+		SELECT y.oid, y.typcategory FROM base b JOIN pg_catalog.pg_type y ON y.oid = b.oid WHERE y.typtype <> 'd'
+	), target AS (
+		SELECT m.number, a.atttypid, y.typtype = 'd' AS is_domain
+		FROM risky_migrations.member_columns(column_coercions.relid, column_coercions.attnum) m
+		JOIN pg_catalog.pg_attribute a ON a.attrelid = m.member AND a.attnum = m.number
+		JOIN pg_catalog.pg_type y ON y.oid = a.atttypid
+	), used AS MATERIALIZED (
+		SELECT u.classid, u.objid, u.depth
+		FROM risky_migrations.column_dependents(column_coercions.relid, column_coercions.attnum) u
+	), definition AS (
+		SELECT u.classid, u.objid, u.depth, w.ev_action::text AS tree
+		FROM used u JOIN pg_catalog.pg_rewrite w ON w.ev_class = u.objid AND w.ev_type = '1'
+		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
+		UNION ALL
+		SELECT u.classid, u.objid, 0, pg_catalog.concat(w.ev_action::text, w.ev_qual::text)
+		FROM used u JOIN pg_catalog.pg_rewrite w ON u.classid = 'pg_catalog.pg_rewrite'::regclass AND w.oid = u.objid
+		UNION ALL
+		SELECT u.classid, u.objid, 0, pg_catalog.concat(p.polqual::text, p.polwithcheck::text)
+		FROM used u JOIN pg_catalog.pg_policy p ON u.classid = 'pg_catalog.pg_policy'::regclass AND p.oid = u.objid
+		UNION ALL
+		SELECT u.classid, u.objid, 0, g.tgqual::text
+		FROM used u JOIN pg_catalog.pg_trigger g ON u.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = u.objid
+		UNION ALL
+		SELECT 'pg_catalog.pg_publication_rel'::regclass, r.oid, 0, r.prqual::text
+		FROM risky_migrations.column_publications(column_coercions.relid, column_coercions.attnum) p
+		JOIN pg_catalog.pg_publication_rel r ON r.oid = p.objid
+	), coerced AS (
+		SELECT DISTINCT d.classid, d.objid, coalesce(x.match[1], x.match[2])::oid AS type
+		FROM definition d CROSS JOIN target t
+		CROSS JOIN LATERAL pg_catalog.regexp_matches(d.tree, pg_catalog.format(
+			-- implicit ones of the column: a function, or the same value by another name
+			'\{(?:FUNCEXPR :funcid \d+ :funcresulttype (\d+) :funcretset false :funcvariadic false :funcformat 2 :funccollid \d+ :inputcollid \d+ :args \(|RELABELTYPE :arg )'
+				'\{VAR :varno \d+ :varattno %s :vartype %s [^{}]*\}(?: :resulttype (\d+) :resulttypmod -?\d+ :resultcollid \d+ :relabelformat 2 )?',
+			-- a view that stands on another one has a number of its own for it
+			CASE WHEN d.depth > 1 AND t.is_domain THEN '\d+' ELSE t.number::text END, t.atttypid), 'g') x (match)
+	)
+	SELECT 'implicit cast', i.identity,
+		pg_catalog.format('it has the column cast to %s, and values of type %s need not fit', pg_catalog.format_type(c.type, NULL),
+			pg_catalog.format_type(column_coercions.new_type, NULL)),
+		'Write a cast to the new type into it (column::newtype), or drop it, and create it again after the migration.'
+	FROM coerced c CROSS JOIN new n JOIN pg_catalog.pg_type y ON y.oid = c.type
+	CROSS JOIN LATERAL pg_catalog.pg_identify_object(c.classid, c.objid, 0) i
+	WHERE n.typcategory = 'N' AND y.typcategory = 'N' AND EXISTS (SELECT FROM pg_catalog.pg_cast k
+			WHERE k.castsource = n.oid AND k.casttarget = y.oid AND k.castcontext <> 'i' AND k.castmethod = 'f')
+		OR n.typcategory = 'S' AND y.typcategory <> 'S'
+	ORDER BY 2, 3;
+END;
+COMMENT ON FUNCTION risky_migrations.column_coercions(oid, smallint, oid) IS
+	'what reads a column through a cast that nobody wrote and that would be written out, and could fail for values of the new type; as column_obstacles()';
 
 -- Definitions come from a twin: an empty copy of the table in which the ALTER
 -- has been done by PostgreSQL itself and whose column bears the name that the
@@ -1429,6 +1696,8 @@ BEGIN ATOMIC
 	WITH m AS MATERIALIZED (SELECT x.oid FROM risky_migrations.members(leftovers.relid) x (oid))
 	-- constraints before the indexes that they may need
 	SELECT f.sql FROM (
+		SELECT 0, y.ord::oid, y.drop_sql FROM risky_migrations.copies_there(leftovers.relid, leftovers.prefix) y
+		UNION ALL
 		SELECT 1, k.oid, format('ALTER TABLE %s%I.%I DROP CONSTRAINT %I',
 			CASE c.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, n.nspname, c.relname, k.conname)
 		FROM pg_constraint k

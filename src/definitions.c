@@ -1,7 +1,8 @@
 /*-------------------------------------------------------------------------
  *
  * definitions.c
- *	  Views, rules, policies and triggers on a column: dropped, and made again.
+ *	  Views, rules, policies, triggers and publications on a column: dropped, and
+ *	  made again.
  *
  * ALTER TABLE refuses to change the type of a column that they read, and when
  * another column takes its name they would stay with the old one.  So each is
@@ -18,11 +19,13 @@
 #include "conversion.h"
 #include "definitions.h"
 #include "executor/spi.h"
+#include "matviews.h"
 #include "state.h"
 
-/* views, rules, policies, triggers: dropped before, and made again after it */
+/* views, rules, policies, triggers, publications: dropped before, made again after it */
 typedef struct Definition
 {
+	Oid			relid;			/* of a view, else 0 */
 	char	   *drop_sql;
 	List	   *make_sql;
 } Definition;
@@ -31,12 +34,17 @@ typedef struct Definition
 List *
 rm_definitions_on(const RmMigration *m, AttrNumber attnum)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	Oid			types[] = {OIDOID, INT2OID, BOOLOID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum),
+	BoolGetDatum(m->method == &rm_method_online_rewrite)};
 	List	   *list = NIL;
 
-	if (SPI_execute_with_args("SELECT drop_sql, make_sql FROM risky_migrations.column_objects($1, $2) ORDER BY ord",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+	/* a list of columns, which is one of numbers, is left alone where they stay */
+	if (SPI_execute_with_args("SELECT drop_sql, make_sql, coalesce(relation, 0)"
+							  " FROM risky_migrations.column_objects($1, $2)"
+							  " WHERE NOT ($3 AND kind OPERATOR(pg_catalog.=) 'publication column list')"
+							  " ORDER BY ord",
+							  3, types, v, NULL, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not read the definitions");
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
@@ -44,6 +52,7 @@ rm_definitions_on(const RmMigration *m, AttrNumber attnum)
 
 		d->drop_sql = rm_result_text(i, 1);
 		d->make_sql = rm_settings_list(rm_result_datum(i, 2));
+		d->relid = DatumGetObjectId(rm_result_datum(i, 3));
 		list = lappend(list, d);
 	}
 	return list;
@@ -74,13 +83,21 @@ rm_definitions_drop(List *definitions)
 		rm_execute(((Definition *) lfirst(lc))->drop_sql);
 }
 
-/* the other way round */
+/*
+ * The other way round.  A view of which there is a copy among these (of RmCopy) is
+ * not made: the copy takes its place.
+ */
 void
-rm_definitions_make(List *definitions)
+rm_definitions_make(List *definitions, List *copies)
 {
 	ListCell   *cmd;
 
 	for (int i = list_length(definitions) - 1; i >= 0; i--)
-		foreach(cmd, ((Definition *) list_nth(definitions, i))->make_sql)
+	{
+		Definition *d = list_nth(definitions, i);
+		const RmCopy *copy = rm_copy_of(copies, d->relid);
+
+		foreach(cmd, copy ? copy->take_sql : d->make_sql)
 			rm_execute(lfirst(cmd));
+	}
 }

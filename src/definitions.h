@@ -15,6 +15,6 @@
 extern List *rm_definitions_on(const RmMigration *m, AttrNumber attnum);
 extern List *rm_relations_of_definitions(const RmMigration *m, AttrNumber attnum);
 extern void rm_definitions_drop(List *definitions);
-extern void rm_definitions_make(List *definitions);
+extern void rm_definitions_make(List *definitions, List *copies);
 
 #endif							/* RM_DEFINITIONS_H */

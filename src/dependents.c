@@ -500,6 +500,20 @@ rm_dependents_leftovers(const RmMigration *m, bool new_side, List *wanted)
 	return commands;
 }
 
+/* commands that drop the copies of materialized views, which are leftovers too */
+List *
+rm_dependents_copies(const RmMigration *m, bool new_side)
+{
+	Oid			types[] = {OIDOID, TEXTOID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), CStringGetTextDatum(rm_built_prefix(m, new_side))};
+	List	   *commands = NIL;
+
+	query("SELECT drop_sql FROM risky_migrations.copies_there($1, $2) ORDER BY ord", 2, types, v);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		commands = lappend(commands, rm_result_text(i, 1));
+	return commands;
+}
+
 /*
  * OIDs of the relations whose definition changes when these things come into
  * force: the table and its partitions first, then those at the other end of
@@ -542,19 +556,22 @@ rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
 
 /*
  * Refuses what cannot be carried over, all of it in one error (0A000), before
- * anything is changed; publications only if asked.
+ * anything is changed; publications only if asked, and materialized views unless
+ * they may be made again.
  */
 void
-rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications)
+rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type, bool publications)
 {
-	Oid			types[] = {OIDOID, INT2OID, BOOLOID};
+	Oid			types[] = {OIDOID, INT2OID, BOOLOID, BOOLOID, OIDOID};
 	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum),
-	BoolGetDatum(!publications)};
+	BoolGetDatum(!publications), BoolGetDatum(rm_recreate_matviews), ObjectIdGetDatum(new_type)};
 	StringInfoData detail;
 	StringInfoData hint;
 
 	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
-		  " WHERE kind OPERATOR(pg_catalog.<>) 'publication' OR NOT $3", 3, types, v);
+		  " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END"
+		  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $5)",
+		  5, types, v);
 	if (SPI_processed == 0)
 		return;
 	initStringInfo(&detail);

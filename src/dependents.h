@@ -29,7 +29,8 @@ typedef struct RmDependent
 	char	   *drop_sql;		/* puts the one in force out of it, or NULL */
 } RmDependent;
 
-extern void rm_dependents_refuse(Oid relid, AttrNumber attnum, bool publications);
+extern void rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type,
+								 bool publications);
 extern List *rm_dependents_derive(const RmMigration *m, bool new_side,
 								  MemoryContext cxt);
 extern List *rm_dependents_add_members(const RmMigration *m, List *list,
@@ -43,6 +44,7 @@ extern bool rm_dependent_is_built(const RmMigration *m, const RmDependent *d,
 								  bool *invalid, bool *unvalidated);
 extern List *rm_dependents_leftovers(const RmMigration *m, bool new_side,
 									 List *wanted);
+extern List *rm_dependents_copies(const RmMigration *m, bool new_side);
 extern List *rm_dependents_relations(const RmMigration *m, List *list);
 extern void rm_name_not_null(const RmDependent *d, AttrNumber attnum);
 extern void rm_move_identity(Oid relid, AttrNumber from, AttrNumber to, Oid sequence);

@@ -390,10 +390,10 @@ refuse_key(Relation rel, AttrNumber attnum, const char *tree)
 
 /* what hangs on the column and ALTER TABLE would refuse, or we could not make again */
 static void
-refuse_obstacles(Relation rel, AttrNumber attnum)
+refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(RelationGetRelid(rel)), Int16GetDatum(attnum)};
+	Oid			types[] = {OIDOID, INT2OID, OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(RelationGetRelid(rel)), Int16GetDatum(attnum), ObjectIdGetDatum(new_type)};
 	StringInfoData detail;
 	StringInfoData hint;
 
@@ -401,8 +401,9 @@ refuse_obstacles(Relation rel, AttrNumber attnum)
 							  /* the column keeps its place, its number and its constraints */
 							  " WHERE kind OPERATOR(pg_catalog.<>) ALL (ARRAY['exclusion constraint',"
 							  " 'deferrable constraint', 'publication', 'publication column list',"
-							  " 'security label', 'column alias list', 'row constructor'])",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
+							  " 'security label', 'column alias list', 'row constructor'])"
+							  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $3)",
+							  3, types, v, NULL, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not read what is in the way");
 	if (SPI_processed == 0)
 		return;
@@ -436,7 +437,7 @@ rm_rewrite_refuse(Relation rel, const RmConversionDef *def)
 	refuse_kind(rel);
 	refuse_columns(rel, def->attnum);
 	refuse_key(rel, def->attnum, def->tree);
-	refuse_obstacles(rel, def->attnum);
+	refuse_obstacles(rel, def->attnum, def->type);
 }
 
 /*-------------------------------------------------------------------------

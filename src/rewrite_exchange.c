@@ -524,7 +524,7 @@ exchange(RmRun *run, RmRewrite *rw, ExchangePlan *plan)
 		if (((ForeignKey *) lfirst(lc))->comment_sql)
 			rm_execute(((ForeignKey *) lfirst(lc))->comment_sql);
 	}
-	rm_definitions_make(plan->definitions);
+	rm_definitions_make(plan->definitions, NIL);
 }
 
 /* 23514 and the like: rows that cannot be made stand in the way */

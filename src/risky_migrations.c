@@ -63,6 +63,7 @@ int			rm_max_row_lock_time = 25;
 int			rm_workers = 1;
 int			rm_snapshot_timeout = 3600000;
 bool		rm_accept_publications = false;
+bool		rm_recreate_matviews = false;
 int			rm_end_blockers_after = 0;
 int			rm_launcher_interval = 60;
 
@@ -133,6 +134,13 @@ _PG_init(void)
 							 "Accepts that the table is published, new column included.",
 							 "Only where the subscribers have the new column already.",
 							 &rm_accept_publications, false, PGC_USERSET, 0,
+							 NULL, NULL, NULL);
+
+	/* what they show afterwards is as new as after a REFRESH, which not all may want */
+	DefineCustomBoolVariable("risky_migrations.recreate_matviews",
+							 "Makes materialized views on the column again, and fills them.",
+							 "They are filled beside their readers, before the columns change places.",
+							 &rm_recreate_matviews, false, PGC_USERSET, 0,
 							 NULL, NULL, NULL);
 
 	rm_throttle_init();

@@ -35,6 +35,7 @@ extern char *rm_old_column_name(const char *column);
 
 /* swap.c */
 extern void rm_swap_rehearse(RmRun *run);
+extern void rm_swap_names(const RmMigration *m, bool forward);
 extern void rm_bind_shadow_column(const RmMigration *m);
 extern void rm_release_shadow_column(const RmMigration *m);
 

@@ -369,7 +369,7 @@ rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 	{
 		rm_three_step_refuse(rel, def, spec->new_column);
 		rm_refuse_entangled(spec->relid, def->attnum, def->tree);
-		rm_dependents_refuse(spec->relid, def->attnum, !rm_accept_publications);
+		rm_dependents_refuse(spec->relid, def->attnum, def->type, !rm_accept_publications);
 	}
 	refuse_beside_rewrite(spec);
 	if (spec->method == &rm_method_online_rewrite)

@@ -19,6 +19,8 @@
  *				the partitions attached.  A foreign key that refers to a
  *				partitioned table needs such an index: whether it holds is looked
  *				up before, it is added NOT VALID, and validated afterwards.
+ *				Materialized views are filled between the wait and the exchange,
+ *				see matviews.c.
  *	cleanup		the old column goes.
  *
  * Between swap and cleanup the sync trigger runs the other way, so the swap can
@@ -66,6 +68,7 @@
 #include "dependents.h"
 #include "executor/spi.h"
 #include "leaves.h"
+#include "matviews.h"
 #include "miscadmin.h"
 #include "risky_migrations.h"
 #include "rows.h"
@@ -96,7 +99,8 @@ enum
 	PHASE_WAIT,					/* for older snapshots */
 	PHASE_EXCHANGE,
 	PHASE_LOOK,					/* the way back: not all rows are looked at */
-	PHASE_PROVE					/* exchanged: foreign keys are to be validated */
+	PHASE_PROVE,				/* exchanged: foreign keys are to be validated */
+	PHASE_FILL					/* before the exchange: materialized views */
 };
 
 /* how often a waiting swap looks whether the snapshots are gone, milliseconds */
@@ -125,6 +129,7 @@ typedef struct Swap
 	ErrorData  *failed;			/* why an index could not be built ... */
 	bool		remains_done;	/* ... and what is left of it is dropped, if possible */
 	bool		raised;
+	RmCopies	copies;			/* of materialized views, on the side to come */
 } Swap;
 
 static Swap *
@@ -264,7 +269,7 @@ plan(RmRun *run)
 		rm_leaves_accept_empty(run);
 	refuse_unverified(m);
 	/* somebody may have added something since the migration began */
-	rm_dependents_refuse(m->relid, m->attnum, false);
+	rm_dependents_refuse(m->relid, m->attnum, m->new_type_id, false);
 	take_names(m);
 	wanted = rm_dependents_derive(m, true, CurrentMemoryContext);
 	leftovers = rm_dependents_leftovers(m, true, rm_dependents_unchanged(before, wanted));
@@ -539,7 +544,7 @@ build_explain(RmRun *run, ErrorData *error)
 	Swap	   *s = run->work;
 	MemoryContext oldcxt;
 
-	if (s == NULL || !s->raised || error->hint)
+	if (s == NULL || !(s->raised || s->copies.filling) || error->hint)
 		return;
 	oldcxt = MemoryContextSwitchTo(run->cxt);
 	error->hint =
@@ -722,6 +727,14 @@ rename_column(const RmMigration *m, const char *from, const char *to)
 						quote_identifier(from), quote_identifier(to)));
 }
 
+/* the columns change their names: from the old to the new one, or back */
+void
+rm_swap_names(const RmMigration *m, bool forward)
+{
+	rename_column(m, m->column, forward ? m->old_column : m->new_column);
+	rename_column(m, forward ? m->new_column : m->old_column, m->column);
+}
+
 /*
  * What is in force goes, last things first.  NOT NULL is the first thing: it goes
  * from the table and then from partitions that have it of their own too, as a
@@ -790,14 +803,14 @@ exchange(RmRun *run, List *list, bool forward)
 {
 	RmMigration *m = run->m;
 	List	   *definitions = rm_definitions_on(m, forward ? m->attnum : m->new_attnum);
+	List	   *copies = rm_copies_wanted(m, forward);
 
 	rm_definitions_drop(definitions);
 	put_out_of_force(run, list, forward);
 	make_between(list);
-	rename_column(m, m->column, forward ? m->old_column : m->new_column);
-	rename_column(m, forward ? m->new_column : m->old_column, m->column);
+	rm_swap_names(m, forward);
 	put_in_force(run, list, forward);
-	rm_definitions_make(definitions);
+	rm_definitions_make(definitions, copies);
 
 	check_nothing_left_behind(m, forward ? m->attnum : m->new_attnum);
 	m->swapped = forward;
@@ -821,17 +834,23 @@ rehearse_exchange(void *arg)
 	List	   *definitions = rm_definitions_on(m, m->attnum);
 
 	rm_definitions_drop(definitions);
-	rename_column(m, m->column, m->old_column);
-	rename_column(m, m->new_column, m->column);
-	rm_definitions_make(definitions);
+	rm_swap_names(m, true);
+	rm_definitions_make(definitions, NIL);
 	check_nothing_left_behind(m, m->attnum);
+}
+
+static void
+rehearse_copies(void *arg)
+{
+	rm_copies_rehearse(arg);
 }
 
 /*
  * Tries whether views, rules, policies and triggers can be made again on the
  * new column, as soon as that exists; nothing of it stays.  The relations are
  * locked only if they are free at once (55P03).  A view that needs the primary
- * key can only be made when that is built: there the swap itself must tell.
+ * key can only be made when that is built: there the swap itself must tell; but
+ * not if a materialized view reads it, which is made before.
  */
 void
 rm_swap_rehearse(RmRun *run)
@@ -843,8 +862,16 @@ rm_swap_rehearse(RmRun *run)
 	if (rm_definitions_on(m, m->attnum) == NIL)
 		return;
 	rm_lock_relations(&run->locks, lcons_oid(m->relid, relids), AccessExclusiveLock, 0);
-	error = rm_rehearse(rehearse_exchange, m, CurrentMemoryContext);
-	if (error == NULL || error->sqlerrcode == ERRCODE_GROUPING_ERROR)
+	error = rm_rehearse(rehearse_copies, m, CurrentMemoryContext);
+	if (error && error->sqlerrcode == ERRCODE_GROUPING_ERROR)
+	{
+		error->detail = psprintf("A materialized view on column \"%s\" of %s has to be filled before the primary key is on the new column.",
+								 m->column, m->relation);
+		error->hint = "Name in its GROUP BY, and in those of the views that it reads, all columns that are selected.";
+	}
+	if (error == NULL)
+		error = rm_rehearse(rehearse_exchange, m, CurrentMemoryContext);
+	if (error == NULL || (error->sqlerrcode == ERRCODE_GROUPING_ERROR && error->hint == NULL))
 		return;
 	if (error->detail == NULL)
 		error->detail = psprintf("It hangs on column \"%s\" of %s, and cannot be made again when the column has the type %s.",
@@ -864,6 +891,7 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 												rm_relations_of_definitions(m, attnum));
 	Relation	rel;
 
+	relids = list_concat_unique_oid(relids, rm_copies_there(m, forward));
 	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
 	/* a view or a partition that was made before we had the locks: again */
 	if (list_difference_oid(rm_relations_of_definitions(m, attnum), relids) != NIL ||
@@ -875,6 +903,37 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
 	table_close(rel, NoLock);
+}
+
+/* one transaction's worth of work on materialized views; true when they are filled */
+static bool
+fill_copies(RmRun *run, bool forward)
+{
+	RmCopies   *copies = &get_work(run)->copies;
+	if (copies->state == NULL)
+	{
+		if (!rm_copies_lock(run, forward))
+		{
+			copies->state = MemoryContextStrdup(run->cxt, "");
+			return true;
+		}
+		if (forward && !catalogs_unchanged(run->m))
+		{
+			run->m->phase = PHASE_PLAN;	/* somebody's DDL came in between */
+			return false;
+		}
+		rm_copies_make(run, copies, forward);
+		/* columns had other names for a moment */
+		if (forward)
+			run->m->fingerprint = rm_catalog_fingerprint(run->m->relid, CurrentMemoryContext);
+		return false;
+	}
+	if (copies->filling)
+	{
+		rm_copies_fill(run, copies);
+		return false;
+	}
+	return !rm_copies_choose(run, copies, forward);
 }
 
 /* after the exchange: is anything of it still to be validated? */
@@ -896,6 +955,19 @@ to_be_proven(RmRun *run, List *list)
 	return false;
 }
 
+/* has a materialized view been refreshed, or changed, since its copy was made? */
+static bool
+refill_needed(RmRun *run, bool forward)
+{
+	RmCopies   *copies = &get_work(run)->copies;
+
+	if (rm_copies_good(run->m, copies, forward))
+		return false;
+	copies->state = NULL;
+	run->m->phase = PHASE_FILL;
+	return true;
+}
+
 static RmStepResult
 swap_apply(RmRun *run)
 {
@@ -913,6 +985,12 @@ swap_apply(RmRun *run)
 	if (m->phase == PHASE_WAIT)
 	{
 		if (wait_for_snapshots(run))
+			m->phase = PHASE_FILL;
+		return RM_STEP_AGAIN;
+	}
+	if (m->phase == PHASE_FILL)
+	{
+		if (fill_copies(run, true))
 			m->phase = PHASE_EXCHANGE;
 		return RM_STEP_AGAIN;
 	}
@@ -925,6 +1003,8 @@ swap_apply(RmRun *run)
 		return RM_STEP_AGAIN;
 	}
 	refuse_unverified(m);
+	if (refill_needed(run, true))
+		return RM_STEP_AGAIN;
 	run->old_storage = rm_relation_storage(m->relid);
 	exchange(run, list, true);
 	return to_be_proven(run, list) ? RM_STEP_AGAIN : RM_STEP_DONE;
@@ -1312,7 +1392,11 @@ swap_revert(RmRun *run)
 		/* who has an old snapshot would find no value in rows that were mended */
 		if (!make_next(run, false) &&
 			(!get_work(run)->looked || wait_for_snapshots(run)))
-			m->phase = PHASE_EXCHANGE;
+		{
+			refuse_renamed(m);
+			if (fill_copies(run, false))
+				m->phase = PHASE_EXCHANGE;
+		}
 		return RM_STEP_AGAIN;
 	}
 
@@ -1327,6 +1411,8 @@ swap_revert(RmRun *run)
 	}
 	/* since it was planned somebody may have added an index, which would go with the column */
 	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
+	if (refill_needed(run, false))
+		return RM_STEP_AGAIN;
 	run->old_storage = rm_relation_storage(m->relid);
 	exchange(run, list, false);
 	/* what was kept on the old column and is not needed any more */
@@ -1374,8 +1460,13 @@ disarm_way_back(void *arg)
 static void
 swap_explain(RmRun *run, ErrorData *error)
 {
+	Swap	   *s = run->work;
 	ErrorData  *failure = NULL;
 
+	if (s && s->copies.filling && error->detail == NULL)
+		error->detail = MemoryContextStrdup(run->cxt,
+											psprintf("A copy of materialized view %s was being filled, which is to take its place.",
+													 s->copies.filling));
 	if (!run->revert)
 	{
 		build_explain(run, error);

@@ -208,12 +208,21 @@ CREATE PUBLICATION of_schema FOR TABLES IN SCHEMA o WITH (publish = 'insert');
 CREATE PUBLICATION of_all FOR ALL TABLES;
 SET ROLE rm_tap_owner;
 SELECT bag_eq($$SELECT obstacles('o.pub')$$, ARRAY[
-	'publication column list | "Listed" | its list of columns has the column',
-	'publication row filter | filtered | its condition uses the column',
 	'publication | whole | it publishes all columns, and the subscriber does not have the new one',
 	'publication | of_schema | it publishes all columns, and the subscriber does not have the new one',
 	'publication | of_all | it publishes all columns, and the subscriber does not have the new one'
-], 'publications: list of columns, condition, all columns, of a schema, of all tables');
+], 'publications of one''s own: a list of columns and a condition are carried over');
+RESET ROLE;
+ALTER PUBLICATION "Listed" OWNER TO rm_tap_other;
+ALTER PUBLICATION filtered OWNER TO rm_tap_other;
+SET ROLE rm_tap_owner;
+SELECT bag_eq($$SELECT obstacles('o.pub')$$, ARRAY[
+	'publication column list | "Listed" | its list of columns has the column, and role rm_tap_owner is not an owner of it',
+	'publication row filter | filtered | its condition uses the column, and role rm_tap_owner is not an owner of it',
+	'publication | whole | it publishes all columns, and the subscriber does not have the new one',
+	'publication | of_schema | it publishes all columns, and the subscriber does not have the new one',
+	'publication | of_all | it publishes all columns, and the subscriber does not have the new one'
+], 'of others: list of columns, condition, all columns, of a schema, of all tables');
 SELECT bag_eq($$SELECT obstacles('o.pub_full')$$, ARRAY[
 	'publication | of_schema | it publishes all columns, and the subscriber does not have the new one',
 	'publication | of_schema | it publishes the table, whose replica identity is FULL',
@@ -223,6 +232,40 @@ SELECT bag_eq($$SELECT obstacles('o.pub_full')$$, ARRAY[
 SELECT is_empty($$SELECT obstacles('o.unlogged')$$, 'an unlogged table is not published');
 RESET ROLE;
 DROP PUBLICATION of_schema, of_all;
+
+-----------------------------------------------------------------------
+-- Casts that nobody wrote
+-----------------------------------------------------------------------
+
+SET ROLE rm_tap_owner;
+CREATE DOMAIN o.whole AS int;
+CREATE TABLE o.casts (id int, c o.whole, s smallint);
+CREATE FUNCTION o.note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE FUNCTION o.takes(int) RETURNS int LANGUAGE sql AS 'SELECT $1';
+CREATE VIEW o.compared AS SELECT id FROM o.casts WHERE c > 5;
+CREATE VIEW o.passed AS SELECT id, c FROM o.casts;
+CREATE VIEW o.passed_on AS SELECT id FROM o.passed WHERE c > 5;
+CREATE VIEW o.widened AS SELECT id FROM o.casts WHERE c::bigint > 5 AND id > 5;
+CREATE VIEW o.of_small AS SELECT o.takes(s) FROM o.casts WHERE s > 5;
+CREATE TRIGGER compares AFTER UPDATE OF c ON o.casts FOR EACH ROW WHEN (OLD.c <> NEW.c) EXECUTE FUNCTION o.note();
+CREATE TRIGGER does_not AFTER UPDATE OF c ON o.casts FOR EACH ROW WHEN (NEW.c IS NOT NULL) EXECUTE FUNCTION o.note();
+CREATE POLICY compares ON o.casts USING (c > 5);
+CREATE RULE compares AS ON DELETE TO o.casts WHERE OLD.c = 5 DO INSTEAD NOTHING;
+CREATE FUNCTION pg_temp.coercions(attnum int, type regtype) RETURNS SETOF text LANGUAGE sql AS $$
+	SELECT concat_ws(' | ', kind, name, reason) FROM risky_migrations.column_coercions('o.casts'::regclass, attnum::smallint, type) $$;
+SELECT bag_eq($$SELECT pg_temp.coercions(2, 'bigint')$$, ARRAY[
+	'implicit cast | o.compared | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | o.passed_on | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | compares on o.casts | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | compares on o.casts | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | compares on o.casts | it has the column cast to integer, and values of type bigint need not fit'
+], 'a domain over int that becomes a bigint');
+SELECT is(count(*), 5::bigint, 'or text') FROM pg_temp.coercions(2, 'text');
+SELECT is_empty($$SELECT pg_temp.coercions(2, 'integer')$$, 'its base type fits');
+SELECT is_empty($$SELECT pg_temp.coercions(2, 'smallint')$$, 'and so does a smaller one');
+SELECT set_eq($$SELECT pg_temp.coercions(3, 'bigint')$$, ARRAY[
+	'implicit cast | o.of_small | it has the column cast to integer, and values of type bigint need not fit'], 'an argument of a function');
+RESET ROLE;
 
 -----------------------------------------------------------------------
 -- What the caller could not make again

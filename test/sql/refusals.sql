@@ -835,6 +835,14 @@ CALL rm_add_column('domained', 'd', 'unconstrained', 'd::int');
 \set VERBOSITY default
 SELECT step, rewritten FROM rm_lock_report() WHERE relation = 'refusals.domained' AND lock_mode = 'AccessExclusiveLock';
 SELECT * FROM domained;
+-- and a cast that PostgreSQL has put in by itself would be written out, and fail
+CREATE TABLE cast_inside (id int PRIMARY KEY, v unconstrained);
+CREATE VIEW cast_view AS SELECT id FROM cast_inside WHERE v > 5;
+CALL rm_add_column('cast_inside', 'v', 'bigint');
+\echo SQLSTATE :SQLSTATE
+CREATE OR REPLACE VIEW cast_view AS SELECT id FROM cast_inside WHERE v::bigint > 5;
+CALL rm_add_column('cast_inside', 'v', 'bigint');
+DROP TABLE cast_inside CASCADE;
 DROP TABLE domained CASCADE;
 
 -- 15. Looking beforehand is refused the same things, and changes nothing

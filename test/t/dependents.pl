@@ -23,6 +23,7 @@ $node->append_conf(
 client_min_messages = warning
 fsync = off
 max_worker_processes = 20
+allow_in_place_tablespaces = on
 });
 $node->start;
 
@@ -151,6 +152,87 @@ CREATE POLICY elsewhere ON seen USING (id IN (SELECT fact.id FROM fact WHERE fac
 },
 	},
 	{
+		name => 'publications: lists of columns, conditions, both',
+		table => 'told', column => 'v', type => 'bigint', rows => 50,
+		setup => q{
+CREATE TABLE told (id int, v int NOT NULL, n int, PRIMARY KEY (id, v));
+INSERT INTO told SELECT g, g, g FROM generate_series(1, 50) g;
+CREATE TABLE beside (id int PRIMARY KEY, v int);
+},
+		around => q{
+CREATE PUBLICATION "Listed" FOR TABLE told (id, v), beside WITH (publish = 'insert, update');
+CREATE PUBLICATION filtered FOR TABLE told (id, v, n) WHERE (v > 7 AND id > 0);
+CREATE PUBLICATION inserts FOR TABLE told (id, n) WHERE (v <> 3) WITH (publish = 'insert');
+CREATE PUBLICATION untouched FOR TABLE told (id, n) WHERE (n > 3) WITH (publish = 'insert');
+COMMENT ON PUBLICATION filtered IS 'some';
+},
+		same => q{
+SELECT string_agg(format('%s %s %s %s', pubname, tablename, (SELECT array_agg(a ORDER BY a) FROM unnest(attnames) a), rowfilter), ', '
+	ORDER BY pubname, tablename) FROM pg_publication_tables},
+	},
+	{
+		name => 'materialized views: chains, views between and on them, not populated, all that they have',
+		table => 'sale', column => 'id', type => 'bigint', rows => 200,
+		settings => 'SET risky_migrations.recreate_matviews = on',
+		setup => q{
+CREATE TABLE sale (id int PRIMARY KEY, day date, n int);
+INSERT INTO sale SELECT g, date '2024-01-01' + g / 10, g % 7 FROM generate_series(1, 200) g;
+CREATE TABLE place (id int, name text);
+INSERT INTO place SELECT g, 'p' || g FROM generate_series(1, 9) g;
+GRANT SELECT ON sale, place TO hoarder;
+CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+},
+		around => q{
+CREATE VIEW below WITH (security_barrier) AS SELECT id, day, n FROM sale WHERE n > 0;
+CREATE VIEW "Below that" (number, word) AS SELECT b.id, b::text FROM below b;
+CREATE MATERIALIZED VIEW "By Day" (day, ids, top, label) WITH (fillfactor = 71, autovacuum_enabled = off, toast.autovacuum_enabled = off) TABLESPACE elsewhere AS
+	SELECT day, count(id), max(id), 'day ' || day::text FROM below GROUP BY day;
+CREATE MATERIALIZED VIEW on_both AS SELECT d.day, d.top, b.number, b.word FROM "By Day" d JOIN "Below that" b ON b.number = d.top;
+CREATE MATERIALIZED VIEW empty AS SELECT o.top FROM on_both o WITH NO DATA;
+CREATE MATERIALIZED VIEW joined AS SELECT id, p.name, s.n FROM sale s JOIN place p USING (id);
+CREATE MATERIALIZED VIEW "no column" AS SELECT count(*) AS n FROM sale WHERE id > 2;
+CREATE VIEW on_stored AS SELECT max(top) AS top FROM on_both;
+CREATE VIEW on_all AS SELECT o.top, j.name FROM on_stored o, joined j, below b WHERE b.id = o.top;
+CREATE MATERIALIZED VIEW summit AS SELECT top, name FROM on_all;
+CREATE UNIQUE INDEX by_day_key ON "By Day" (day) TABLESPACE elsewhere;
+CREATE INDEX "By Top" ON "By Day" (top DESC NULLS LAST) INCLUDE (label) WITH (fillfactor = 55) WHERE top > 3;
+CREATE INDEX expr ON "By Day" (lower(label) text_pattern_ops, (top + 1));
+CREATE INDEX gone ON "By Day" USING brin (ids);
+CREATE INDEX joined_id ON joined (id);
+ALTER INDEX expr ALTER COLUMN 2 SET STATISTICS 77;
+ALTER MATERIALIZED VIEW "By Day" CLUSTER ON by_day_key;
+ALTER MATERIALIZED VIEW "By Day" ALTER top SET STATISTICS 200, ALTER ids SET (n_distinct = -0.5);
+ALTER MATERIALIZED VIEW "By Day" ALTER label SET STORAGE EXTERNAL, ALTER label SET COMPRESSION pglz;
+CREATE STATISTICS pair (ndistinct, mcv) ON day, top FROM "By Day";
+CREATE STATISTICS by_expr ON (top + 1) FROM "By Day";
+ALTER STATISTICS pair SET STATISTICS 40;
+COMMENT ON STATISTICS pair IS 'both';
+COMMENT ON MATERIALIZED VIEW "By Day" IS 'each day''s';
+COMMENT ON COLUMN "By Day".top IS 'the last one';
+COMMENT ON INDEX expr IS 'odd';
+GRANT SELECT ON "By Day" TO reader WITH GRANT OPTION;
+GRANT SELECT (name) ON joined TO PUBLIC;
+GRANT SELECT ON below TO reader, hoarder;
+REVOKE ALL ON empty FROM keeper;
+CREATE TRIGGER instead INSTEAD OF INSERT ON below FOR EACH ROW EXECUTE FUNCTION note();
+CREATE RULE late AS ON DELETE TO "Below that" DO INSTEAD NOTHING;
+ALTER VIEW below ALTER n SET DEFAULT 4;
+COMMENT ON VIEW below IS 'read by what is stored';
+ALTER MATERIALIZED VIEW joined OWNER TO hoarder;
+ALTER VIEW "Below that" OWNER TO hoarder;
+},
+		# what readers find, and what is not populated
+		same => q{
+SELECT string_agg(t, ' ' ORDER BY t) FROM (
+	SELECT relname || relispopulated FROM pg_class WHERE relkind = 'm'
+	UNION ALL SELECT d::text FROM it."By Day" d
+	UNION ALL SELECT o::text FROM it.on_both o
+	UNION ALL SELECT s::text FROM it.summit s
+	UNION ALL SELECT j::text FROM it.joined j
+	UNION ALL SELECT starelid::regclass::text || staattnum FROM pg_statistic s JOIN pg_class c ON c.oid = starelid WHERE c.relkind = 'm'
+	UNION ALL SELECT n::text FROM it."no column" n) x (t)},
+	},
+	{
 		not_null => { 'CONSTRAINT event_at_not_null NOT NULL' => 'NOT NULL' },
 		name => 'partitioned: two levels, a default partition, other columns, indexes and constraints of their own',
 		table => 'event', column => 'at', type => 'timestamp', using => 'at::timestamp', rows => 300,
@@ -264,7 +346,10 @@ COMMENT ON CONSTRAINT "line's order" ON line IS 'whose line it is';
 	},
 );
 
-$node->safe_psql('postgres', 'CREATE ROLE reader; CREATE ROLE keeper LOGIN; GRANT keeper TO CURRENT_USER');
+$node->safe_psql('postgres', 'CREATE ROLE reader; CREATE ROLE keeper LOGIN; GRANT keeper TO CURRENT_USER;
+	CREATE ROLE hoarder; GRANT hoarder TO keeper');
+$node->safe_psql('postgres', "CREATE TABLESPACE elsewhere LOCATION ''");
+$node->safe_psql('postgres', 'GRANT CREATE ON TABLESPACE elsewhere TO keeper, hoarder');
 
 # What pg_dump says of the scenario's schema, as comparable lines.
 sub dump_of
@@ -299,6 +384,8 @@ sub make
 CREATE EXTENSION risky_migrations;
 CREATE SCHEMA it AUTHORIZATION keeper;
 GRANT USAGE ON SCHEMA it TO reader;
+GRANT USAGE, CREATE ON SCHEMA it TO hoarder;
+GRANT CREATE ON DATABASE $db TO keeper;
 SET ROLE keeper; SET search_path = it;
 $setup} . ($around // ''));
 }
@@ -326,10 +413,11 @@ foreach my $s (@scenarios)
 	my $q = sub { "\$\$$_[0]\$\$" };
 	my $add = sprintf 'CALL rm_add_column(%s, %s, %s, %s)', $q->($s->{table}), $q->($column),
 	  $q->($s->{type}), $using;
-	my @steps = ($add, 'CALL rm_backfill_batched()', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
+	my @steps = ($s->{settings} // (), $add, 'CALL rm_backfill_batched()', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
 	$n++;
 
 	make("before_$n", $s, $ident, $s->{around});
+	$node->safe_psql("before_$n", 'ANALYZE');
 	make("alter_$n", $s, $ident);
 	my $before = dump_of("before_$n");
 	my $data = $node->safe_psql("alter_$n", "SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM it.$s->{table} t");
@@ -349,6 +437,8 @@ foreach my $s (@scenarios)
 	is($node->safe_psql("forth_$n", "SELECT count(*) FROM it.$s->{table}"), $s->{rows}, "$s->{name}: all rows");
 	is(as_owner("forth_$n", 'CALL rm_cleanup()'), '', "$s->{name}: cleanup");
 	is(without_order(dump_of("forth_$n")), without_order($altered), "$s->{name}: as after ALTER TABLE");
+	is($node->safe_psql("forth_$n", $s->{same}), $node->safe_psql("before_$n", $s->{same}), "$s->{name}: and the same is found in it")
+	  if $s->{same};
 	is( $node->safe_psql("forth_$n", q{SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^rm_[no]_'}),
 		'', "$s->{name}: nothing is left lying about");
 
@@ -358,6 +448,8 @@ foreach my $s (@scenarios)
 	is(dump_of("back_$n"), $before, "$s->{name}: as before, to the letter");
 	is($node->safe_psql("back_$n", "SELECT md5(string_agg(t::text, ',' ORDER BY t::text)) FROM it.$s->{table} t"),
 		$data, "$s->{name}: and so are the rows");
+	is($node->safe_psql("back_$n", $s->{same}), $node->safe_psql("before_$n", $s->{same}), "$s->{name}: and what is found in it")
+	  if $s->{same};
 	is( $node->safe_psql("back_$n", q{SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^rm_[no]_'}),
 		'', "$s->{name}: nothing is left lying about on the way back");
 }
