@@ -423,9 +423,10 @@ rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 	insert_rows(r);
 	rw->rows_failed = t->failed;
 	replayed = r->read - t->failed;
+	/* another round of the same transaction may meet the same rows */
+	CommandCounterIncrement();
 	if (counts)
 	{
-		CommandCounterIncrement();
 		counts[0] = count_rows(rel, t->snapshot);
 		counts[1] = count_rows(t->shadow, SnapshotSelf) + t->failed;
 	}
