@@ -239,7 +239,7 @@ name_toast(Oid relid)
 	if (!OidIsValid(toast) ||
 		strcmp(get_rel_name(toast), psprintf("pg_toast_%u", relid)) == 0)
 		return;
-	index = toast_get_valid_index(toast, NoLock);
+	index = toast_get_valid_index(toast, AccessExclusiveLock);
 	RenameRelationInternal(toast, psprintf("pg_toast_%u", relid), true, false);
 	RenameRelationInternal(index, psprintf("pg_toast_%u_index", relid), true, true);
 	CommandCounterIncrement();
