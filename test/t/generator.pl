@@ -345,6 +345,12 @@ sub back_from_null
 	return " AND NOT (l.truth IS NULL AND t.$s->{c}::text = " . literal($s->{bad}) . ')';
 }
 
+# Whoever writes a row of the table and of the ledger in two statements must not
+# meet, between them, one who makes that row; where rows are made that others
+# know of, the ones share a lock and the other has it alone.
+my $sharing = q{DO $$BEGIN PERFORM pg_advisory_xact_lock_shared(1); END$$;} . "\n";
+my $alone = q{DO $$BEGIN PERFORM pg_advisory_xact_lock(1); END$$;} . "\n";
+
 # One transaction of a writer
 sub transaction
 {
@@ -358,27 +364,28 @@ sub transaction
 	  . "INSERT INTO $t (rid, $c, note) VALUES ($new, $v, 'new');\n";
 	my $note = "UPDATE truth.ledger SET note = 'n$n', upd = upd + 1 WHERE rid = $rid;\nUPDATE $t SET note = 'n$n' WHERE rid = $rid;\n";
 	my $what = rand 100;
+	my $begin = "BEGIN;\n" . ($s->{upsert} ? $sharing : '');
 
-	return "BEGIN;\n${change}COMMIT;\n" if $what < 38;
-	return "BEGIN;\n${note}COMMIT;\n" if $what < 53;
-	return "BEGIN;\n${insert}COMMIT;\n" if $what < 66;
-	return "BEGIN;\nDELETE FROM truth.ledger WHERE rid = $rid;\nDELETE FROM $t WHERE rid = $rid;\nCOMMIT;\n" if $what < 70;
-	return "BEGIN;\n${change}ROLLBACK;\n" if $what < 73;
-	return "BEGIN;\n${note}SAVEPOINT a;\n${insert}ROLLBACK TO a;\nCOMMIT;\n" if $what < 76;
+	return "$begin${change}COMMIT;\n" if $what < 38;
+	return "$begin${note}COMMIT;\n" if $what < 53;
+	return "$begin${insert}COMMIT;\n" if $what < 66;
+	return "${begin}DELETE FROM truth.ledger WHERE rid = $rid;\nDELETE FROM $t WHERE rid = $rid;\nCOMMIT;\n" if $what < 70;
+	return "$begin${change}ROLLBACK;\n" if $what < 73;
+	return "$begin${note}SAVEPOINT a;\n${insert}ROLLBACK TO a;\nCOMMIT;\n" if $what < 76;
 	return "BEGIN ISOLATION LEVEL " . pick('REPEATABLE READ', 'SERIALIZABLE') . ";\n${change}COMMIT;\n" if $what < 79;
-	return "BEGIN;\n${change}SELECT pg_sleep(0.05);\n${insert}COMMIT;\n" if $what < 80;
+	return "$begin${change}SELECT pg_sleep(0.05);\n${insert}COMMIT;\n" if $what < 80;
 	if ($what < 85)
 	{
 		my $low = 1 + int rand($s->{rows} + 1);
 		my $some = "BETWEEN $low AND $low + " . int rand 40;
-		return "BEGIN;\nSELECT FROM (SELECT FROM truth.ledger WHERE rid $some ORDER BY rid FOR UPDATE) l HAVING false;\n"
+		return "${begin}SELECT FROM (SELECT FROM truth.ledger WHERE rid $some ORDER BY rid FOR UPDATE) l HAVING false;\n"
 		  . "UPDATE truth.ledger SET note = 'm$n', upd = upd + 1 WHERE rid $some;\nUPDATE $t SET note = 'm$n' WHERE rid $some;\nCOMMIT;\n";
 	}
 	# where the key is in the way the row comes to nothing, or to an update
-	return "WITH i AS (INSERT INTO $t (rid, $c, note) VALUES (" . pick($new, $rid) . ", $v, 'new') ON CONFLICT DO NOTHING RETURNING rid)\n"
-	  . "INSERT INTO truth.ledger (rid, truth, bad, note) SELECT rid, $v, $bad, 'new' FROM i;\n"
+	return "BEGIN;\n${alone}WITH i AS (INSERT INTO $t (rid, $c, note) VALUES (" . pick($new, $rid) . ", $v, 'new') ON CONFLICT DO NOTHING RETURNING rid)\n"
+	  . "INSERT INTO truth.ledger (rid, truth, bad, note) SELECT rid, $v, $bad, 'new' FROM i;\nCOMMIT;\n"
 	  if $what < 88 && $s->{upsert} || $what < 86 && $s->{upsert};
-	return "BEGIN;\nUPDATE truth.ledger SET truth = $v, bad = $bad, upd = upd + 1 WHERE rid = $rid;\n"
+	return "${begin}UPDATE truth.ledger SET truth = $v, bad = $bad, upd = upd + 1 WHERE rid = $rid;\n"
 	  . "INSERT INTO $t (rid, $c) SELECT rid, $v FROM truth.ledger WHERE rid = $rid ON CONFLICT (rid) DO UPDATE SET $c = excluded.$c;\nCOMMIT;\n"
 	  if $what < 91 && $s->{upsert};
 	# it sees both tables as they were, whatever happens meanwhile
@@ -392,7 +399,7 @@ sub transaction
 	return "VACUUM FULL $t;\n" if $what < 98.3;
 	return "CLUSTER $t;\n" if $what < 98.6 && $s->{cluster};
 	return "ANALYZE $t;\n" if $what < 99;
-	return "BEGIN;\n${change}COMMIT;\n";
+	return "$begin${change}COMMIT;\n";
 }
 
 sub start_writers
@@ -514,7 +521,7 @@ sub mend
 	foreach my $rid (split /\n/, sql('SELECT rid FROM truth.ledger WHERE bad'))
 	{
 		my $v = literal($s->{value}->($s->{fk_from} ? 1 : $mended++));
-		$text .= "BEGIN; UPDATE truth.ledger SET truth = $v, bad = false, upd = upd + 1 WHERE rid = $rid;\n"
+		$text .= "BEGIN; $sharing UPDATE truth.ledger SET truth = $v, bad = false, upd = upd + 1 WHERE rid = $rid;\n"
 		  . "UPDATE gen.$s->{t} SET $s->{c} = $v WHERE rid = $rid; COMMIT;\n";
 		$mended = 20_001 if $mended > 29_000;
 	}
