@@ -101,3 +101,12 @@ rm_definitions_make(List *definitions, List *copies)
 			rm_execute(lfirst(cmd));
 	}
 }
+
+/* 55P03: they are not what they were before the locks were there; the next try reads them again */
+void
+rm_refuse_just_changed(const RmMigration *m)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+			 errmsg("what hangs on the column of %s has just changed", m->relation)));
+}

@@ -555,23 +555,16 @@ rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
 }
 
 /*
- * Refuses what cannot be carried over, all of it in one error (0A000), before
- * anything is changed; publications only if asked, and materialized views unless
- * they may be made again.
+ * Raises what the query before has found to be in the way of a method: rows of
+ * kind, name, reason, hint; each hint is given once (0A000).  Nothing if it has
+ * found nothing.
  */
 void
-rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type, bool publications)
+rm_refuse_obstacles(const char *method, Oid relid, AttrNumber attnum)
 {
-	Oid			types[] = {OIDOID, INT2OID, BOOLOID, BOOLOID, OIDOID};
-	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum),
-	BoolGetDatum(!publications), BoolGetDatum(rm_recreate_matviews), ObjectIdGetDatum(new_type)};
 	StringInfoData detail;
 	StringInfoData hint;
 
-	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
-		  " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END"
-		  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $5)",
-		  5, types, v);
 	if (SPI_processed == 0)
 		return;
 	initStringInfo(&detail);
@@ -587,10 +580,29 @@ rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type, bool publicatio
 	}
 	ereport(ERROR,
 			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("three_step cannot carry over what hangs on column \"%s\" of %s",
+			 errmsg("%s cannot carry over what hangs on column \"%s\" of %s", method,
 					get_attname(relid, attnum, false), rm_relation_sql(relid)),
 			 errdetail_internal("%s", detail.data),
 			 errhint("%s", hint.data)));
+}
+
+/*
+ * Refuses what cannot be carried over, all of it in one error (0A000), before
+ * anything is changed; publications only if asked, and materialized views unless
+ * they may be made again.
+ */
+void
+rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type, bool publications)
+{
+	Oid			types[] = {OIDOID, INT2OID, BOOLOID, BOOLOID, OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum),
+	BoolGetDatum(!publications), BoolGetDatum(rm_recreate_matviews), ObjectIdGetDatum(new_type)};
+
+	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
+		  " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END"
+		  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $5)",
+		  5, types, v);
+	rm_refuse_obstacles("three_step", relid, attnum);
 }
 
 /*

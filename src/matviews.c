@@ -46,6 +46,7 @@
 #include "postgres.h"
 
 #include "catalog/pg_type.h"
+#include "definitions.h"
 #include "dependents.h"
 #include "executor/spi.h"
 #include "leaves.h"
@@ -181,9 +182,7 @@ rm_copies_lock(RmRun *run, bool forward)
 	/* one that was made before we had the locks: again */
 	foreach(lc, rm_copies_wanted(m, forward))
 		if (!list_member_oid(relids, ((RmCopy *) lfirst(lc))->relid))
-			ereport(ERROR,
-					(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-					 errmsg("what hangs on the column of %s has just changed", m->relation)));
+			rm_refuse_just_changed(m);
 	return true;
 }
 

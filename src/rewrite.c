@@ -110,17 +110,17 @@ shadow_name(int64 id)
 }
 
 /* of the shadow's index that takes the place of that one of the table */
-char *
-rm_rewrite_index_name(const RmMigration *m, Oid index)
+static char *
+shadow_index_name(const RmMigration *m, Oid index)
 {
 	return psprintf("shadow_%lld_%u", (long long) m->id, index);
 }
 
 /* the same that index itself; InvalidOid if it has not been built */
-static Oid
-shadow_index(const RmMigration *m, Oid original)
+Oid
+rm_rewrite_shadow_index(const RmMigration *m, Oid original)
 {
-	return get_relname_relid(rm_rewrite_index_name(m, original),
+	return get_relname_relid(shadow_index_name(m, original),
 							 get_namespace_oid(RM_SCHEMA, false));
 }
 
@@ -128,7 +128,7 @@ shadow_index(const RmMigration *m, Oid original)
 Oid
 rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw)
 {
-	Oid			index = shadow_index(m, rw->key_index);
+	Oid			index = rm_rewrite_shadow_index(m, rw->key_index);
 
 	if (!OidIsValid(index))
 		elog(ERROR, "the shadow of migration %lld has no index for its key", (long long) m->id);
@@ -394,8 +394,6 @@ refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
 {
 	Oid			types[] = {OIDOID, INT2OID, OIDOID};
 	Datum		v[] = {ObjectIdGetDatum(RelationGetRelid(rel)), Int16GetDatum(attnum), ObjectIdGetDatum(new_type)};
-	StringInfoData detail;
-	StringInfoData hint;
 
 	if (SPI_execute_with_args("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
 							  /* the column keeps its place, its number and its constraints */
@@ -405,26 +403,7 @@ refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
 							  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $3)",
 							  3, types, v, NULL, false, 0) != SPI_OK_SELECT)
 		elog(ERROR, "could not read what is in the way");
-	if (SPI_processed == 0)
-		return;
-	initStringInfo(&detail);
-	initStringInfo(&hint);
-	for (uint64 i = 0; i < SPI_processed; i++)
-	{
-		char	   *text = rm_result_text(i, 4);
-
-		appendStringInfo(&detail, "%s%s %s: %s.", i ? "\n" : "", rm_result_text(i, 1),
-						 rm_result_text(i, 2), rm_result_text(i, 3));
-		if (strstr(hint.data, text) == NULL)
-			appendStringInfo(&hint, "%s%s", hint.len ? "\n" : "", text);
-	}
-	ereport(ERROR,
-			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("online_rewrite cannot carry over what hangs on column \"%s\" of %s",
-					get_attname(RelationGetRelid(rel), attnum, false),
-					rm_relation_sql(RelationGetRelid(rel))),
-			 errdetail_internal("%s", detail.data),
-			 errhint("%s", hint.data)));
+	rm_refuse_obstacles(rm_method_online_rewrite.name, RelationGetRelid(rel), attnum);
 }
 
 /*
@@ -546,6 +525,27 @@ rm_rewrite_start_over(RmRun *run, const char *why)
 	run->m->steps_done = RM_REWRITE_COPY;
 	run->m->phase = RM_COPY_FROM_BEGIN;
 	return RM_STEP_BACK;
+}
+
+/*
+ * The table, locked, for a transaction of a step that relies on what "begin" has
+ * made.  NULL if everything has to begin again: the step returns RM_STEP_BACK.
+ */
+Relation
+rm_rewrite_open(RmRun *run, RmRewrite *rw, LOCKMODE lock)
+{
+	Relation	rel;
+	const char *missed;
+
+	rm_lock_relation(&run->locks, run->m->relid, lock);
+	rel = table_open(run->m->relid, NoLock);
+	rm_rewrite_check_ground(run->m, rw, rel);
+	missed = rm_rewrite_missed(run->m, rw, rel);
+	if (missed == NULL)
+		return rel;
+	table_close(rel, NoLock);
+	(void) rm_rewrite_start_over(run, missed);
+	return NULL;
 }
 
 /*-------------------------------------------------------------------------
@@ -908,7 +908,7 @@ statement_for_shadow(Indexes *i, Oid original, Relation index)
 	oldcxt = MemoryContextSwitchTo(i->cxt);
 	stmt = generateClonedIndexStmt(makeRangeVar(RM_SCHEMA, shadow_name(i->m->id), -1),
 								   index, map, NULL);
-	stmt->idxname = rm_rewrite_index_name(i->m, original);
+	stmt->idxname = shadow_index_name(i->m, original);
 	stmt->isconstraint = stmt->excludeOpNames != NIL;
 	stmt->primary = false;
 	stmt->deferrable = stmt->initdeferred = false;
@@ -976,7 +976,7 @@ drop_stale_indexes(RmMigration *m, RmRewrite *rw, List *wanted)
 		bool		needed = false;
 
 		foreach(lw, wanted)
-			needed |= shadow_index(m, ((Wanted *) lfirst(lw))->original) == lfirst_oid(li);
+			needed |= rm_rewrite_shadow_index(m, ((Wanted *) lfirst(lw))->original) == lfirst_oid(li);
 		if (needed)
 			continue;
 		if (OidIsValid(get_index_constraint(lfirst_oid(li))))
@@ -1011,40 +1011,34 @@ index_apply(RmRun *run)
 	List	   *wanted;
 	ListCell   *lc;
 	int			built = 0;
-	const char *missed;
 
-	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
-	rel = table_open(m->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
-	missed = rm_rewrite_missed(m, rw, rel);
-	table_close(rel, NoLock);
-	if (missed)
-		return rm_rewrite_start_over(run, missed);
+	rel = rm_rewrite_open(run, rw, AccessShareLock);
+	if (rel == NULL)
+		return RM_STEP_BACK;
 	if (work == NULL)
 	{
-		run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
-		if (OidIsValid(shadow_index(m, rw->key_index)))
+		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
+		if (OidIsValid(rm_rewrite_shadow_index(m, rw->key_index)))
 		{
-			rel = table_open(m->relid, NoLock);
 			(void) rm_replay(run, rw, rel, NULL);
 			table_close(rel, NoLock);
 			return RM_STEP_AGAIN;
 		}
 	}
+	table_close(rel, NoLock);
 	wanted = wanted_indexes(m, rw);
 	run->progress.blocks_total = list_length(wanted);
 	foreach(lc, wanted)
 	{
 		Wanted	   *w = lfirst(lc);
 
-		if (OidIsValid(shadow_index(m, w->original)))
+		if (OidIsValid(rm_rewrite_shadow_index(m, w->original)))
 		{
 			run->progress.blocks_done = ++built;
 			continue;
 		}
 		/* nobody's DDL is to wait for the building */
 		UnlockRelationOid(m->relid, AccessShareLock);
-		work = run->work;
 		work->building = MemoryContextStrdup(run->cxt, get_rel_name(w->original));
 		(void) rm_define_index(rw->shadow, w->stmt);
 		work->building = NULL;

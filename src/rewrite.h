@@ -35,8 +35,7 @@ enum
 	RM_COPY_FROM_LOG			/* in two transactions */
 };
 
-/* what is in a row of the change log, besides the key */
-#define RM_LOG_CHANGED		'c' /* the row with this key has changed */
+/* the row with this key has changed */
 #define RM_LOG_FAILED		'f' /* its new version cannot be made: try again */
 
 /*
@@ -100,7 +99,7 @@ extern RmRewrite *rm_rewrite_load(const RmMigration *m);
 extern void rm_rewrite_save(const RmRewrite *rw);
 extern void rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel);
 extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
-extern char *rm_rewrite_index_name(const RmMigration *m, Oid index);
+extern Oid	rm_rewrite_shadow_index(const RmMigration *m, Oid original);
 extern Oid	rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw);
 extern bool rm_rewrite_key_converts(const RmMigration *m, const RmRewrite *rw);
 extern void rm_rewrite_make_tables(RmRun *run);
@@ -111,6 +110,7 @@ extern void rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw);
 extern void rm_rewrite_drop_trigger(const RmMigration *m);
 extern int64 rm_rewrite_trigger_mark(const RmMigration *m, Oid relid);
 extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);
+extern Relation rm_rewrite_open(RmRun *run, RmRewrite *rw, LOCKMODE lock);
 extern RmStepResult rm_rewrite_start_over(RmRun *run, const char *why);
 extern bool rm_rewrite_indexes_complete(RmRun *run);
 
@@ -124,12 +124,12 @@ extern void rm_transfer_clear(RmTransfer *t);
 
 /* rewrite_log.c */
 extern Oid	rm_log_create(const RmMigration *m, Relation rel, Relation key_index);
-extern void rm_log_key(Relation log, TupleTableSlot *slot, char kind);
+extern void rm_log_key(Relation log, TupleTableSlot *slot);
 extern int64 rm_log_count(Relation log, Snapshot snapshot, int64 limit);
 
 /* rewrite_replay.c */
 extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
-extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, LOCKMODE lock, int64 *counts,
+extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, int64 *counts,
 							 RmStepResult *result);
 
 extern const RmStep rm_step_rewrite_begin;

@@ -290,7 +290,7 @@ copy_rows(RmTransfer *t, PageWriter *w, Relation log)
 			copied++;
 		}
 		else
-			rm_log_key(log, t->rows[i], RM_LOG_FAILED);
+			rm_log_key(log, t->rows[i]);
 	rm_transfer_clear(t);
 	return copied;
 }
@@ -316,7 +316,7 @@ copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf)
 		store_in_slot(slot, RelationGetRelid(t->rel), buf, offsets[i]);
 		if (unknown[i])
 		{
-			rm_log_key(log, slot, RM_LOG_CHANGED);
+			rm_log_key(log, slot);
 			t->nrows--;
 		}
 	}
@@ -392,7 +392,6 @@ copy_apply(RmRun *run)
 	RmRewrite  *rw = rm_rewrite_load(m);
 	Relation	rel;
 	BlockNumber end;
-	const char *missed;
 
 	if (m->phase != RM_COPY_ROWS)
 	{
@@ -403,16 +402,13 @@ copy_apply(RmRun *run)
 		m->phase = m->phase == RM_COPY_FROM_BEGIN ? RM_COPY_FROM_LOG : RM_COPY_ROWS;
 		return RM_STEP_AGAIN;
 	}
-	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
-	rel = table_open(m->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
-	missed = rm_rewrite_missed(m, rw, rel);
-	if (missed == NULL && !cut_back(rw))
-		missed = "the shadow was emptied by a crash";
-	if (missed)
+	rel = rm_rewrite_open(run, rw, AccessShareLock);
+	if (rel == NULL)
+		return RM_STEP_BACK;
+	if (!cut_back(rw))
 	{
 		table_close(rel, NoLock);
-		return rm_rewrite_start_over(run, missed);
+		return rm_rewrite_start_over(run, "the shadow was emptied by a crash");
 	}
 	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
 	if (m->next_block < end)

@@ -7,7 +7,9 @@
  * are older than the last rounds of catching up are waited out, holding nothing.
  * Then one transaction.  With SHARE UPDATE EXCLUSIVE on the table and on all whose
  * definition changes with it, which nobody minds who reads or writes, the
- * catalogs are read, and there is one more round.  Then with ACCESS EXCLUSIVE:
+ * catalogs are read, and there is one more round.  Then with ACCESS EXCLUSIVE (asked
+ * for while the weaker locks are held: bounded, and in a deadlock it is we who give
+ * up):
  *
  *	the rest of the log is replayed; if that is more than a few rows, the locks are
  *	let go and a round comes in between, so that the hold is bounded;
@@ -18,7 +20,7 @@
  *	on an empty table it takes milliseconds;
  *	table and shadow exchange their files, each index with its counterpart, and
  *	their TOAST tables; what has been dropped is made again, foreign keys NOT VALID;
- *	shadow, log and triggers go.
+ *	shadow, log and trigger go.
  *
  * "finish" proves the foreign keys, beside everybody, so that they are what they
  * were.
@@ -196,8 +198,7 @@ index_pairs(const RmMigration *m)
 		IndexPair  *p = palloc(sizeof(IndexPair));
 
 		p->name = get_rel_name(lfirst_oid(lc));
-		p->shadow = get_relname_relid(rm_rewrite_index_name(m, lfirst_oid(lc)),
-									  get_namespace_oid(RM_SCHEMA, false));
+		p->shadow = rm_rewrite_shadow_index(m, lfirst_oid(lc));
 		if (!OidIsValid(p->shadow))
 			elog(ERROR, "the shadow has no index for \"%s\"", p->name);
 		pairs = lappend(pairs, p);
@@ -454,14 +455,6 @@ class_xmins(List *relids)
 	return xmins;
 }
 
-static void
-just_changed(const RmMigration *m)
-{
-	ereport(ERROR,
-			(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-			 errmsg("what hangs on the column of %s has just changed", m->relation)));
-}
-
 /*
  * Reads the catalogs, with SHARE UPDATE EXCLUSIVE on all that they tell of: others
  * read and write, but whoever would change a definition waits, and finds it
@@ -478,7 +471,7 @@ make_plan(RmRun *run, RmRewrite *rw)
 	plan->relids = relations_to_lock(m, rw);
 	rm_lock_relations(&run->locks, plan->relids, ShareUpdateExclusiveLock, run->tries);
 	if (list_difference_oid(relations_to_lock(m, rw), plan->relids) != NIL)
-		just_changed(m);
+		rm_refuse_just_changed(m);
 	rel = table_open(m->relid, NoLock);
 	rm_rewrite_check_ground(m, rw, rel);
 	table_close(rel, NoLock);
@@ -607,7 +600,7 @@ try_exchange(RmRun *run, RmRewrite *rw)
 	if (missed)
 		return rm_rewrite_start_over(run, missed);
 	if (!equal(plan->xmins, class_xmins(plan->relids)))
-		just_changed(m);
+		rm_refuse_just_changed(m);
 	if (log_is_long(rw))
 	{
 		m->phase = CUT_ROUND;
@@ -638,7 +631,7 @@ cut_over_apply(RmRun *run)
 	switch (m->phase)
 	{
 		case CUT_ANALYZE:
-			(void) rm_replay_round(run, rw, AccessShareLock, NULL, &result);
+			(void) rm_replay_round(run, rw, NULL, &result);
 			if (result == RM_STEP_BACK)
 				return result;
 			refuse_failed_rows(run, rw);
@@ -654,7 +647,7 @@ cut_over_apply(RmRun *run)
 			break;
 
 		case CUT_ROUND:
-			(void) rm_replay_round(run, rw, AccessShareLock, NULL, &result);
+			(void) rm_replay_round(run, rw, NULL, &result);
 			if (result == RM_STEP_AGAIN)
 				m->phase = CUT_EXCHANGE;
 			break;

@@ -62,9 +62,6 @@
 
 PG_FUNCTION_INFO_V1(rm_log_change);
 
-/* the column of the log that says what the row means */
-#define LOG_KIND 1
-
 static char *
 log_name(int64 id)
 {
@@ -86,19 +83,18 @@ Oid
 rm_log_create(const RmMigration *m, Relation rel, Relation key_index)
 {
 	int			nkeys = IndexRelationGetNumberOfKeyAttributes(key_index);
-	TupleDesc	desc = CreateTemplateTupleDesc(1 + nkeys);
+	TupleDesc	desc = CreateTemplateTupleDesc(nkeys);
 	ObjectAddress log;
 	ObjectAddress table;
 
-	TupleDescInitEntry(desc, LOG_KIND, "kind", CHAROID, -1, 0);
 	for (int i = 0; i < nkeys; i++)
 	{
 		AttrNumber	attnum = key_index->rd_index->indkey.values[i];
 		Form_pg_attribute att = TupleDescAttr(RelationGetDescr(rel), attnum - 1);
 
-		TupleDescInitEntry(desc, i + 2, psprintf("k%d", attnum), att->atttypid,
+		TupleDescInitEntry(desc, i + 1, psprintf("k%d", attnum), att->atttypid,
 						   att->atttypmod, 0);
-		TupleDescInitEntryCollation(desc, i + 2, att->attcollation);
+		TupleDescInitEntryCollation(desc, i + 1, att->attcollation);
 	}
 	ObjectAddressSet(log, RelationRelationId,
 					 heap_create_with_catalog(log_name(m->id), get_namespace_oid(RM_SCHEMA, false),
@@ -116,16 +112,14 @@ rm_log_create(const RmMigration *m, Relation rel, Relation key_index)
 
 /* stores the key of a row of the table */
 void
-rm_log_key(Relation log, TupleTableSlot *slot, char kind)
+rm_log_key(Relation log, TupleTableSlot *slot)
 {
 	TupleDesc	desc = RelationGetDescr(log);
-	Datum		values[INDEX_MAX_KEYS + 1];
-	bool		nulls[INDEX_MAX_KEYS + 1];
+	Datum		values[INDEX_MAX_KEYS];
+	bool		nulls[INDEX_MAX_KEYS];
 	HeapTuple	tup;
 
-	values[0] = CharGetDatum(kind);
-	nulls[0] = false;
-	for (int i = 1; i < desc->natts; i++)
+	for (int i = 0; i < desc->natts; i++)
 		values[i] = slot_getattr(slot, key_attnum(desc, i), &nulls[i]);
 	tup = heap_form_tuple(desc, values, nulls);
 	simple_heap_insert(log, tup);
@@ -191,7 +185,7 @@ same_key(Relation log, TupleTableSlot *a, TupleTableSlot *b)
 {
 	TupleDesc	desc = RelationGetDescr(log);
 
-	for (int i = 1; i < desc->natts; i++)
+	for (int i = 0; i < desc->natts; i++)
 	{
 		AttrNumber	attnum = key_attnum(desc, i);
 		Form_pg_attribute att = TupleDescAttr(desc, i);
@@ -211,12 +205,12 @@ static void
 log_row(LogState *state, Relation log, TriggerData *trigdata)
 {
 	ExecStoreHeapTuple(trigdata->tg_trigtuple, state->slot, false);
-	rm_log_key(log, state->slot, RM_LOG_CHANGED);
+	rm_log_key(log, state->slot);
 	if (TRIGGER_FIRED_BY_UPDATE(trigdata->tg_event))
 	{
 		ExecStoreHeapTuple(trigdata->tg_newtuple, state->new_slot, false);
 		if (!same_key(log, state->slot, state->new_slot))
-			rm_log_key(log, state->new_slot, RM_LOG_CHANGED);
+			rm_log_key(log, state->new_slot);
 		ExecClearTuple(state->new_slot);
 	}
 	ExecClearTuple(state->slot);

@@ -184,8 +184,7 @@ begin_round(Round *r, RmTransfer *t)
 	nkeys = r->source->nkeys;
 	for (int i = 0; i < nkeys; i++)
 	{
-		/* the log's first column says what the row means */
-		attnums[i] = i + 2;
+		attnums[i] = i + 1;
 		operators[i] = key_operator(r->source->index, i, BTLessStrategyNumber);
 		collations[i] = r->source->index->rd_indcollation[i];
 		nulls_first[i] = false;
@@ -236,8 +235,8 @@ same_as_last(Round *r)
 	for (int i = 0; i < r->source->nkeys; i++)
 	{
 		bool		isnull;
-		Datum		a = slot_getattr(r->log_slot, i + 2, &isnull);
-		Datum		b = slot_getattr(r->last_slot, i + 2, &isnull);
+		Datum		a = slot_getattr(r->log_slot, i + 1, &isnull);
+		Datum		b = slot_getattr(r->last_slot, i + 1, &isnull);
 
 		if (!DatumGetBool(FunctionCall2Coll(&r->equal[i], r->source->index->rd_indcollation[i], a, b)))
 			return false;
@@ -271,7 +270,7 @@ set_source_key(Round *r)
 	{
 		bool		isnull;
 
-		r->source->keys[i].sk_argument = slot_getattr(r->log_slot, i + 2, &isnull);
+		r->source->keys[i].sk_argument = slot_getattr(r->log_slot, i + 1, &isnull);
 	}
 }
 
@@ -295,7 +294,7 @@ make_target_key(Round *r, TupleTableSlot *key_row)
 		AttrNumber	attnum = rm_lookup_attnum(r->source, i);
 
 		key_row->tts_values[attnum - 1] =
-			slot_getattr(r->log_slot, i + 2, &key_row->tts_isnull[attnum - 1]);
+			slot_getattr(r->log_slot, i + 1, &key_row->tts_isnull[attnum - 1]);
 		converts |= attnum == t->m->attnum;
 	}
 	if (converts)
@@ -358,7 +357,7 @@ store_rows(Round *r)
 		if (t->made[i])
 			store_row(r, t->made[i]);
 		else
-			rm_log_key(r->log, t->rows[i], RM_LOG_FAILED);
+			rm_log_key(r->log, t->rows[i]);
 	ExecClearTuple(r->made_slot);
 	rm_transfer_clear(t);
 }
@@ -453,22 +452,15 @@ typedef struct CatchUp
  * everything has to begin again; returns the rows that were replayed.
  */
 int64
-rm_replay_round(RmRun *run, RmRewrite *rw, LOCKMODE lock, int64 *counts, RmStepResult *result)
+rm_replay_round(RmRun *run, RmRewrite *rw, int64 *counts, RmStepResult *result)
 {
-	RmMigration *m = run->m;
-	Relation	rel;
-	int64		n = 0;
-	const char *missed;
+	Relation	rel = rm_rewrite_open(run, rw, AccessShareLock);
+	int64		n;
 
-	*result = RM_STEP_AGAIN;
-	rm_lock_relation(&run->locks, m->relid, lock);
-	rel = table_open(m->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
-	missed = rm_rewrite_missed(m, rw, rel);
-	if (missed)
-		*result = rm_rewrite_start_over(run, missed);
-	else
-		n = rm_replay(run, rw, rel, counts);
+	*result = rel ? RM_STEP_AGAIN : RM_STEP_BACK;
+	if (rel == NULL)
+		return 0;
+	n = rm_replay(run, rw, rel, counts);
 	table_close(rel, NoLock);
 	rm_rewrite_save(rw);
 	run->async_commit = true;
@@ -486,7 +478,7 @@ catch_up_apply(RmRun *run)
 
 	if (c == NULL)
 		c = run->work = MemoryContextAllocZero(run->cxt, sizeof(CatchUp));
-	n = rm_replay_round(run, rw, AccessShareLock, NULL, &result);
+	n = rm_replay_round(run, rw, NULL, &result);
 	if (result == RM_STEP_BACK)
 		return result;
 	run->progress.rows_done = run->rows_changed;

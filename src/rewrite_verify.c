@@ -180,7 +180,7 @@ judge_suspects(Verify *v)
 
 		CHECK_FOR_INTERRUPTS();
 		for (int i = 0; i < v->source->nkeys; i++)
-			key[i] = slot_getattr(slot, i + 2, &isnull);
+			key[i] = slot_getattr(slot, i + 1, &isnull);
 		acquit(v, &logged);
 	}
 	ExecDropSingleTupleTableSlot(slot);
@@ -451,7 +451,7 @@ verify_count(RmRun *run, RmRewrite *rw)
 	int64		counts[2];
 	RmStepResult result;
 
-	(void) rm_replay_round(run, rw, AccessShareLock, counts, &result);
+	(void) rm_replay_round(run, rw, counts, &result);
 	if (result == RM_STEP_BACK)
 		return result;
 	if (counts[0] != counts[1])
@@ -472,20 +472,13 @@ verify_apply(RmRun *run)
 	RmRewrite  *rw = rm_rewrite_load(m);
 	Relation	rel;
 	BlockNumber end;
-	const char *missed;
 	RmStepResult result = RM_STEP_AGAIN;
 
 	if (m->phase == VERIFY_COUNT)
 		return verify_count(run, rw);
-	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
-	rel = table_open(m->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
-	missed = rm_rewrite_missed(m, rw, rel);
-	if (missed)
-	{
-		table_close(rel, NoLock);
-		return rm_rewrite_start_over(run, missed);
-	}
+	rel = rm_rewrite_open(run, rw, AccessShareLock);
+	if (rel == NULL)
+		return RM_STEP_BACK;
 	if (m->phase == VERIFY_BEGIN)
 	{
 		rm_backfill_fix_end(m, rel);

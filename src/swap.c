@@ -896,9 +896,7 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	/* a view or a partition that was made before we had the locks: again */
 	if (list_difference_oid(rm_relations_of_definitions(m, attnum), relids) != NIL ||
 		list_difference_oid(rm_members(m->relid), relids) != NIL)
-		ereport(ERROR,
-				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-				 errmsg("what hangs on the column of %s has just changed", m->relation)));
+		rm_refuse_just_changed(m);
 	rm_check_owner(m->relid, m->relation);
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
