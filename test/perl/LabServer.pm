@@ -12,7 +12,7 @@ use warnings;
 use Exporter 'import';
 use File::Spec;
 use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
@@ -27,7 +27,7 @@ sub start_server
 {
 	my ($name, $settings) = @_;
 
-	$node = PostgreSQL::Test::Cluster->new($name);
+	$node = LabNode->new($name);
 	$node->init(allows_streaming => 1);
 	$node->append_conf('postgresql.conf', "client_min_messages = warning\nlog_statement = none\n$settings");
 	$node->start;

@@ -11,13 +11,13 @@ use warnings;
 
 use File::Spec;
 use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
 my $rows = 2000;
 
-my $node = PostgreSQL::Test::Cluster->new('background');
+my $node = LabNode->new('background');
 $node->init(allows_streaming => 1);
 $node->append_conf(
 	'postgresql.conf', q{
@@ -460,7 +460,7 @@ sql("CALL rm_rollback($id)");
 # ---------------------------------------------------------------------------
 
 $node->backup('base');
-my $standby = PostgreSQL::Test::Cluster->new('standby');
+my $standby = LabNode->new('standby');
 $standby->init_from_backup($node, 'base', has_streaming => 1);
 $standby->start;
 ($id, $blocker) = start_to_locked_row();

@@ -5,11 +5,11 @@
 use strict;
 use warnings;
 
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $node = PostgreSQL::Test::Cluster->new('column_objects');
+my $node = LabNode->new('column_objects');
 $node->init;
 $node->append_conf('postgresql.conf', "client_min_messages = warning\n");
 $node->start;

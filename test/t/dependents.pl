@@ -12,11 +12,11 @@ use strict;
 use warnings;
 
 use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $node = PostgreSQL::Test::Cluster->new('dependents');
+my $node = LabNode->new('dependents');
 $node->init;
 $node->append_conf(
 	'postgresql.conf', q{

@@ -7,11 +7,11 @@ use warnings;
 use FindBin;
 use lib "$FindBin::Bin/../perl";
 
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $node = PostgreSQL::Test::Cluster->new('end_blockers');
+my $node = LabNode->new('end_blockers');
 $node->init;
 $node->append_conf('postgresql.conf', q{
 client_min_messages = notice

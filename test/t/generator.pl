@@ -31,7 +31,7 @@ use warnings;
 
 use File::Spec;
 use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
@@ -42,7 +42,7 @@ $base_seed = int(time) if $base_seed eq 'random';
 die "RM_SEED is a number or \"random\", not \"$base_seed\"" if $base_seed !~ /^\d+$/;
 diag "RM_SEED=$base_seed RM_ROUNDS=$rounds";
 
-my $node = PostgreSQL::Test::Cluster->new('generator');
+my $node = LabNode->new('generator');
 $node->init;
 $node->append_conf(
 	'postgresql.conf', q{

@@ -10,12 +10,12 @@
 use strict;
 use warnings;
 
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
 
-my $node = PostgreSQL::Test::Cluster->new('probes');
+my $node = LabNode->new('probes');
 $node->init;
 $node->append_conf(
 	'postgresql.conf', q{

@@ -21,11 +21,11 @@ BEGIN
 	}
 }
 
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $node = PostgreSQL::Test::Cluster->new('production');
+my $node = LabNode->new('production');
 $node->init;
 $node->append_conf(
 	'postgresql.conf', q{

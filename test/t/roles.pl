@@ -5,11 +5,11 @@
 use strict;
 use warnings;
 
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
-my $node = PostgreSQL::Test::Cluster->new('roles');
+my $node = LabNode->new('roles');
 $node->init;
 $node->append_conf('postgresql.conf', "client_min_messages = warning\n");
 $node->start;

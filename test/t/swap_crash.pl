@@ -15,7 +15,7 @@ use warnings;
 
 use File::Spec;
 use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
@@ -26,7 +26,7 @@ srand($seed);
 note "RM_SEED=$seed RM_ROUNDS=$rounds";
 
 my $rows = 20_000;
-my $node = PostgreSQL::Test::Cluster->new('swap_crash');
+my $node = LabNode->new('swap_crash');
 $node->init;
 $node->append_conf(
 	'postgresql.conf', q{

@@ -10,14 +10,14 @@ use warnings;
 
 use File::Spec;
 use IPC::Run;
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
 # some windows of the backfill (1024 pages)
 my $rows = 60_000;
 
-my $node = PostgreSQL::Test::Cluster->new('primary');
+my $node = LabNode->new('primary');
 $node->init(allows_streaming => 'logical');
 $node->append_conf(
 	'postgresql.conf', q{
@@ -197,7 +197,7 @@ CREATE FUNCTION asked() RETURNS boolean LANGUAGE plpgsql AS
 	'BEGIN RAISE LOG \$\$throttle query\$\$; RETURN (SELECT on_ FROM switch); END';
 });
 $node->backup('base');
-my $standby = PostgreSQL::Test::Cluster->new('standby');
+my $standby = LabNode->new('standby');
 $standby->init_from_backup($node, 'base', has_streaming => 1);
 $standby->start;
 $node->wait_for_catchup($standby);
@@ -243,7 +243,7 @@ foreach my $way (
 # ---------------------------------------------------------------------------
 
 {
-	my $subscriber = PostgreSQL::Test::Cluster->new('subscriber');
+	my $subscriber = LabNode->new('subscriber');
 	$subscriber->init;
 	$subscriber->start;
 	sql('CREATE TABLE published (id integer PRIMARY KEY); CREATE PUBLICATION pub FOR TABLE published');

@@ -14,7 +14,7 @@ use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
 use LabServer;
-use PostgreSQL::Test::Cluster;
+use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
