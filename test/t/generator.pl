@@ -3,8 +3,8 @@
 #
 # Each round makes up a table (columns, names, keys, storage, rows), a column of
 # it and a change of its type, what hangs on that column, and two sessions that
-# write all the while; it migrates, disturbs that, and ends with rm_cleanup or
-# rm_rollback, at random.  Whoever writes a row of the table writes, in the same
+# write all the while, under settings of their own; it migrates, disturbs that,
+# and ends with rm_cleanup or rm_rollback, at random.  Whoever writes a row of the table writes, in the same
 # transaction, its row of the ledger: the literal that the column was given, how
 # often the row was updated, what else it holds.  In the end
 #
@@ -74,6 +74,7 @@ sub literal { my ($text) = @_; return defined $text ? q{'} . $text =~ s/'/''/gr 
 # does not fit the old one.  Each literal means the same to both types.
 #	text	both are text		number	both are numbers
 #	plain	the value's text is the literal, in both types
+#	sequence	the type of such a column that has a sequence of its own
 #	cast	ALTER TABLE needs no USING for a default or a foreign key
 my $stamp = sub { my ($k) = @_; my $s = $k * 61;
 	return sprintf '2024-06-%02d %02d:%02d:%02d', 1 + $s / 86400, $s / 3600 % 24, $s / 60 % 60, $s % 60; };
@@ -84,9 +85,9 @@ my $cents = sub { return sprintf '%d.%02d', $_[0] / 100, $_[0] % 100; };
 my @moods = ('sad', 'so so', 'happy');
 my $mood = sub { return $moods[ $_[0] % 3 ]; };
 my @kinds = (
-	{ old => 'int', new => 'bigint', value => $number, unique => 1, number => 1, plain => 1, cast => 1, key => 1, misfit => '5000000000' },
-	{ old => 'smallint', new => 'int', value => $number, unique => 1, number => 1, plain => 1, cast => 1, key => 1, misfit => '70000' },
-	{ old => 'bigint', new => 'int', value => $number, unique => 1, number => 1, plain => 1, cast => 1, key => 1, bad => '5000000000' },
+	{ old => 'int', new => 'bigint', value => $number, unique => 1, number => 1, plain => 1, cast => 1, key => 1, sequence => 'serial', misfit => '5000000000' },
+	{ old => 'smallint', new => 'int', value => $number, unique => 1, number => 1, plain => 1, cast => 1, key => 1, sequence => 'smallserial', misfit => '70000' },
+	{ old => 'bigint', new => 'int', value => $number, unique => 1, number => 1, plain => 1, cast => 1, key => 1, sequence => 'bigserial', bad => '5000000000' },
 	{ old => 'int', new => 'numeric', value => $number, unique => 1, number => 1, plain => 1, cast => 1 },
 	{ old => 'int', new => 'text', using => 'C::text', reverse => 'C::int', value => $number, unique => 1, plain => 1, cast => 1, misfit => 'many' },
 	{ old => 'varchar(40)', new => 'text', value => $word, unique => 1, text => 1, plain => 1, cast => 1, key => 1 },
@@ -114,6 +115,12 @@ my @kinds = (
 	{ old => 'time', new => 'interval', value => sub { sprintf '%02d:%02d:00', $_[0] / 60 % 24, $_[0] % 60 }, plain => 1, cast => 1 },
 	{ old => 'bounded', new => 'bigint', value => $number, unique => 1, number => 1, plain => 1, cast => 1, misfit => '99999999' },
 	{ old => 'text', new => 'label', value => $word, unique => 1, plain => 1, text => 1, cast => 1, long => 1 },
+	{ old => 'date', new => 'text', using => 'C::text', reverse => 'C::date', value => $day, unique => 1, plain => 1, misfit => 'never' },
+	{ old => 'timestamp', new => 'varchar(40)', using => 'C::text', reverse => 'C::timestamp', value => $stamp, unique => 1, plain => 1, misfit => 'never' },
+	{ old => 'interval', new => 'text', using => 'C::text', reverse => 'C::interval', value => sub { sprintf '%d days %02d:%02d:00', 2 + $_[0] / 1440, $_[0] / 60 % 24, 1 + $_[0] % 59 }, plain => 1, misfit => 'never' },
+	{ old => 'text', new => 'interval', using => 'C::interval', value => sub { sprintf '%d days %02d:%02d:00', 2 + $_[0] / 1440, $_[0] / 60 % 24, 1 + $_[0] % 59 }, plain => 1, bad => 'never' },
+	{ old => 'int', new => 'bigint', using => 'CASE WHEN rid IS NOT NULL THEN C::bigint END', value => $number, unique => 1, number => 1, plain => 1, cast => 1, misfit => '5000000000' },
+	{ old => 'text', new => 'int', using => q{CASE WHEN note IS NULL OR rid <> 0 THEN C::int END}, value => $number, unique => 1, plain => 1, bad => 'x17' },
 	{ old => 'text', new => 'bytea', using => q{convert_to(C, 'UTF8')}, reverse => q{convert_from(C, 'UTF8')}, value => sub { "b$_[0]" }, unique => 1 },
 );
 
@@ -161,6 +168,9 @@ sub make_up
 	$s{not_null} = chance(0.4);
 	$s{c_primary} = $s{c_unique} && chance(0.4);
 	$s{not_null} ||= $s{c_primary};
+	$s{identity} = $s{sequence} && chance(0.3);
+	$s{serial} = $s{sequence} && !$s{identity} && chance(0.4);
+	$s{not_null} ||= $s{identity} || $s{serial};
 	$s{fk_to} = $s{key} && $s{c_unique} && chance(0.6);
 	$s{counted} = chance(0.6);
 	$s{garbage} = defined $s{bad} && !$s{long} && !$s{fk_from} && !$s{fk_to} && chance(0.6);
@@ -176,11 +186,12 @@ sub make_table_sql
 	my ($s) = @_;
 	my @columns = ("rid int" . ($s->{c_primary} || chance(0.2) ? '' : pick(' PRIMARY KEY', ' PRIMARY KEY', ' NOT NULL UNIQUE', ' NOT NULL')));
 	my $logged = $s->{unlogged} ? 'UNLOGGED ' : '';
-	my $default = $s->{cast} && chance(0.3) ? ' DEFAULT ' . literal($s->{value}->(7)) : '';
+	my $default = $s->{cast} && !$s->{identity} && !$s->{serial} && chance(0.3) ? ' DEFAULT ' . literal($s->{value}->(7)) : '';
 	my @gone;
 
 	$s->{upsert} = $columns[0] =~ /PRIMARY|UNIQUE/;
-	push @columns, "$s->{c} $s->{old}" . ($s->{not_null} ? ' NOT NULL' : '') . $default;
+	push @columns, "$s->{c} " . ($s->{serial} ? $s->{sequence} : $s->{old}) . ($s->{not_null} ? ' NOT NULL' : '')
+	  . ($s->{identity} ? ' GENERATED BY DEFAULT AS IDENTITY' . pick('', ' (START 50 INCREMENT 7)') : '') . $default;
 	push @columns, 'note text', $s->{counted} ? 'upd int DEFAULT 0' : ();
 	foreach my $n (1 .. int rand 7)
 	{
@@ -228,6 +239,8 @@ sub make_dependents_sql
 		push @$base, "CREATE INDEX ix_cluster ON $t (rid, $c)", "ALTER TABLE $t CLUSTER ON ix_cluster" and $s->{cluster} = 1 if chance(0.2);
 		push @$base, "CREATE INDEX ix_lower ON $t (lower($c), rid)" if $s->{text} && chance(0.3);
 		push @$base, "CREATE INDEX ix_null ON $t (($c IS NULL), rid DESC)" if chance(0.2);
+		push @$base, "CREATE INDEX ix_two ON $t (($c + rid), $c)" if $s->{number} && chance(0.3);
+		push @$base, "CREATE INDEX ix_two ON $t (($c || coalesce(note, '')))" if $s->{text} && chance(0.3);
 		push @$base, "CREATE INDEX ix_abs ON $t (abs($c), ($c * 2))" if $s->{number} && chance(0.3);
 	}
 	push @$base, "CREATE INDEX ix_hash ON $t USING hash ($c)" if chance(0.2);
@@ -237,6 +250,7 @@ sub make_dependents_sql
 	# constraints
 	push @$base, qq{ALTER TABLE $t ADD CONSTRAINT "ck some" CHECK ($c IS NOT NULL OR rid IS NOT NULL)} if chance(0.3);
 	push @$base, "ALTER TABLE $t ADD CONSTRAINT ck_range CHECK ($c > -1000)" . pick('', ' NOT VALID') if $s->{number} && chance(0.4);
+	push @$base, "ALTER TABLE $t ADD CONSTRAINT ck_two CHECK ($c + rid > -1000 OR note = 'first')" if $s->{number} && chance(0.3);
 	push @$base, "ALTER TABLE $t ADD CHECK (length($c) < 100000)" if $s->{text} && chance(0.3);
 	push @$base, "ALTER TABLE $t ADD CONSTRAINT fk_peer FOREIGN KEY ($c) REFERENCES peer"
 	  . pick('', ' ON DELETE CASCADE', ' ON UPDATE CASCADE', ' DEFERRABLE INITIALLY DEFERRED', ' NOT VALID')
@@ -325,6 +339,19 @@ sub finish
 # Writers
 # ---------------------------------------------------------------------------
 
+# What a writer's session may have set: all is converted as if it had not.  The
+# literals mean the same to each of these, but for a time zone's.
+my @usual_settings = (q{DateStyle = 'ISO, MDY'}, q{IntervalStyle = 'postgres'}, q{TimeZone = 'Europe/Berlin'}, 'extra_float_digits = 1');
+
+sub other_settings
+{
+	my ($s) = @_;
+	my @settings = (q{DateStyle = '} . pick('ISO, MDY', 'SQL, DMY', 'German', 'Postgres, MDY') . q{'},
+		'IntervalStyle = ' . pick(qw(postgres sql_standard iso_8601 postgres_verbose)), 'extra_float_digits = ' . pick(-3, 1));
+	push @settings, q{TimeZone = '} . pick('UTC', 'America/New_York', 'Asia/Kolkata') . q{'} if $s->{kind} !~ /timestamptz/;
+	return \@settings;
+}
+
 # A value: literal or expression, and whether it will not convert
 sub value
 {
@@ -389,7 +416,8 @@ sub transaction
 	  . "INSERT INTO $t (rid, $c) SELECT rid, $v FROM truth.ledger WHERE rid = $rid ON CONFLICT (rid) DO UPDATE SET $c = excluded.$c;\nCOMMIT;\n"
 	  if $what < 91 && $s->{upsert};
 	# it sees both tables as they were, whatever happens meanwhile
-	return "BEGIN ISOLATION LEVEL REPEATABLE READ;\nSELECT 1 HAVING false;\nSELECT pg_sleep(" . pick(0, 0.02, 0.2) . ");\n"
+	return "BEGIN ISOLATION LEVEL REPEATABLE READ;\n" . join('', map { "SET LOCAL $_;\n" } @usual_settings)
+	  . "SELECT 1 HAVING false;\nSELECT pg_sleep(" . pick(0, 0.02, 0.2) . ");\n"
 	  . "SELECT 'WRONG in a snapshot: ' || count(*) FROM truth.ledger l FULL JOIN $t t USING (rid)\n"
 	  . "WHERE (l.rid IS NULL OR t.rid IS NULL OR NOT l.bad AND t.$c\::text IS DISTINCT FROM l.truth)\n"
 	  . "AND (t.rid > 0) IS NOT FALSE" . back_from_null($s) . " HAVING count(*) > 0;\nCOMMIT;\n"
@@ -409,7 +437,7 @@ sub start_writers
 	foreach my $writer (1 .. $s->{writers})
 	{
 		my $file = "$dir/writer$writer.sql";
-		my $text = "SET search_path = gen, public;\n";
+		my $text = "SET search_path = gen, public;\n" . join '', map { "SET $_;\n" } @{ $s->{writer_settings}[ $writer - 1 ] };
 		$text .= transaction($s, $writer, $_) . 'SELECT pg_sleep(' . pick(0, 0, 0.002, 0.01) . ");\n" for 1 .. 1500;
 		unlink $file;
 		PostgreSQL::Test::Utils::append_to_file($file, $text);
@@ -721,7 +749,7 @@ sub check_rows
 	my ($t, $c) = ($s->{t}, $s->{c});
 	my $old = $s->{old} =~ s/ COLLATE.*//r;
 	my $using = $s->{using_sql} // "CAST($c AS $s->{new})";
-	my $expected = $back ? "l.truth::$old" : "CASE WHEN NOT l.bad THEN (SELECT $using FROM (SELECT l.truth::$old AS $c) x)::$s->{new} END";
+	my $expected = $back ? "l.truth::$old" : "CASE WHEN NOT l.bad THEN (SELECT $using FROM (SELECT l.truth::$old AS $c, l.rid, l.note) x)::$s->{new} END";
 	my $fill = @{ $s->{fillers} // [] } ? 'OR l.fill <> md5(ROW(' . join(', ', map { "t.$_->[0]" } @{ $s->{fillers} }) . ')::text)' : '';
 	my $null = $back ? back_from_null($s) : '';
 	my $upd = $s->{counted} ? 'OR t.upd IS DISTINCT FROM l.upd' : '';
@@ -820,6 +848,7 @@ sub one_round
 	my $s = make_up();
 	$s->{end} = pick('cleanup', 'cleanup', 'rollback', 'rollback anywhere');
 	$s->{writers} = pick(1, 2, 2);
+	$s->{writer_settings} = [ map { chance(0.5) ? other_settings($s) : [] } 1 .. $s->{writers} ];
 	$s->{settings} = [ 'SET risky_migrations.max_row_lock_time = ' . pick(1, 25) ];
 	my @t = (time);
 	my $amiss = eval { set_up($s); '' } // "died: $@";
