@@ -1,10 +1,10 @@
 # A PostgreSQL::Test::Cluster whose statements need not start a psql each: that
 # takes longer than most statements do, and tests spend their time with it.
 #
-# safe_psql and poll_query_until, called with a database and a query and nothing
-# else, use one psql for each database for as long as the server lasts.  It is made
-# anew if it has ended, and after a reload, and whatever the statements have left in
-# the session is discarded.
+# safe_psql and poll_query_until, called with the database postgres and a query and
+# nothing else, use one psql for as long as the server lasts.  It is made anew if it
+# has ended, and after a reload, and whatever the statements have left in the
+# session is discarded.
 
 package LabNode;
 
@@ -15,25 +15,24 @@ use parent 'PostgreSQL::Test::Cluster';
 
 use File::Temp;
 use IO::Handle;
-use IPC::Open3;
-use PostgreSQL::Test::Utils;
-use Test::More;
-use Time::HiRes qw(usleep);
+use IPC::Run;
+use PostgreSQL::Test::Utils ();
+use Test::More ();
+use Time::HiRes ();
 
 my $through = "-- that was all --\n";
 
-# By node's name and database: psql's process, the ends of its pipes, and a file
-# with what it complains of.
+# By node's name: psql, the ends of its pipes, and a file with what it complains of.
 my %sessions;
 
 sub end_session
 {
-	my ($key) = @_;
-	my $session = delete $sessions{$key} or return;
+	my ($name) = @_;
+	my $session = delete $sessions{$name} or return;
 
 	close $session->{in};
 	close $session->{out};
-	waitpid $session->{pid}, 0;
+	eval { $session->{harness}->finish };
 	return;
 }
 
@@ -42,20 +41,22 @@ END
 {
 	my $status = $?;
 
-	kill 'TERM', map { $_->{pid} } values %sessions;
+	$_->{harness}->signal('TERM') for values %sessions;
 	end_session($_) for keys %sessions;
 	$? = $status;
 }
 
 sub begin_session
 {
-	my ($self, $key, $database) = @_;
-	my $err = File::Temp->new;
-	my ($in, $out);
-	my $pid = open3($in, $out, '>&' . fileno $err, $self->installed_command('psql'), '-XAtq', '-v', 'ON_ERROR_STOP=1',
-		'-d', $self->connstr($database));
+	my ($self) = @_;
+	my %session = (in => IO::Handle->new, out => IO::Handle->new, err => File::Temp->new);
 
-	$sessions{$key} = { pid => $pid, in => $in, out => $out, err => $err };
+	$session{harness} = IPC::Run::start(
+		[
+			$self->installed_command('psql'), '-XAtq', '-v', 'ON_ERROR_STOP=1', '-d', $self->connstr('postgres')
+		],
+		'<pipe', $session{in}, '>pipe', $session{out}, '2>', $session{err}->filename);
+	$sessions{ $self->name } = \%session;
 	return;
 }
 
@@ -78,7 +79,7 @@ sub converse
 
 		if (!select($ready, undef, undef, $PostgreSQL::Test::Utils::timeout_default))
 		{
-			kill 'TERM', $session->{pid};
+			$session->{harness}->signal('TERM');
 			return;
 		}
 		return if !sysread($session->{out}, $answer, 65536, length $answer);
@@ -90,20 +91,20 @@ sub converse
 sub safe_psql
 {
 	my ($self, $database, $query, @more) = @_;
-	my $key = $self->name . " $database";
+	my $name = $self->name;
 	my $answer;
 
-	return $self->SUPER::safe_psql($database, $query, @more) if @more;
+	return $self->SUPER::safe_psql($database, $query, @more) if @more || $database ne 'postgres';
 
 	# of a server that is no more, or has crashed
-	end_session($key) if $sessions{$key} && !defined converse($sessions{$key}, 'SELECT WHERE false;');
-	begin_session($self, $key, $database) if !$sessions{$key};
-	$answer = converse($sessions{$key}, "$query\n;\nDISCARD ALL;");
+	end_session($name) if $sessions{$name} && !defined converse($sessions{$name}, 'SELECT WHERE false;');
+	begin_session($self) if !$sessions{$name};
+	$answer = converse($sessions{$name}, "$query\n;\nDISCARD ALL;");
 	if (!defined $answer)
 	{
-		my $complaints = slurp_file($sessions{$key}{err}->filename, $sessions{$key}{complained});
+		my $complaints = PostgreSQL::Test::Utils::slurp_file($sessions{$name}{err}->filename, $sessions{$name}{complained});
 
-		end_session($key);
+		end_session($name);
 		die "$complaints\nwhile running:\n$query\n";
 	}
 	chomp $answer;
@@ -120,9 +121,9 @@ sub poll_query_until
 	{
 		$answer = eval { $self->safe_psql($database, $query) } // $@;
 		return 1 if $answer eq $expected;
-		usleep(100_000);
+		Time::HiRes::usleep(100_000);
 	}
-	diag "waited in vain for \"$expected\" from\n$query\nlast answer: $answer";
+	Test::More::diag "waited in vain for \"$expected\" from\n$query\nlast answer: $answer";
 	return 0;
 }
 
@@ -131,7 +132,7 @@ sub reload
 {
 	my ($self) = @_;
 
-	end_session($_) for grep { index($_, $self->name . ' ') == 0 } keys %sessions;
+	end_session($self->name);
 	return $self->SUPER::reload;
 }
 

@@ -119,7 +119,8 @@ sub ends_well
 }
 
 # pgbench in short runs, one after the other, until end_pgbench(); the
-# directory takes its output.  The arguments after it are pgbench's.
+# directory takes its output.  The arguments after it are pgbench's; with -R it
+# leaves something of the processors to the tests beside.
 sub start_pgbench
 {
 	my ($dir, @arguments) = @_;

@@ -77,7 +77,7 @@ sub under_pgbench
 {
 	my (@targets) = @_;
 	my $from = -s $node->logfile;
-	my $pgbench = start_pgbench($dir, '-c', '4', '-j', '2', '-f', "$dir/write.sql");
+	my $pgbench = start_pgbench($dir, '-R', '300', '-c', '4', '-j', '2', '-f', "$dir/write.sql");
 	foreach my $target (@targets)
 	{
 		let_pgbench_write();

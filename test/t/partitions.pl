@@ -81,7 +81,7 @@ sub new_partition
 }
 
 # All at once beside writers, and partitions come and go all the time.
-my $pgbench = start_pgbench($dir, '-c', '3', '-f', "$dir/write.sql");
+my $pgbench = start_pgbench($dir, '-R', '300', '-c', '3', '-f', "$dir/write.sql");
 my $call = start_call('migration', q{CALL rm_alter_type('p', 'at', 'timestamp', 'at::timestamp')});
 for (1 .. 5)
 {

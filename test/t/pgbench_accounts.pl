@@ -115,7 +115,7 @@ my $pgbench;
 sub begin_pgbench
 {
 	my ($protocol) = @_;
-	$pgbench = start_pgbench($dir, '-b', 'tpcb-like', '-M', $protocol, '-c', $clients, '-j', '2');
+	$pgbench = start_pgbench($dir, '-b', 'tpcb-like', '-R', '300', '-M', $protocol, '-c', $clients, '-j', '2');
 	return;
 }
 

@@ -123,7 +123,7 @@ my $pgbench;
 sub begin_pgbench
 {
 	my ($protocol) = @_;
-	$pgbench = start_pgbench($dir, '-M', $protocol, '-c', $clients, '-j', '2', @files);
+	$pgbench = start_pgbench($dir, '-R', '300', '-M', $protocol, '-c', $clients, '-j', '2', @files);
 	return;
 }
 

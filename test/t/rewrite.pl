@@ -120,7 +120,7 @@ INSERT INTO busy (id, v, want) VALUES (:to, :x, :x) ON CONFLICT (id) DO NOTHING;
 
 make_table('busy');
 make_table('twin');
-my $pgbench = start_pgbench($dir, '-c', '3', '-f', "$dir/write.sql");
+my $pgbench = start_pgbench($dir, '-R', '300', '-c', '3', '-f', "$dir/write.sql");
 wait_for("(SELECT count(*) FROM busy WHERE id > 100000) > 10", 'the clients do not write');
 ends_well(start_call('migration', q{CALL rm_alter_type('busy', 'v', 'bigint', 'v::bigint', method => 'online_rewrite')}),
 	'a migration beside writers ends');

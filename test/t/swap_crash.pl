@@ -114,13 +114,16 @@ sub start_writers
 {
 	local $ENV{PGAPPNAME} = 'pgbench';
 	return IPC::Run::start(
-		[ 'pgbench', '-n', '-c', '3', '-T', '600', '-f', "$dir/write.sql", $node->connstr('postgres') ],
+		[ 'pgbench', '-n', '-R', '300', '-c', '3', '-T', '600', '-f', "$dir/write.sql", $node->connstr('postgres') ],
 		'<', File::Spec->devnull, '>', File::Spec->devnull, '2>', "$dir/pgbench.err");
 }
 
 sub stop_writers
 {
 	my ($pgbench, $name) = @_;
+	# it may not even have come to its sessions
+	$node->poll_query_until('postgres', q{SELECT count(*) = 3 FROM pg_stat_activity WHERE application_name = 'pgbench'})
+	  or die 'pgbench does not write';
 	sql(q{SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'pgbench'});
 	$pgbench->finish;
 	unlike(slurp_file("$dir/pgbench.err"), qr/ERROR:/, "$name: no write was refused");
