@@ -368,7 +368,7 @@ CREATE PROCEDURE rm_alter_type(relation text, column_name text, new_type text,
 	on_error text DEFAULT 'stop', batch bigint DEFAULT 100000)
 AS 'MODULE_PATHNAME', 'rm_alter_type' LANGUAGE C;
 COMMENT ON PROCEDURE rm_alter_type(text, text, text, text, text, text, text, text, bigint) IS
-	'changes a column''s type: all steps of the method (three_step, direct, or auto: which of them is told), in this session; cut_over manual stops before the swap, on_error null makes NULL what does not convert';
+	'changes a column''s type: all steps of the method (three_step, online_rewrite, direct, or auto: which of them is told), in this session; cut_over manual stops before the swap, on_error null makes NULL what does not convert';
 
 CREATE FUNCTION rm_start(relation text, column_name text, new_type text,
 	using_expr text DEFAULT NULL, method text DEFAULT 'three_step',

@@ -88,6 +88,7 @@
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "optimizer/plancat.h"
+#include "rewrite.h"
 #include "state.h"
 #include "steps.h"
 #include "storage/lmgr.h"
@@ -218,16 +219,15 @@ add_foreign_key(const Trial *t, const RmTwin *twin, const char *schema)
 	List	   *commands = NIL;
 	ListCell   *lc;
 	bool		refers;
-	int			rc;
 
 	v[0] = ObjectIdGetDatum(t->fk);
 	v[1] = ObjectIdGetDatum(t->relid);
 	v[2] = CStringGetTextDatum(twin->sql);
 	v[3] = CStringGetTextDatum(quote_qualified_identifier(schema, name));
-	rc = SPI_execute_with_args("SELECT peer_refers, command FROM risky_migrations.twin_foreign_key($1, $2, $3, $4)",
-							   4, types, v, NULL, false, 0);
-	if (rc != SPI_OK_SELECT || SPI_processed == 0)
-		elog(ERROR, "SPI returned %s", SPI_result_code_string(rc));
+	rm_catalog_query("SELECT peer_refers, command FROM risky_migrations.twin_foreign_key($1, $2, $3, $4)",
+					 4, types, v);
+	if (SPI_processed == 0)
+		elog(ERROR, "foreign key %u is gone", t->fk);
 	refers = DatumGetBool(rm_result_datum(0, 1));
 	for (uint64 i = 0; i < SPI_processed; i++)
 		commands = lappend(commands, rm_result_text(i, 2));
@@ -248,15 +248,12 @@ unprove_checks(const Trial *t, const RmTwin *twin)
 	Datum		v[] = {ObjectIdGetDatum(t->relid), CStringGetTextDatum(twin->sql)};
 	List	   *commands = NIL;
 	ListCell   *lc;
-	int			rc;
 
-	rc = SPI_execute_with_args("SELECT pg_catalog.format('ALTER TABLE %s DROP CONSTRAINT %I, ADD CONSTRAINT %I %s',"
-							   " $2, conname, conname, pg_catalog.pg_get_constraintdef(oid))"
-							   " FROM pg_catalog.pg_constraint"
-							   " WHERE conrelid = $1 AND contype = 'c' AND NOT convalidated",
-							   2, types, v, NULL, false, 0);
-	if (rc != SPI_OK_SELECT)
-		elog(ERROR, "SPI returned %s", SPI_result_code_string(rc));
+	rm_catalog_query("SELECT pg_catalog.format('ALTER TABLE %s DROP CONSTRAINT %I, ADD CONSTRAINT %I %s',"
+					 " $2, conname, conname, pg_catalog.pg_get_constraintdef(oid))"
+					 " FROM pg_catalog.pg_constraint"
+					 " WHERE conrelid = $1 AND contype = 'c' AND NOT convalidated",
+					 2, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		commands = lappend(commands, rm_result_text(i, 1));
 	foreach(lc, commands)
@@ -380,10 +377,8 @@ query_column(const char *sql, Oid relid, AttrNumber attnum)
 {
 	Oid			types[] = {OIDOID, INT2OID};
 	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum)};
-	int			rc = SPI_execute_with_args(sql, 2, types, v, NULL, false, 0);
 
-	if (rc != SPI_OK_SELECT)
-		elog(ERROR, "SPI returned %s", SPI_result_code_string(rc));
+	rm_catalog_query(sql, 2, types, v);
 }
 
 /* the CHECK constraints that are verified again, where something is */
@@ -658,6 +653,13 @@ refuse_direct(RmMigration *m, const Advice *a)
 				 errhint("Drop what is in the way, and make it again afterwards.")));
 }
 
+/* the same ALTER, on an empty copy */
+static void
+refuse_online_rewrite(RmMigration *m, const Advice *a)
+{
+	rm_rewrite_rehearse(m);
+}
+
 /* the same ALTER, by a method that builds what hangs on the column anew */
 static void
 refuse_three_step(RmMigration *m, const Advice *a)
@@ -677,6 +679,9 @@ static const struct
 {
 	{
 		&rm_method_direct, refuse_direct
+	},
+	{
+		&rm_method_online_rewrite, refuse_online_rewrite
 	},
 	{
 		&rm_method_three_step, refuse_three_step

@@ -40,12 +40,11 @@ rm_definitions_on(const RmMigration *m, AttrNumber attnum)
 	List	   *list = NIL;
 
 	/* a list of columns, which is one of numbers, is left alone where they stay */
-	if (SPI_execute_with_args("SELECT drop_sql, make_sql, coalesce(relation, 0)"
-							  " FROM risky_migrations.column_objects($1, $2)"
-							  " WHERE NOT ($3 AND kind OPERATOR(pg_catalog.=) 'publication column list')"
-							  " ORDER BY ord",
-							  3, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the definitions");
+	rm_catalog_query("SELECT drop_sql, make_sql, coalesce(relation, 0)"
+					 " FROM risky_migrations.column_objects($1, $2)"
+					 " WHERE NOT ($3 AND kind OPERATOR(pg_catalog.=) 'publication column list')"
+					 " ORDER BY ord",
+					 3, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		Definition *d = palloc(sizeof(Definition));
@@ -66,9 +65,8 @@ rm_relations_of_definitions(const RmMigration *m, AttrNumber attnum)
 	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
 	List	   *list = NIL;
 
-	if (SPI_execute_with_args("SELECT r FROM risky_migrations.column_relations($1, $2) r",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the relations");
+	rm_catalog_query("SELECT r FROM risky_migrations.column_relations($1, $2) r",
+					 2, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		list = lappend_oid(list, DatumGetObjectId(rm_result_datum(i, 1)));
 	return list;

@@ -82,16 +82,6 @@ static const char *const kinds[] = {
 	"unique constraint", "replica identity", "check constraint", "foreign key", "statistics"
 };
 
-/* runs one of our own functions over the catalogs, as the current role */
-static void
-query(const char *sql, int nargs, Oid *types, Datum *values)
-{
-	int			rc = SPI_execute_with_args(sql, nargs, types, values, NULL, false, 0);
-
-	if (rc != SPI_OK_SELECT)
-		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
-}
-
 static bool
 is_kind(const RmDependent *d, const char *kind)
 {
@@ -196,8 +186,8 @@ ask_twin(void *arg)
 	v[5] = CStringGetTextDatum(build_column);
 	v[6] = CStringGetTextDatum(m->column);
 	v[7] = CStringGetTextDatum(rm_built_prefix(m, t->new_side));
-	query("SELECT * FROM risky_migrations.dependents($1, $2, $3, $4, $5, $6, $7, $8)",
-		  8, types, v);
+	rm_catalog_query("SELECT * FROM risky_migrations.dependents($1, $2, $3, $4, $5, $6, $7, $8)",
+					 8, types, v);
 	t->list = read_result(t->cxt);
 }
 
@@ -462,8 +452,8 @@ rm_dependent_is_built(const RmMigration *m, const RmDependent *d, bool *invalid,
 		Oid			types[] = {OIDOID, TEXTOID};
 		Datum		v[] = {ObjectIdGetDatum(d->relid), CStringGetTextDatum(d->build_name)};
 
-		query("SELECT FROM pg_catalog.pg_statistic_ext"
-			  " WHERE stxrelid = $1 AND stxname = $2", 2, types, v);
+		rm_catalog_query("SELECT FROM pg_catalog.pg_statistic_ext"
+						 " WHERE stxrelid = $1 AND stxname = $2", 2, types, v);
 		return SPI_processed > 0;
 	}
 	oid = get_relation_constraint_oid(d->relid, d->build_name, true);
@@ -494,7 +484,7 @@ rm_dependents_leftovers(const RmMigration *m, bool new_side, List *wanted)
 	v[0] = ObjectIdGetDatum(m->relid);
 	v[1] = CStringGetTextDatum(rm_built_prefix(m, new_side));
 	v[2] = rm_settings_array(names);
-	query("SELECT * FROM risky_migrations.leftovers($1, $2, $3)", 3, types, v);
+	rm_catalog_query("SELECT * FROM risky_migrations.leftovers($1, $2, $3)", 3, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		commands = lappend(commands, rm_result_text(i, 1));
 	return commands;
@@ -508,7 +498,7 @@ rm_dependents_copies(const RmMigration *m, bool new_side)
 	Datum		v[] = {ObjectIdGetDatum(m->relid), CStringGetTextDatum(rm_built_prefix(m, new_side))};
 	List	   *commands = NIL;
 
-	query("SELECT drop_sql FROM risky_migrations.copies_there($1, $2) ORDER BY ord", 2, types, v);
+	rm_catalog_query("SELECT drop_sql FROM risky_migrations.copies_there($1, $2) ORDER BY ord", 2, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		commands = lappend(commands, rm_result_text(i, 1));
 	return commands;
@@ -547,7 +537,7 @@ rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
 	char	   *result;
 	MemoryContext oldcxt;
 
-	query("SELECT risky_migrations.catalog_fingerprint($1)", 1, types, v);
+	rm_catalog_query("SELECT risky_migrations.catalog_fingerprint($1)", 1, types, v);
 	oldcxt = MemoryContextSwitchTo(cxt);
 	result = rm_result_text(0, 1);
 	MemoryContextSwitchTo(oldcxt);
@@ -598,10 +588,10 @@ rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type, bool publicatio
 	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum),
 	BoolGetDatum(!publications), BoolGetDatum(rm_recreate_matviews), ObjectIdGetDatum(new_type)};
 
-	query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
-		  " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END"
-		  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $5)",
-		  5, types, v);
+	rm_catalog_query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
+					 " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END"
+					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $5)",
+					 5, types, v);
 	rm_refuse_obstacles("three_step", relid, attnum);
 }
 
@@ -616,8 +606,8 @@ rm_name_not_null(const RmDependent *d, AttrNumber attnum)
 	Oid			types[] = {OIDOID, INT2OID, TEXTOID};
 	Datum		v[] = {ObjectIdGetDatum(d->relid), Int16GetDatum(attnum), CStringGetTextDatum(d->name)};
 
-	query("SELECT oid FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype = 'n'"
-		  " AND conkey = ARRAY[$2] AND conname <> $3", 3, types, v);
+	rm_catalog_query("SELECT oid FROM pg_catalog.pg_constraint WHERE conrelid = $1 AND contype = 'n'"
+					 " AND conkey = ARRAY[$2] AND conname <> $3", 3, types, v);
 	if (SPI_processed == 0)
 		return;
 	RenameConstraintById(DatumGetObjectId(rm_result_datum(0, 1)), d->name);

@@ -67,8 +67,7 @@ read_catalogs(const char *sql, const RmMigration *m, AttrNumber attnum, bool for
 	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum),
 	CStringGetTextDatum(rm_built_prefix(m, forward))};
 
-	if (SPI_execute_with_args(sql, 3, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the materialized views");
+	rm_catalog_query(sql, 3, types, v);
 }
 
 /* copies of what reads the column in force, those that others read first */

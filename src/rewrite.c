@@ -395,14 +395,13 @@ refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
 	Oid			types[] = {OIDOID, INT2OID, OIDOID};
 	Datum		v[] = {ObjectIdGetDatum(RelationGetRelid(rel)), Int16GetDatum(attnum), ObjectIdGetDatum(new_type)};
 
-	if (SPI_execute_with_args("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
-							  /* the column keeps its place, its number and its constraints */
-							  " WHERE kind OPERATOR(pg_catalog.<>) ALL (ARRAY['exclusion constraint',"
-							  " 'deferrable constraint', 'publication', 'publication column list',"
-							  " 'security label', 'column alias list', 'row constructor'])"
-							  " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $3)",
-							  3, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read what is in the way");
+	rm_catalog_query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
+					 /* the column keeps its place, its number and its constraints */
+					 " WHERE kind OPERATOR(pg_catalog.<>) ALL (ARRAY['exclusion constraint',"
+					 " 'deferrable constraint', 'publication', 'publication column list',"
+					 " 'security label', 'column alias list', 'row constructor'])"
+					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $3)",
+					 3, types, v);
 	rm_refuse_obstacles(rm_method_online_rewrite.name, RelationGetRelid(rel), attnum);
 }
 
@@ -456,9 +455,7 @@ ground_of(Oid relid)
 	Oid			types[] = {OIDOID};
 	Datum		v[] = {ObjectIdGetDatum(relid)};
 
-	if (SPI_execute_with_args("SELECT risky_migrations.rewrite_ground($1)", 1, types, v, NULL,
-							  false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the fingerprint");
+	rm_catalog_query("SELECT risky_migrations.rewrite_ground($1)", 1, types, v);
 	return rm_result_text(0, 1);
 }
 
@@ -758,6 +755,31 @@ drop_tables(const RmMigration *m, const RmRewrite *rw)
 }
 
 /*
+ * Has the change made on an empty copy of the table: raises what PostgreSQL says
+ * of it.  Nothing is left of the copy.  The caller holds a lock on the table.
+ * Needs SPI.
+ */
+static Twin
+rehearse_on_twin(RmMigration *m)
+{
+	Twin		twin = {.m = m,.cxt = CurrentMemoryContext};
+	ErrorData  *error = rm_rehearse(ask_twin, &twin, CurrentMemoryContext);
+
+	if (error == NULL)
+		return twin;
+	if (error->detail == NULL)
+		error->detail = psprintf("The change was tried on an empty copy of %s; ALTER TABLE would refuse it too.",
+								 m->relation);
+	ReThrowError(error);
+}
+
+void
+rm_rewrite_rehearse(RmMigration *m)
+{
+	(void) rehearse_on_twin(m);
+}
+
+/*
  * The first transaction of "begin": shadow and log, beside everybody.  Whatever
  * there is of an earlier try is dropped.
  */
@@ -766,25 +788,17 @@ rm_rewrite_make_tables(RmRun *run)
 {
 	RmMigration *m = run->m;
 	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id,.tree = m->tree};
-	Twin		twin = {.m = m,.cxt = CurrentMemoryContext};
+	Twin		twin;
 	RmRewrite	rw = {.id = m->id};
 	Relation	rel;
 	Relation	key;
-	ErrorData  *error;
 
 	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
 	rel = table_open(m->relid, NoLock);
 	rm_check_owner(m->relid, m->relation);
 	rm_rewrite_refuse(rel, &def);
 	drop_tables(m, rm_rewrite_load(m));
-	error = rm_rehearse(ask_twin, &twin, CurrentMemoryContext);
-	if (error)
-	{
-		if (error->detail == NULL)
-			error->detail = psprintf("The change was tried on an empty copy of %s; ALTER TABLE would refuse it too.",
-									 m->relation);
-		ReThrowError(error);
-	}
+	twin = rehearse_on_twin(m);
 
 	rw.key_index = find_key_index(rel);
 	key = index_open(rw.key_index, AccessShareLock);
@@ -886,6 +900,7 @@ typedef struct Indexes
 	RmRewrite  *rw;
 	MemoryContext cxt;
 	List	   *wanted;			/* the key first */
+	bool		changed;		/* by somebody, since the twin was made */
 } Indexes;
 
 /*
@@ -936,7 +951,11 @@ ask_for_indexes(void *arg)
 		Wanted	   *w;
 
 		if (!OidIsValid(oid))
-			elog(ERROR, "the twin of %s has no index for %u", i->m->relation, original);
+		{
+			/* the lock on the table lets CREATE INDEX pass */
+			i->changed = true;
+			break;
+		}
 		index = index_open(oid, AccessShareLock);
 		oldcxt = MemoryContextSwitchTo(i->cxt);
 		w = palloc(sizeof(Wanted));
@@ -949,7 +968,10 @@ ask_for_indexes(void *arg)
 	table_close(rel, NoLock);
 }
 
-/* the indexes that the shadow is to have; the table's definition is locked */
+/*
+ * The indexes that the shadow is to have, NIL if somebody has just made one.  The
+ * columns are locked.
+ */
 static List *
 wanted_indexes(RmMigration *m, RmRewrite *rw)
 {
@@ -958,7 +980,7 @@ wanted_indexes(RmMigration *m, RmRewrite *rw)
 
 	if (error)
 		ReThrowError(error);
-	return i.wanted;
+	return i.changed ? NIL : i.wanted;
 }
 
 /* drops those of the shadow's indexes whose original is not there any more */
@@ -1010,11 +1032,14 @@ index_apply(RmRun *run)
 	IndexWork  *work = run->work;
 	List	   *wanted;
 	ListCell   *lc;
+	char	   *fingerprint;
 	int			built = 0;
 
 	rel = rm_rewrite_open(run, rw, AccessShareLock);
 	if (rel == NULL)
 		return RM_STEP_BACK;
+	/* what changes after this is seen by those who compare it */
+	fingerprint = rm_catalog_fingerprint(m->relid, CurrentMemoryContext);
 	if (work == NULL)
 	{
 		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
@@ -1027,6 +1052,8 @@ index_apply(RmRun *run)
 	}
 	table_close(rel, NoLock);
 	wanted = wanted_indexes(m, rw);
+	if (wanted == NIL)
+		return RM_STEP_AGAIN;
 	run->progress.blocks_total = list_length(wanted);
 	foreach(lc, wanted)
 	{
@@ -1045,7 +1072,7 @@ index_apply(RmRun *run)
 		return RM_STEP_AGAIN;
 	}
 	drop_stale_indexes(m, rw, wanted);
-	m->fingerprint = rm_catalog_fingerprint(m->relid, CurrentMemoryContext);
+	m->fingerprint = fingerprint;
 	return RM_STEP_DONE;
 }
 

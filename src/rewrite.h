@@ -98,6 +98,7 @@ typedef struct RmTransfer
 extern RmRewrite *rm_rewrite_load(const RmMigration *m);
 extern void rm_rewrite_save(const RmRewrite *rw);
 extern void rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel);
+extern void rm_rewrite_rehearse(RmMigration *m);
 extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
 extern Oid	rm_rewrite_shadow_index(const RmMigration *m, Oid original);
 extern Oid	rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw);

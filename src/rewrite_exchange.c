@@ -311,10 +311,9 @@ foreign_keys(const RmMigration *m)
 	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(m->attnum)};
 	List	   *list = NIL;
 
-	if (SPI_execute_with_args("SELECT relid::int8, peer::int8, drop_sql, add_sql, comment_sql, validate_sql"
-							  " FROM risky_migrations.column_foreign_keys($1, $2)",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the foreign keys");
+	rm_catalog_query("SELECT relid::int8, peer::int8, drop_sql, add_sql, comment_sql, validate_sql"
+					 " FROM risky_migrations.column_foreign_keys($1, $2)",
+					 2, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		ForeignKey *k = palloc(sizeof(ForeignKey));

@@ -109,6 +109,30 @@ get_plan(const char *sql, int nargs, Oid *argtypes)
 	return plan;
 }
 
+/*
+ * Until the GUC nest level ends.  Queries over the catalogs look costly to the
+ * planner and are through in milliseconds; to compile them takes much longer.
+ */
+static void
+without_jit(void)
+{
+	(void) set_config_option("jit", "off", PGC_USERSET, PGC_S_SESSION, GUC_ACTION_SAVE,
+							 true, 0, false);
+}
+
+void
+rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
+{
+	int			save_nestlevel = NewGUCNestLevel();
+	int			rc;
+
+	without_jit();
+	rc = SPI_execute_with_args(sql, nargs, argtypes, values, NULL, false, 0);
+	AtEOXact_GUC(false, save_nestlevel);
+	if (rc != SPI_OK_SELECT)
+		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
+}
+
 void
 rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
 				 const char *nulls)
@@ -125,6 +149,7 @@ rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
 						   save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
 	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
 							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	without_jit();
 
 	plan = get_plan(sql, nargs, argtypes);
 	rc = SPI_execute_plan(plan, values, nulls, false, 0);

@@ -36,6 +36,13 @@ extern Oid	rm_state_owner(void);
 extern void rm_state_execute(const char *sql, int nargs, Oid *argtypes,
 							 Datum *values, const char *nulls);
 
+/*
+ * Runs one query over the catalogs, usually one of the extension's functions that
+ * read them, through SPI as the current role and with the current search_path.
+ * Needs what rm_state_execute needs, and leaves its result there.
+ */
+extern void rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values);
+
 /* fields of the current SPI_tuptable; row and column count from 0 and 1 */
 extern bool rm_result_isnull(int row, int col);
 extern Datum rm_result_datum(int row, int col);

@@ -303,6 +303,12 @@ rm_spec_use_method(RmMigrationSpec *spec, const RmMethod *method)
 						method->name),
 				 errdetail("It changes the table in one transaction."),
 				 errhint("Use the method three_step, or leave cut_over out.")));
+	if (spec->reverse_expr && method == &rm_method_online_rewrite)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("reverse_expr is not possible with the method %s", method->name),
+				 errdetail("It keeps no old column: after the cut-over the way back is a migration of its own."),
+				 errhint("Use the method three_step, or leave reverse_expr out.")));
 }
 
 /*
@@ -427,6 +433,8 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 	/* PostgreSQL itself says whether it could do it, on an empty copy */
 	if (spec->new_column)
 		(void) rm_dependents_derive(m, true, CurrentMemoryContext);
+	else if (spec->method == &rm_method_online_rewrite)
+		rm_rewrite_rehearse(m);
 	return m;
 }
 

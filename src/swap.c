@@ -708,10 +708,9 @@ check_nothing_left_behind(const RmMigration *m, AttrNumber attnum)
 	Oid			types[] = {OIDOID, INT2OID};
 	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
 
-	if (SPI_execute_with_args("SELECT pg_catalog.string_agg(l, ', ')"
-							  " FROM risky_migrations.column_left_behind($1, $2) l",
-							  2, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read what is left behind");
+	rm_catalog_query("SELECT pg_catalog.string_agg(l, ', ')"
+					 " FROM risky_migrations.column_left_behind($1, $2) l",
+					 2, types, v);
 	if (!rm_result_isnull(0, 1))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -1315,15 +1314,14 @@ refuse_new_dependents(RmRun *run, List *list)
 	v[1] = Int16GetDatum(m->new_attnum);
 	v[2] = rm_settings_array(names);
 	v[3] = CStringGetTextDatum(rm_built_prefix(m, true));
-	if (SPI_execute_with_args("SELECT string_agg(pg_catalog.format('%s %s', kind, name), ', ')"
-							  " FROM risky_migrations.member_columns($1, $2) m, LATERAL"
-							  " risky_migrations.dependents(m.member, m.number, 0::smallint, m.member, m.number, '', '', $4)"
-							  " WHERE coalesce(build_name, build_sql, make_sql, validate_sql) IS NOT NULL"
-							  " AND kind <> 'not null' AND name <> ALL ($3)"
-							  /* what another migration keeps for its own way back */
-							  " AND name !~ '^rm_[no]_[0-9]+_[0-9]+$'",
-							  4, types, v, NULL, false, 0) != SPI_OK_SELECT)
-		elog(ERROR, "could not read the dependents");
+	rm_catalog_query("SELECT string_agg(pg_catalog.format('%s %s', kind, name), ', ')"
+					 " FROM risky_migrations.member_columns($1, $2) m, LATERAL"
+					 " risky_migrations.dependents(m.member, m.number, 0::smallint, m.member, m.number, '', '', $4)"
+					 " WHERE coalesce(build_name, build_sql, make_sql, validate_sql) IS NOT NULL"
+					 " AND kind <> 'not null' AND name <> ALL ($3)"
+					 /* what another migration keeps for its own way back */
+					 " AND name !~ '^rm_[no]_[0-9]+_[0-9]+$'",
+					 4, types, v);
 	if (!rm_result_isnull(0, 1))
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),

@@ -50,11 +50,8 @@ name_twins(Oid relid, Oid twin, const char *prefix)
 	Datum		v[] = {ObjectIdGetDatum(relid), ObjectIdGetDatum(twin), CStringGetTextDatum(prefix)};
 	List	   *commands = NIL;
 	ListCell   *lc;
-	int			rc = SPI_execute_with_args("SELECT command FROM risky_migrations.name_twins($1, $2, $3)",
-										   3, types, v, NULL, false, 0);
 
-	if (rc != SPI_OK_SELECT)
-		elog(ERROR, "SPI returned %s", SPI_result_code_string(rc));
+	rm_catalog_query("SELECT command FROM risky_migrations.name_twins($1, $2, $3)", 3, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		commands = lappend(commands, rm_result_text(i, 1));
 	foreach(lc, commands)

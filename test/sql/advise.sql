@@ -95,7 +95,7 @@ CREATE TABLE kinds (
 ALTER TABLE kinds DROP COLUMN gone, DROP COLUMN gone_too;
 ALTER TABLE kinds ADD COLUMN later int DEFAULT 7;
 INSERT INTO kinds SELECT g, g, g, g, g, g, g, timestamp '2024-01-01' + g * interval '1 s', now(), interval '1 s', g, '101', g, g, ARRAY[g::text],
-	'{}', int4range(g, g + 1) FROM generate_series(1, 10001) g;
+	'{}', CASE WHEN g < 100 THEN int4range(g, g + 1) END FROM generate_series(1, 10001) g;
 ALTER TABLE kinds ADD CONSTRAINT vn_unproven CHECK (vn <> 'never') NOT VALID;
 ANALYZE kinds;
 SELECT p.* FROM (VALUES
@@ -221,15 +221,15 @@ SELECT rewrites, method, reason, refusals FROM rm_advise('whole', 'a', 'bigint')
 CREATE TABLE bad_default (a text DEFAULT 'none');
 SELECT rewrites, method, refusals FROM rm_advise('bad_default', 'a', 'int', 'a::int');
 SELECT method, refusals FROM rm_advise('kinds', 'o', 'short_text', 'o::text');
+CREATE TABLE keyless AS SELECT o FROM kinds;
+SELECT method, refusals FROM rm_advise('keyless', 'o', 'short_text', 'o::text');
 
 -- 8. auto does what was advised
 SET client_min_messages = warning;
 CALL rm_alter_type('watched', 'w', 'bigint', method => 'auto');
-CALL rm_cleanup();
 CALL rm_alter_type('counted', 'v', 'bigint', method => 'auto');
 CALL rm_alter_type('kinds', 'nn', 'text', method => 'auto');
 CALL rm_alter_type('visit', 'prev', 'bigint', method => 'auto');
-CALL rm_cleanup();
 CALL rm_alter_type('visit', 'prev', 'bigint', method => 'direct');
 SELECT relation, method, method_reason, state FROM rm_migrations ORDER BY id DESC LIMIT 5;
 SELECT attrelid::regclass, attname, atttypid::regtype FROM pg_attribute
@@ -243,13 +243,18 @@ CALL rm_rollback();
 CALL rm_alter_type('counted', 'v', 'int', method => 'auto', on_error => 'null');
 SELECT method, method_reason FROM rm_migrations ORDER BY id DESC LIMIT 1;
 CALL rm_rollback();
+-- a way back is asked for: of those who are not refused anyway only three_step has one
+CALL rm_alter_type('visit', 'twice', 'bigint', method => 'auto', reverse_expr => 'twice::int');
+SELECT method, method_reason FROM rm_migrations ORDER BY id DESC LIMIT 1;
+CALL rm_rollback();
+CALL rm_alter_type('visit', 'twice', 'bigint', method => 'online_rewrite', reverse_expr => 'twice::int');
 RESET client_min_messages;
 -- it says so
 BEGIN;
 SELECT rm_start('counted', 'v', 'numeric', method => 'auto') > 0;
 ROLLBACK;
 \set VERBOSITY default
-CALL rm_alter_type('kinds', 'o', 'short_text', 'o::text', 'auto');
+CALL rm_alter_type('keyless', 'o', 'short_text', 'o::text', 'auto');
 \echo SQLSTATE :SQLSTATE
 CALL rm_alter_type('bad_default', 'a', 'int', 'a::int', 'auto');
 \echo SQLSTATE :SQLSTATE
