@@ -98,6 +98,7 @@ typedef struct Lab
 	RmMigration *direct_small;	/* done, or NULL */
 	RmMigration *direct_large;
 	RmMigration *three_step;	/* open, or NULL */
+	RmMigration *rewrite;		/* of a comparison: open or done, or NULL */
 } Lab;
 
 static const char *const targets[] = {"zero", "0001", "0002", "0003", "0004", "0005"};
@@ -183,7 +184,7 @@ look(void *arg)
 	Lab		   *lab = arg;
 
 	find_tables(lab);
-	lab->direct_small = lab->direct_large = lab->three_step = NULL;
+	lab->direct_small = lab->direct_large = lab->three_step = lab->rewrite = NULL;
 	if (!OidIsValid(lab->large_relid))
 		return;
 	rm_check_owner(lab->small_relid, SMALL);
@@ -191,6 +192,16 @@ look(void *arg)
 	lab->direct_small = find_migration(lab, lab->small_relid, "direct", "done");
 	lab->direct_large = find_migration(lab, lab->large_relid, "direct", "done");
 	lab->three_step = find_migration(lab, lab->large_relid, "three_step", "open");
+	lab->rewrite = find_migration(lab, lab->large_relid, "online_rewrite", "open");
+	if (lab->rewrite == NULL)
+		lab->rewrite = find_migration(lab, lab->large_relid, "online_rewrite", "done");
+}
+
+/* is the rewrite begun, and not at its end? */
+static bool
+is_open(const RmMigration *m)
+{
+	return m && strcmp(m->state, "open") == 0;
 }
 
 /* number of steps of three_step that are done; 0 also if there is none */
@@ -455,6 +466,31 @@ start_three_step(Lab *lab)
 	(void) rm_migration_start(&spec);
 }
 
+/*
+ * online_rewrite of the large table, from 0001.  It is none of the lab's
+ * migrations: it ends with the lab's being dropped.
+ */
+static void
+run_rewrite(Lab *lab)
+{
+	RmMigrationSpec spec = {
+		.method = &rm_method_online_rewrite,
+		.relid = lab->large_relid,
+		.column = "created_at",
+		.new_type = "timestamp",
+		.using_expr = USING_EXPR,
+	};
+
+	(void) rm_migration_start(&spec);
+	for (;;)
+	{
+		rm_transaction(look, lab);
+		if (!is_open(lab->rewrite))
+			break;
+		rm_run_step(lab->rewrite, lab->rewrite->steps_done, false, RM_DEFAULT_BATCH);
+	}
+}
+
 /* goes to the target, an index of targets; the caller holds the lab's lock */
 static void
 go_to(Lab *lab, int target)
@@ -468,10 +504,19 @@ go_to(Lab *lab, int target)
 	{
 		if (lab->three_step)
 			rm_migration_revert(lab->three_step, 0);
+		if (is_open(lab->rewrite))
+			rm_migration_revert(lab->rewrite, 0);
 		if (OidIsValid(lab->known_large))
 			rm_run_free_step("lab", &create_tables, true, lab);
 		return;
 	}
+	if (lab->rewrite)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("%s has been rewritten by rm_compare", lab_sql(lab->nspid, LARGE)),
+				 errdetail("Migration %lld of the method online_rewrite is %s.",
+						   (long long) lab->rewrite->id, lab->rewrite->state),
+				 errhint("CALL rm_migrate('zero') first.")));
 	if (target != 2 && (lab->direct_small || lab->direct_large))
 		revert_direct(lab);
 	if (steps_done(lab) > want_steps ||
@@ -1066,6 +1111,16 @@ do_forget_probes(void *arg)
 					 v, NULL);
 }
 
+/* to one of the lab's targets, or -1 for online_rewrite */
+static void
+migrate(Compare *c, int target)
+{
+	if (target < 0)
+		run_rewrite(&c->lab);
+	else
+		go_to(&c->lab, target);
+}
+
 /* one approach from a fresh lab to the recorded result */
 static void
 compare_approach(Compare *c, const char *approach, int target)
@@ -1090,7 +1145,7 @@ compare_approach(Compare *c, const char *approach, int target)
 	PG_TRY();
 	{
 		rm_transaction(do_quiet, c);
-		go_to(&c->lab, target);
+		migrate(c, target);
 		rm_transaction(do_last_step, c);
 		rm_transaction(do_quiet, c);
 	}
@@ -1158,6 +1213,7 @@ rm_compare(PG_FUNCTION_ARGS)
 		rm_transaction(do_stop_probes, &c);
 		rm_transaction(do_forget_probes, &c);
 		compare_approach(&c, "direct", 2);
+		compare_approach(&c, "online_rewrite", -1);
 		compare_approach(&c, "three_step", 5);
 	}
 	PG_FINALLY();

@@ -17,13 +17,14 @@ ORDER BY position;
 CREATE EXTENSION risky_migrations;
 
 \echo The same change of a column from varchar to timestamp, on equal tables of :rows
-\echo rows: first directly, by ALTER TABLE, then in three steps.  All the while one
-\echo probe reads the table and one writes to it, and they note how long each took.
+\echo rows: first directly, by ALTER TABLE, then by rewriting it beside its users, then
+\echo in three steps.  All the while one probe reads the table and one writes to it, and
+\echo they note how long each took.
 \echo
 CALL rm_compare(:rows);
 
 \echo
-\echo What the two ways cost (times in milliseconds):
+\echo What the three ways cost (times in milliseconds):
 SELECT * FROM rm_comparison() \gx
 
 \echo When it happened, and how long the probes had to wait:

@@ -159,7 +159,7 @@ SELECT count(*) FILTER (WHERE running) AS running, count(*) FILTER (WHERE NOT ru
 SELECT max(length(t)) <= 100 AS narrow_enough, count(*) FROM rm_timeline() t;
 SELECT n, rtrim(left(t, 24)) AS label, substr(t, 25, 2) AS "from", substr(t, 87, 1) AS "to",
 	CASE WHEN t = '' THEN 'empty'
-		WHEN rtrim(left(t, 24)) IN ('direct', 'three_step') THEN 'scale: ' || regexp_replace(substr(t, 89), '[0-9,.]+', 'N')
+		WHEN rtrim(left(t, 24)) IN ('direct', 'online_rewrite', 'three_step') THEN 'scale: ' || regexp_replace(substr(t, 89), '[0-9,.]+', 'N')
 		WHEN substr(t, 27, 60) ~ '^ *█+ *$' THEN 'one bar, ' || regexp_replace(substr(t, 89), '[0-9,]+', 'N')
 		WHEN substr(t, 27, 60) ~ '^[ ·▒▓█]+$' THEN 'probe, ' || regexp_replace(substr(t, 89), '[0-9,]+', 'N')
 		ELSE t END AS what
