@@ -923,6 +923,7 @@ backfill_retry(RmRun *run, ErrorData *error)
 const RmStep rm_step_backfill = {
 	.name = "backfill",
 	.throttled = true,
+	.writes_pages = true,
 	.apply = backfill_apply,
 	.revert = rm_backfill_revert,
 	.committed = backfill_committed,

@@ -24,7 +24,8 @@
  *
  *	rm_lock_account_collect() reads our own entries from the lock table just
  *	before commit: all modes that statements took inside themselves.  For
- *	those the hold is an upper bound (since the transaction began), the wait
+ *	those the hold is an upper bound (since the transaction began, or since the
+ *	set of strong locks was there that came before all others), the wait
  *	is not known, and both are marked so.
  *
  *	rm_lock_watch() does the same in a worker, whose statement commits in its
@@ -136,7 +137,7 @@ rm_lock_account_begin(RmLockAccount *account)
 
 	INSTR_TIME_SET_CURRENT(account->xact_start);
 	release_armed = true;
-	account->blocking = false;
+	account->blocking = account->strong = false;
 	account->vacuumed = InvalidOid;
 	account->set_size = 1;
 	account->missed = false;
@@ -277,7 +278,7 @@ note_lock(RmLockAccount *account, LOCKMODE mode, Form_pg_class form, const char 
 	if (!stat->current)
 	{
 		stat->current = true;
-		stat->acquired = account->xact_start;
+		stat->acquired = account->strong && mode >= ShareLock ? account->strong_from : account->xact_start;
 		stat->current_bound = true;
 	}
 	return stat;
@@ -829,6 +830,20 @@ let_go(RmLockAccount *account, List *relids, int first, int n, LOCKMODE mode)
 				 now);
 }
 
+/* has this transaction a lock on a relation that blocks writers of it? */
+static bool
+holds_strong_lock(void)
+{
+	LockData   *data = GetLockStatusData();
+	bool		found = false;
+
+	for (int i = 0; i < data->nelements && !found; i++)
+		found = data->locks[i].pid == MyProcPid &&
+			data->locks[i].locktag.locktag_type == LOCKTAG_RELATION &&
+			data->locks[i].holdMask >= LOCKBIT_ON(ShareLock);
+	return found;
+}
+
 /*
  * Takes a lock on each of the relations: one of them is waited for, bounded as
  * above, the others are taken only if they fall free while others stand for
@@ -854,6 +869,7 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 {
 	int			n = list_length(relids);
 	bool		held = holds_something(account);
+	bool		first_strong = mode >= ShareLock && !account->strong && !holds_strong_lock();
 	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), rm_lock_timeout);
 
 	account->set_size = n;
@@ -879,6 +895,11 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 			if (n > 1)
 				account->waited_for = list_nth_oid(relids, first);
 			bound_wait(rm_lock_timeout);
+			if (first_strong)
+			{
+				account->strong = true;
+				INSTR_TIME_SET_CURRENT(account->strong_from);
+			}
 			return;
 		}
 

@@ -66,6 +66,8 @@ typedef struct RmLockAccount
 	MemoryContext cxt;
 	List	   *stats;			/* of RmLockStat */
 	instr_time	xact_start;		/* bound for locks taken inside statements */
+	bool		strong;			/* a set of locks that block writers was taken */
+	instr_time	strong_from;	/* then; before, no such lock was held at all */
 	bool		blocking;		/* a lock of this transaction blocks writers */
 	bool		complete;		/* the lock table has been read for these modes */
 	Oid			vacuumed;		/* not asked for: see rm_lock_relation() */

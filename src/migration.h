@@ -90,6 +90,7 @@ typedef struct RmStep
 {
 	const char *name;
 	bool		throttled;		/* its first transaction may be held back */
+	bool		writes_pages;	/* so much that their images in the WAL are compressed */
 	/* does one transaction's worth of work */
 	RmStepResult (*apply) (RmRun *run);
 	/* undoes the whole step, likewise */
@@ -100,6 +101,12 @@ typedef struct RmStep
 	bool		(*retry) (RmRun *run, ErrorData *error);
 	/* before an error is reported: adds what a user should know */
 	void		(*explain) (RmRun *run, ErrorData *error);
+	/*
+	 * Of a method's first step, that has failed and left the table as it was: drops
+	 * what its earlier transactions have made.  Has a transaction and SPI, and takes
+	 * no lock on the table.
+	 */
+	void		(*abandon) (RmMigration *m);
 	/* not run as one of all steps: only when the user says so */
 	bool		on_request;
 	/* cut_over => 'manual' stops before it */

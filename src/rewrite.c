@@ -18,7 +18,7 @@
  *	verify		see rewrite_verify.c
  *	cut_over	see rewrite_exchange.c
  *	finish		foreign keys that were carried over unproven are proven; ANALYZE
- *				where a statistics object or an index expression needs it.
+ *				where there are statistics objects.
  *
  * What the shadow must look like is not for us to say: PostgreSQL is asked.  A
  * twin (twin.c) on which the very ALTER has been run tells what the column
@@ -862,10 +862,18 @@ begin_revert(RmRun *run)
 	return RM_STEP_DONE;
 }
 
+/* shadow and log, which nobody knows but us: the trigger is not there yet */
+static void
+begin_abandon(RmMigration *m)
+{
+	drop_tables(m, rm_rewrite_load(m));
+}
+
 const RmStep rm_step_rewrite_begin = {
 	.name = "begin",
 	.apply = begin_apply,
 	.revert = begin_revert,
+	.abandon = begin_abandon,
 };
 
 /* the way back of the steps that only fill what "begin" has made */
@@ -1098,6 +1106,7 @@ index_explain(RmRun *run, ErrorData *error)
 const RmStep rm_step_rewrite_index = {
 	.name = "index",
 	.throttled = true,
+	.writes_pages = true,
 	.apply = index_apply,
 	.revert = rm_rewrite_nothing,
 	.explain = index_explain,

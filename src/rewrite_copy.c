@@ -445,6 +445,7 @@ copy_committed(RmRun *run, RmStepResult result)
 const RmStep rm_step_rewrite_copy = {
 	.name = "copy",
 	.throttled = true,
+	.writes_pages = true,
 	.apply = copy_apply,
 	.revert = rm_rewrite_nothing,
 	.committed = copy_committed,

@@ -23,7 +23,7 @@
  *	shadow, log and trigger go.
  *
  * "finish" proves the foreign keys, beside everybody, so that they are what they
- * were.
+ * were, and lets ANALYZE fill the statistics objects again.
  *
  * Who may be under way: nobody who has touched the table.  A transaction with a
  * snapshot taken after the last round but before the exchange, which first reads
@@ -693,6 +693,21 @@ const RmStep rm_step_rewrite_cut_over = {
  *-------------------------------------------------------------------------
  */
 
+/*
+ * Statistics objects have lost what they had gathered with the ALTER TABLE, as
+ * they do in an ordinary one.
+ */
+static void
+analyze_where_needed(const RmMigration *m)
+{
+	Relation	rel = table_open(m->relid, NoLock);
+	bool		needed = RelationGetStatExtList(rel) != NIL;
+
+	table_close(rel, NoLock);
+	if (needed)
+		rm_execute(psprintf("ANALYZE %s", rm_relation_sql(m->relid)));
+}
+
 /* one proof each transaction: a scan that lets everybody read and write */
 static RmStepResult
 finish_apply(RmRun *run)
@@ -709,6 +724,7 @@ finish_apply(RmRun *run)
 	rm_check_owner(m->relid, m->relation);
 	if (sql == NULL)
 	{
+		analyze_where_needed(m);
 		rm_state_execute("DELETE FROM risky_migrations.rewrite WHERE migration_id = $1",
 						 1, types, v, NULL);
 		return RM_STEP_DONE;

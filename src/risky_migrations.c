@@ -63,6 +63,7 @@ int			rm_max_row_lock_time = 25;
 int			rm_workers = 1;
 int			rm_snapshot_timeout = 3600000;
 bool		rm_accept_publications = false;
+bool		rm_compress_wal = true;
 bool		rm_recreate_matviews = false;
 int			rm_end_blockers_after = 0;
 int			rm_launcher_interval = 60;
@@ -141,6 +142,13 @@ _PG_init(void)
 							 "Makes materialized views on the column again, and fills them.",
 							 "They are filled beside their readers, before the columns change places.",
 							 &rm_recreate_matviews, false, PGC_USERSET, 0,
+							 NULL, NULL, NULL);
+
+	/* who may not set wal_compression can turn this off, and nothing else */
+	DefineCustomBoolVariable("risky_migrations.compress_wal",
+							 "Compresses the pages that steps write to the WAL whole.",
+							 "With lz4, where the server has it and wal_compression is off.",
+							 &rm_compress_wal, true, PGC_USERSET, 0,
 							 NULL, NULL, NULL);
 
 	rm_throttle_init();

@@ -18,6 +18,7 @@ extern int	rm_max_row_lock_time;	/* milliseconds */
 extern int	rm_workers;		/* processes for one step, the runner included */
 extern int	rm_snapshot_timeout;	/* milliseconds */
 extern bool rm_accept_publications;
+extern bool rm_compress_wal;
 extern bool rm_recreate_matviews;
 extern int	rm_end_blockers_after;	/* milliseconds, 0: never */
 

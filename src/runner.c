@@ -563,6 +563,23 @@ advance_state(RmRun *run)
 }
 
 /*
+ * The images of whole pages, which are most of what a rewrite, a sort into an index
+ * or the first change of each page since a checkpoint leaves in the WAL.  Not with
+ * pglz: it costs more time than the WAL does.  Only superusers may set
+ * wal_compression, since the size of an image tells something of what else is on the
+ * page; here all of it is the table's, which is the caller's own.
+ */
+static void
+compress_page_images(void)
+{
+#ifdef USE_LZ4
+	if (rm_compress_wal && wal_compression == WAL_COMPRESSION_NONE)
+		(void) set_config_option("wal_compression", "lz4", PGC_SUSET, PGC_S_SESSION,
+								 GUC_ACTION_LOCAL, true, 0, false);
+#endif
+}
+
+/*
  * How the transaction commits.  With a lock that blocks others it must not
  * wait for standbys.
  */
@@ -612,6 +629,8 @@ begin_attempt(RmRun *run)
 	run->top_level = NULL;
 	run->may_hold = run->batch_ended = false;
 	run->wait_kind = run->wait_reason = NULL;
+	if (run->step->writes_pages)
+		compress_page_images();
 }
 
 /* one transaction of a step */

@@ -459,12 +459,15 @@ rm_migration_new(const RmMigrationSpec *spec)
 static void
 give_up(void *arg)
 {
+	RmMigration *m = arg;
 	Oid			types[] = {INT8OID};
-	Datum		v[] = {Int64GetDatum(((RmMigration *) arg)->id)};
+	Datum		v[] = {Int64GetDatum(m->id)};
 
 	rm_state_execute("UPDATE risky_migrations.migration SET state = 'rolled back'"
 					 " WHERE id = $1 AND steps_done = 0",
 					 1, types, v, NULL);
+	if (SPI_processed > 0 && m->method->steps[0]->abandon)
+		m->method->steps[0]->abandon(m);
 }
 
 /*

@@ -351,6 +351,10 @@ $node->safe_psql('postgres', 'CREATE ROLE reader; CREATE ROLE keeper LOGIN; GRAN
 $node->safe_psql('postgres', "CREATE TABLESPACE elsewhere LOCATION ''");
 $node->safe_psql('postgres', 'GRANT CREATE ON TABLESPACE elsewhere TO keeper, hoarder');
 
+# each scenario gets some databases that have the extension already
+$node->safe_psql('postgres', 'CREATE DATABASE kit');
+$node->safe_psql('kit', 'CREATE EXTENSION risky_migrations');
+
 # What pg_dump says of the scenario's schema, as comparable lines.
 sub dump_of
 {
@@ -379,9 +383,8 @@ sub make
 {
 	my ($db, $s, $column, $around) = @_;
 	(my $setup = $s->{setup}) =~ s/\bTHE_COLUMN\b/$column/g;
-	$node->safe_psql('postgres', "CREATE DATABASE $db");
+	$node->safe_psql('postgres', "CREATE DATABASE $db TEMPLATE kit");
 	$node->safe_psql($db, qq{
-CREATE EXTENSION risky_migrations;
 CREATE SCHEMA it AUTHORIZATION keeper;
 GRANT USAGE ON SCHEMA it TO reader;
 GRANT USAGE, CREATE ON SCHEMA it TO hoarder;
@@ -462,9 +465,8 @@ is($node->safe_psql('forth_1', q{SET search_path = it; INSERT INTO orders (x) VA
 # lock behind a reader: refused, for it would go with the column.
 {
 	my $name = 'while_going_back';
-	$node->safe_psql('postgres', "CREATE DATABASE $name");
+	$node->safe_psql('postgres', "CREATE DATABASE $name TEMPLATE kit");
 	$node->safe_psql($name, q{
-CREATE EXTENSION risky_migrations;
 CREATE TABLE item (id int PRIMARY KEY, v int);
 INSERT INTO item SELECT g, g FROM generate_series(1, 100) g});
 	$node->psql($name, q{CALL rm_alter_type('item', 'v', 'bigint')});

@@ -54,6 +54,7 @@ sub make_table
 		ALTER TABLE $name CLUSTER ON "$name U";
 		COMMENT ON COLUMN $name.v IS 'what';
 		COMMENT ON INDEX "$name U" IS 'why';
+		CREATE STATISTICS ${name}_st (ndistinct) ON v, want FROM $name;
 		CREATE VIEW ${name}_view WITH (security_barrier) AS SELECT id, v FROM $name WHERE v IS NOT NULL;
 		GRANT SELECT ON ${name}_view TO PUBLIC;
 		GRANT UPDATE (v) ON $name TO PUBLIC;
@@ -134,6 +135,7 @@ sql('ALTER TABLE twin DISABLE TRIGGER USER; DROP VIEW twin_view; ALTER TABLE twi
 is(dump_of('busy', 'it'), dump_of('twin', 'it'), 'the catalogs say what they do after ALTER TABLE');
 is(sql("SELECT string_agg(s.attname, ',' ORDER BY s.tablename, s.attname) FROM pg_stats s WHERE s.tablename = 'busy' AND attname = 'v' OR s.tablename = 'busy L'"),
 	'v,length', 'the column has statistics at once, and so has the index on an expression of it');
+is(sql("SELECT n_distinct IS NOT NULL FROM pg_stats_ext WHERE statistics_name = 'busy_st'"), 't', 'and a statistics object');
 sql('VACUUM FULL busy; REINDEX TABLE busy');
 check_rows('busy', 'after VACUUM FULL and REINDEX');
 
