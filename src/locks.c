@@ -746,9 +746,9 @@ refuse_gone(RmLockAccount *account, Oid relid)
 			 errdetail("It had the OID %u.", relid)));
 }
 
-/* does this transaction have a lock of rm_lock_relation()? */
+/* does this transaction have a lock of rm_lock_relation() that keeps out writers? */
 static bool
-holds_something(RmLockAccount *account)
+keeps_others_out(RmLockAccount *account)
 {
 	ListCell   *lc;
 
@@ -756,7 +756,7 @@ holds_something(RmLockAccount *account)
 	{
 		RmLockStat *stat = lfirst(lc);
 
-		if (stat->explicit && stat->current)
+		if (stat->explicit && stat->current && stat->mode >= ShareLock)
 			return true;
 	}
 	return false;
@@ -868,7 +868,7 @@ void
 rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries)
 {
 	int			n = list_length(relids);
-	bool		held = holds_something(account);
+	bool		held = keeps_others_out(account);
 	bool		first_strong = mode >= ShareLock && !account->strong && !holds_strong_lock();
 	TimestampTz deadline = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), rm_lock_timeout);
 

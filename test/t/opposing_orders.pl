@@ -51,7 +51,8 @@ foreach my $run (0, 1)
 }
 
 foreach my $case (
-	[ 'three_step', q{CALL rm_alter_type('city', 'id', 'bigint'); CALL rm_cleanup();}, q{SELECT pg_typeof(max(id)) FROM city}, 'bigint' ],
+	[ 'online_rewrite', q{CALL rm_alter_type('city', 'id', 'bigint', method => 'online_rewrite');}, q{SELECT pg_typeof(max(id)) FROM city}, 'bigint' ],
+	[ 'three_step', q{CALL rm_alter_type('city', 'id', 'int'); CALL rm_cleanup();}, q{SELECT pg_typeof(max(id)) FROM city}, 'integer' ],
 	[ 'direct', q{CALL rm_alter_type('city', 'code', 'varchar(100)', method => 'direct');},
 		q{SELECT count(*) FROM rm_migrations WHERE method = 'direct' AND state = 'done'}, '1' ])
 {
