@@ -351,6 +351,8 @@ foreach my $how ('the worker is terminated', 'the server is killed')
 	}
 	else
 	{
+		# the backfill commits without waiting for the disk; who does wait takes it along
+		sql('CREATE TABLE waited_for ()');
 		$node->stop('immediate');
 		$blocker->{run}->finish;
 		$node->start;
