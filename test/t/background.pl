@@ -224,7 +224,7 @@ becomes($waits, '1', 'it waits for its lock again');
 sql("SELECT rm_pause($id)");
 logged(qr/migration $id is paused by role/, 'paused again');
 sql("SELECT rm_cancel($id)");
-becomes("SELECT running_pid IS NULL FROM rm_migrations WHERE id = $id", 't', 'cancelled while it is paused');
+becomes("SELECT running_pid IS NULL AND last_step_state = 'failed' FROM rm_migrations WHERE id = $id", 't', 'cancelled while it is paused');
 is( stands($id, 'run_state, last_step_state, sqlstate, message, next_call'),
 	"cancelled|failed|57014|migration $id was cancelled by role \""
 	  . sql('SELECT current_user') . "\"|SELECT rm_resume($id)",
