@@ -636,6 +636,8 @@ for my $drop ('DROP DATABASE other', 'DROP DATABASE other WITH (FORCE)')
 	# samples are committed asynchronously; this commit takes them along
 	$session->query_safe('CREATE TABLE synchronous ()');
 	kill 'KILL', $pid;
+	# as soon as the postmaster knows of its end it takes no sessions
+	usleep(1_000) while kill 0, $pid;
 	eval { $session->quit };
 	for (1 .. 300)
 	{

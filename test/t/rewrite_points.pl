@@ -15,6 +15,7 @@ use lib "$FindBin::RealBin/../perl";
 use LabServer;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(usleep);
 
 my $node = start_server('rewrite_points', q{
 autovacuum = off
@@ -72,8 +73,16 @@ sub dump_of_tables
 sub broken_off
 {
 	my ($call, $at, $kill) = @_;
-	my ($status, undef, $err) = $node->psql('postgres', "SELECT setval('points', 1, false); SET point.at = $at; SET point.kill = $kill;\n$call");
-	comes_back($node) or die 'the server does not come back' if $kill eq 'on';
+	my ($status, $out, $err) = $node->psql('postgres',
+		"SELECT pg_backend_pid(); SELECT setval('points', 1, false); SET point.at = $at; SET point.kill = $kill;\n$call");
+	if ($kill eq 'on' && $status != 0)
+	{
+		my ($pid) = split /\n/, $out;
+
+		# as soon as the postmaster knows of its end it takes no sessions
+		usleep(1_000) while kill 0, $pid;
+		comes_back($node) or die 'the server does not come back';
+	}
 	return ($status, $err);
 }
 

@@ -17,6 +17,7 @@ use LabServer;
 use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(usleep);
 
 my $rows = 60000;
 my $node = start_server('workers', q{
@@ -192,6 +193,8 @@ for my $case (
 	else
 	{
 		kill $signal, $pid;
+		# as soon as the postmaster knows of its end it takes no sessions
+		usleep(1_000) while $signal eq 'KILL' && kill 0, $pid;
 		my $ended_well = finish_call($call);
 		is($ended_well ? 1 : 0, $whom eq 'helper' && $signal eq 'TERM' ? 1 : 0, "$name: the call") or diag $call->{err};
 		ok(comes_back($node), "$name: the server is there");
