@@ -342,20 +342,29 @@ static const RmStep create_tables = {
  *-------------------------------------------------------------------------
  */
 
-static void
-start_direct(Lab *lab, Oid relid)
+/* the change that the lab is about, by whatever method */
+static RmMigrationSpec
+change_by(const RmMethod *method, Oid relid)
 {
 	RmMigrationSpec spec = {
-		.method = &rm_method_direct,
+		.method = method,
 		.relid = relid,
 		.column = "created_at",
 		.new_type = "timestamp",
 		.using_expr = USING_EXPR,
-		.reverse_expr = REVERSE_EXPR,
-		.exact_check = EXACT_CHECK,
-		.reverse_check = REVERSE_CHECK,
 	};
 
+	return spec;
+}
+
+static void
+start_direct(Lab *lab, Oid relid)
+{
+	RmMigrationSpec spec = change_by(&rm_method_direct, relid);
+
+	spec.reverse_expr = REVERSE_EXPR;
+	spec.exact_check = EXACT_CHECK;
+	spec.reverse_check = REVERSE_CHECK;
 	(void) rm_migration_start(&spec);
 }
 
@@ -454,15 +463,9 @@ revert_direct(Lab *lab)
 static void
 start_three_step(Lab *lab)
 {
-	RmMigrationSpec spec = {
-		.method = &rm_method_three_step,
-		.relid = lab->large_relid,
-		.column = "created_at",
-		.new_type = "timestamp",
-		.using_expr = USING_EXPR,
-		.new_column = rm_shadow_column_name("created_at"),
-	};
+	RmMigrationSpec spec = change_by(&rm_method_three_step, lab->large_relid);
 
+	spec.new_column = rm_shadow_column_name(spec.column);
 	(void) rm_migration_start(&spec);
 }
 
@@ -473,13 +476,7 @@ start_three_step(Lab *lab)
 static void
 run_rewrite(Lab *lab)
 {
-	RmMigrationSpec spec = {
-		.method = &rm_method_online_rewrite,
-		.relid = lab->large_relid,
-		.column = "created_at",
-		.new_type = "timestamp",
-		.using_expr = USING_EXPR,
-	};
+	RmMigrationSpec spec = change_by(&rm_method_online_rewrite, lab->large_relid);
 
 	(void) rm_migration_start(&spec);
 	for (;;)
