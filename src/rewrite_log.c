@@ -11,10 +11,10 @@
  * is rolled back leaves nothing in either.
  *
  * The writer is an AFTER trigger for each row, ENABLE ALWAYS; TRUNCATE gives the
- * table other storage, which is seen by that.  AFTER, because only then is it known what the row has become.  It
- * stores its row below the executor, as TOAST and the catalogs do: whoever may
- * write the table needs no right on the log, and no policy or publication of
- * the user's gets in between.
+ * table other storage, which is seen by that.  AFTER, because only then is it
+ * known what the row has become.  It stores its row below the executor, as TOAST
+ * and the catalogs do: whoever may write the table needs no right on the log, and
+ * no policy or publication of the user's gets in between.
  *
  * A column of the log is called k<number of the table's column>; by these names
  * the trigger knows the key, and needs no state of the migration.
@@ -220,8 +220,7 @@ log_row(LogState *state, Relation log, TriggerData *trigdata)
  * rm_log_change() returns trigger
  *
  * Writes the keys of the row's old and new version into the change log of the
- * migration.  Errors: 39P01 if it is not called as
- * such a trigger.
+ * migration.  Errors: 39P01 if it is not called as such a trigger.
  */
 Datum
 rm_log_change(PG_FUNCTION_ARGS)
