@@ -61,6 +61,8 @@ CREATE TABLE risky_migrations.migration (
 	null_on_error boolean NOT NULL DEFAULT false,
 	ranges integer NOT NULL DEFAULT 0,
 	method_reason text,
+	-- what online_rewrite has to prove after the cut-over
+	to_prove text[] NOT NULL DEFAULT '{}',
 	created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 10);
 COMMENT ON TABLE risky_migrations.migration IS 'one requested change of one column''s type; one row of state';
@@ -117,7 +119,13 @@ CREATE TABLE risky_migrations.range (
 COMMENT ON TABLE risky_migrations.range IS 'ranges of pages on which several workers are at work: below next_block everything is done';
 
 CREATE TABLE risky_migrations.rewrite (
-	migration_id bigint PRIMARY KEY REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	migration_id bigint NOT NULL REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	-- the table that the shadow is of: the migration's, or a partition
+	relid oid NOT NULL,
+	-- steps of the method that are done for it
+	steps_done integer NOT NULL DEFAULT 0,
+	relfilenode oid NOT NULL DEFAULT 0,
+	end_block bigint NOT NULL DEFAULT 0,
 	shadow oid NOT NULL,
 	log oid NOT NULL,
 	key_index oid NOT NULL,
@@ -132,9 +140,10 @@ CREATE TABLE risky_migrations.rewrite (
 	shadow_blocks bigint NOT NULL DEFAULT 0,
 	verified tid NOT NULL DEFAULT '(0,1)',
 	rows_failed bigint NOT NULL DEFAULT 0,
-	to_prove text[] NOT NULL DEFAULT '{}'
+	fingerprint text,
+	PRIMARY KEY (migration_id, relid)
 );
-COMMENT ON TABLE risky_migrations.rewrite IS 'what online_rewrite keeps of a migration besides its row: shadow table, change log, and how far they are';
+COMMENT ON TABLE risky_migrations.rewrite IS 'what online_rewrite keeps of a migration besides its row, for each table that holds rows: shadow table, change log, and how far they are';
 
 CREATE TABLE risky_migrations.skipped_row (
 	migration_id bigint NOT NULL,
@@ -330,28 +339,6 @@ END;
 COMMENT ON FUNCTION risky_migrations.rewrite_ground(oid) IS
 	'changes with everything that a table''s shadow was made for: columns, CHECK constraints, owner, persistence';
 
-CREATE FUNCTION risky_migrations.column_foreign_keys(relid oid, attnum smallint)
-RETURNS TABLE (relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text)
-LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-	SELECT k.conrelid, k.confrelid,
-		format('ALTER TABLE ONLY %s DROP CONSTRAINT %I', r.name, k.conname),
-		format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s%s', r.name, k.conname, pg_get_constraintdef(k.oid),
-			CASE WHEN k.convalidated THEN ' NOT VALID' ELSE '' END),
-		CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
-			THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, r.name, obj_description(k.oid, 'pg_constraint')) END,
-		CASE WHEN k.convalidated THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', r.name, k.conname) END
-	FROM pg_constraint k
-	CROSS JOIN LATERAL (SELECT format('%I.%I', n.nspname, c.relname) AS name
-		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = k.conrelid) r
-	WHERE k.contype = 'f' AND k.conparentid = 0
-		AND (k.conrelid = column_foreign_keys.relid AND column_foreign_keys.attnum = ANY (k.conkey)
-			OR k.confrelid = column_foreign_keys.relid AND column_foreign_keys.attnum = ANY (k.confkey))
-	ORDER BY k.oid;
-END;
-COMMENT ON FUNCTION risky_migrations.column_foreign_keys(oid, smallint) IS
-	'foreign keys on a column, at either end, with the statements that drop them, add them NOT VALID, and prove them';
-
 CREATE FUNCTION risky_migrations.steady_text(value text) RETURNS text
 AS 'MODULE_PATHNAME', 'rm_steady_text' LANGUAGE C IMMUTABLE STRICT PARALLEL SAFE;
 COMMENT ON FUNCTION risky_migrations.steady_text(text) IS
@@ -481,6 +468,46 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION risky_migrations.member_columns(oid, smallint) IS
 	'the column in each of the table''s members, which may have another number there';
+
+CREATE FUNCTION risky_migrations.column_foreign_keys(relid oid, attnum smallint)
+RETURNS TABLE (relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text)
+LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT k.conrelid, k.confrelid,
+		format('ALTER TABLE ONLY %s DROP CONSTRAINT %I', r.name, k.conname),
+		format('ALTER TABLE ONLY %s ADD CONSTRAINT %I %s%s', r.name, k.conname, pg_get_constraintdef(k.oid),
+			CASE WHEN k.convalidated THEN ' NOT VALID' ELSE '' END),
+		CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
+			THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, r.name, obj_description(k.oid, 'pg_constraint')) END,
+		CASE WHEN k.convalidated THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', r.name, k.conname) END
+	FROM pg_constraint k
+	CROSS JOIN LATERAL (SELECT format('%I.%I', n.nspname, c.relname) AS name
+		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = k.conrelid) r
+	WHERE k.contype = 'f' AND k.conparentid = 0
+		AND EXISTS (SELECT FROM risky_migrations.member_columns(column_foreign_keys.relid, column_foreign_keys.attnum) m
+			WHERE k.conrelid = m.member AND m.number = ANY (k.conkey)
+				OR k.confrelid = m.member AND m.number = ANY (k.confkey))
+	ORDER BY k.oid;
+END;
+COMMENT ON FUNCTION risky_migrations.column_foreign_keys(oid, smallint) IS
+	'foreign keys on a column, at either end, with the statements that drop them, add them NOT VALID, and prove them';
+
+CREATE FUNCTION risky_migrations.rewrite_obstacles(relid oid, attnum smallint)
+RETURNS TABLE (kind text, name text, reason text, hint text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT 'foreign key', (pg_identify_object('pg_constraint'::regclass, k.oid, 0)).identity,
+		'it is one of a partitioned table, which cannot have it without proving all rows under its lock',
+		'Use the method three_step, or drop it and add it again afterwards.'
+	FROM risky_migrations.column_foreign_keys(rewrite_obstacles.relid, rewrite_obstacles.attnum) f
+	JOIN pg_class c ON c.oid = f.relid AND c.relkind = 'p'
+	JOIN pg_constraint k ON k.conrelid = f.relid AND k.confrelid = f.peer AND k.contype = 'f' AND k.conparentid = 0
+	WHERE EXISTS (SELECT FROM risky_migrations.member_columns(rewrite_obstacles.relid, rewrite_obstacles.attnum) m
+		WHERE k.conrelid = m.member AND m.number = ANY (k.conkey)
+			OR k.confrelid = m.member AND m.number = ANY (k.confkey));
+END;
+COMMENT ON FUNCTION risky_migrations.rewrite_obstacles(oid, smallint) IS
+	'what keeps online_rewrite from changing a column, besides column_obstacles(), which see';
 
 CREATE FUNCTION risky_migrations.column_dependents(relid oid, attnum smallint)
 RETURNS TABLE (classid oid, objid oid, relation oid, depth integer)

@@ -20,6 +20,13 @@
  *	finish		foreign keys that were carried over unproven are proven; ANALYZE
  *				where there are statistics objects.
  *
+ * A partitioned table is rewritten partition by partition: each that holds rows has
+ * a shadow, a log and a row of state of its own, with the steps that are done for it.
+ * A step takes one after the other (rm_rewrite_next()); the cut-over takes all at
+ * once.  Rows that move from one to another are deleted here and inserted there, for
+ * the logs as well.  The partitions are compared with the catalogs before each that
+ * is taken: what has come since is begun, with an S0 of its own.
+ *
  * What the shadow must look like is not for us to say: PostgreSQL is asked.  A
  * twin (twin.c) on which the very ALTER has been run tells what the column
  * becomes, which CHECK constraints the new rows have to satisfy and how the
@@ -60,6 +67,7 @@
 
 #include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/relation.h"
 #include "access/reloptions.h"
 #include "access/sysattr.h"
 #include "access/table.h"
@@ -78,9 +86,11 @@
 #include "commands/trigger.h"
 #include "common/hashfn.h"
 #include "compat.h"
+#include "crew.h"
 #include "dependents.h"
 #include "executor/executor.h"
 #include "executor/spi.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "nodes/makefuncs.h"
 #include "optimizer/optimizer.h"
@@ -103,47 +113,43 @@
 /* a migration may not last longer than xids can be told apart */
 #define MAX_XIDS UINT64CONST(1000000000)
 
+static void drop_tables(const RmMigration *m, const RmRewrite *rw);
+
+/* what takes the place of that table, or index */
 static char *
-shadow_name(int64 id)
+shadow_name(int64 id, Oid original)
 {
-	return psprintf("shadow_%lld", (long long) id);
+	return psprintf("shadow_%lld_%u", (long long) id, original);
 }
 
-/* of the shadow's index that takes the place of that one of the table */
-static char *
-shadow_index_name(const RmMigration *m, Oid index)
-{
-	return psprintf("shadow_%lld_%u", (long long) m->id, index);
-}
-
-/* the same that index itself; InvalidOid if it has not been built */
+/* the shadow's index that takes the place of that one; InvalidOid if it has not been built */
 Oid
-rm_rewrite_shadow_index(const RmMigration *m, Oid original)
+rm_rewrite_shadow_index(const RmRewrite *rw, Oid original)
 {
-	return get_relname_relid(shadow_index_name(m, original),
+	return get_relname_relid(shadow_name(rw->id, original),
 							 get_namespace_oid(RM_SCHEMA, false));
 }
 
 /* the shadow's index that tells its rows apart */
 Oid
-rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw)
+rm_rewrite_shadow_key(const RmRewrite *rw)
 {
-	Oid			index = rm_rewrite_shadow_index(m, rw->key_index);
+	Oid			index = rm_rewrite_shadow_index(rw, rw->key_index);
 
 	if (!OidIsValid(index))
-		elog(ERROR, "the shadow of migration %lld has no index for its key", (long long) m->id);
+		elog(ERROR, "a shadow of migration %lld has no index for its key", (long long) rw->id);
 	return index;
 }
 
 /* is the column that changes part of the key? */
 bool
-rm_rewrite_key_converts(const RmMigration *m, const RmRewrite *rw)
+rm_rewrite_key_converts(const RmRewrite *rw)
 {
 	Relation	index = index_open(rw->key_index, AccessShareLock);
 	bool		converts = false;
 
 	for (int i = 0; i < IndexRelationGetNumberOfKeyAttributes(index); i++)
-		converts |= index->rd_index->indkey.values[i] == m->attnum;
+		converts |= index->rd_index->indkey.values[i] == rw->attnum;
 	index_close(index, NoLock);
 	return converts;
 }
@@ -155,8 +161,8 @@ log_trigger_name(const RmMigration *m)
 }
 
 /* InvalidOid if there is no such relation */
-Oid
-rm_relfilenode(Oid relid)
+static Oid
+relfilenode_of(Oid relid)
 {
 	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
 	Oid			relfilenode;
@@ -169,93 +175,138 @@ rm_relfilenode(Oid relid)
 }
 
 /*-------------------------------------------------------------------------
- * Its row of state
+ * Its rows of state
  *-------------------------------------------------------------------------
  */
 
-/* NULL if nothing has begun; needs SPI */
-RmRewrite *
-rm_rewrite_load(const RmMigration *m)
+#define REWRITE_COLUMNS "shadow::int8, log::int8, key_index::int8, trigger_mark, ground," \
+	" s0_next, s0_xmin, s0_running, s0_overflowed::int::int8, shadow_blocks, rows_failed," \
+	" shadow_storage::int8, verified, relid::int8, steps_done::int8, relfilenode::int8," \
+	" end_block, fingerprint"
+
+/* the i-th that was found */
+static RmRewrite *
+read_rewrite(const RmMigration *m, uint64 i)
 {
-	Oid			types[] = {INT8OID};
-	Datum		v[] = {Int64GetDatum(m->id)};
 	RmRewrite  *rw = palloc0(sizeof(RmRewrite));
 	Datum	   *xids;
 
-	rm_state_execute("SELECT shadow::int8, log::int8, key_index::int8, trigger_mark, ground,"
-					 " s0_next, s0_xmin, s0_running, s0_overflowed::int::int8,"
-					 " shadow_blocks, rows_failed, shadow_storage::int8, verified"
-					 " FROM risky_migrations.rewrite WHERE migration_id = $1", 1, types, v, NULL);
-	if (SPI_processed == 0)
-		return NULL;
 	rw->id = m->id;
-	rw->shadow = rm_result_int64(0, 1);
-	rw->log = rm_result_int64(0, 2);
-	rw->key_index = rm_result_int64(0, 3);
-	rw->trigger_mark = rm_result_int64(0, 4);
-	rw->ground = rm_result_text(0, 5);
-	rw->next_xid = (uint64) rm_result_int64(0, 6);
-	rw->xmin = (TransactionId) rm_result_int64(0, 7);
-	deconstruct_array(DatumGetArrayTypeP(rm_result_datum(0, 8)), INT8OID, sizeof(int64),
+	rw->shadow = rm_result_int64(i, 1);
+	rw->log = rm_result_int64(i, 2);
+	rw->key_index = rm_result_int64(i, 3);
+	rw->trigger_mark = rm_result_int64(i, 4);
+	rw->ground = rm_result_text(i, 5);
+	rw->next_xid = (uint64) rm_result_int64(i, 6);
+	rw->xmin = (TransactionId) rm_result_int64(i, 7);
+	deconstruct_array(DatumGetArrayTypeP(rm_result_datum(i, 8)), INT8OID, sizeof(int64),
 					  FLOAT8PASSBYVAL, TYPALIGN_DOUBLE, &xids, NULL, &rw->nrunning);
 	rw->running = palloc(sizeof(TransactionId) * Max(rw->nrunning, 1));
-	for (int i = 0; i < rw->nrunning; i++)
-		rw->running[i] = (TransactionId) DatumGetInt64(xids[i]);
-	rw->overflowed = rm_result_int64(0, 9) != 0;
-	rw->shadow_blocks = rm_result_int64(0, 10);
-	rw->rows_failed = rm_result_int64(0, 11);
-	rw->shadow_storage = rm_result_int64(0, 12);
-	rw->verified = *(ItemPointer) DatumGetPointer(rm_result_datum(0, 13));
+	for (int x = 0; x < rw->nrunning; x++)
+		rw->running[x] = (TransactionId) DatumGetInt64(xids[x]);
+	rw->overflowed = rm_result_int64(i, 9) != 0;
+	rw->shadow_blocks = rm_result_int64(i, 10);
+	rw->rows_failed = rm_result_int64(i, 11);
+	rw->shadow_storage = rm_result_int64(i, 12);
+	rw->verified = *(ItemPointer) DatumGetPointer(rm_result_datum(i, 13));
+	rw->relid = rm_result_int64(i, 14);
+	rw->steps_done = rm_result_int64(i, 15);
+	rw->relfilenode = rm_result_int64(i, 16);
+	rw->end_block = rm_result_int64(i, 17);
+	rw->fingerprint = rm_result_text(i, 18);
 	return rw;
+}
+
+/* of all tables, by OID; needs SPI */
+List *
+rm_rewrite_load_all(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+	List	   *list = NIL;
+	ListCell   *lc;
+
+	rm_state_execute("SELECT " REWRITE_COLUMNS " FROM risky_migrations.rewrite"
+					 " WHERE migration_id = $1 ORDER BY relid", 1, types, v, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		list = lappend(list, read_rewrite(m, i));
+	foreach(lc, list)
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		rw->attnum = rm_leaf_attnum(m->relid, m->attnum, rw->relid);
+	}
+	return list;
+}
+
+/* of that one; NULL if nothing has begun */
+static RmRewrite *
+load_rewrite(const RmMigration *m, Oid relid)
+{
+	ListCell   *lc;
+
+	foreach(lc, rm_rewrite_load_all(m))
+		if (((RmRewrite *) lfirst(lc))->relid == relid)
+			return lfirst(lc);
+	return NULL;
 }
 
 /* writes what can change while it runs */
 void
 rm_rewrite_save(const RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, INT8OID, INT8OID, OIDOID, TIDOID};
-	Datum		v[] = {Int64GetDatum(rw->id), Int64GetDatum(rw->shadow_blocks),
-		Int64GetDatum(rw->rows_failed), ObjectIdGetDatum(rw->shadow_storage),
-	PointerGetDatum(&rw->verified)};
+	Oid			types[] = {INT8OID, OIDOID, INT8OID, INT8OID, OIDOID, TIDOID, INT8OID, TEXTOID};
+	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->relid),
+		Int64GetDatum(rw->shadow_blocks), Int64GetDatum(rw->rows_failed),
+		ObjectIdGetDatum(rw->shadow_storage), PointerGetDatum(&rw->verified),
+		Int64GetDatum(rw->steps_done),
+	rw->fingerprint ? CStringGetTextDatum(rw->fingerprint) : (Datum) 0};
 
-	rm_state_execute("UPDATE risky_migrations.rewrite SET shadow_blocks = $2,"
-					 " rows_failed = $3, shadow_storage = $4, verified = $5"
-					 " WHERE migration_id = $1", lengthof(types), types, v, NULL);
+	rm_state_execute("UPDATE risky_migrations.rewrite SET shadow_blocks = $3,"
+					 " rows_failed = $4, shadow_storage = $5, verified = $6, steps_done = $7,"
+					 " fingerprint = $8 WHERE migration_id = $1 AND relid = $2",
+					 lengthof(types), types, v, rw->fingerprint ? NULL : "       n");
 }
 
 /* the row without S0 */
 static void
 insert_rewrite(const RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, OIDOID, OIDOID, OIDOID, TEXTOID, OIDOID};
-	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->shadow), ObjectIdGetDatum(rw->log),
+	Oid			types[] = {INT8OID, OIDOID, OIDOID, OIDOID, OIDOID, TEXTOID, OIDOID};
+	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->relid),
+		ObjectIdGetDatum(rw->shadow), ObjectIdGetDatum(rw->log),
 		ObjectIdGetDatum(rw->key_index), CStringGetTextDatum(rw->ground),
 	ObjectIdGetDatum(rw->shadow_storage)};
 
-	rm_state_execute("INSERT INTO risky_migrations.rewrite (migration_id, shadow, log, key_index,"
-					 " ground, shadow_storage) VALUES ($1, $2, $3, $4, $5, $6)",
+	rm_state_execute("INSERT INTO risky_migrations.rewrite (migration_id, relid, shadow, log,"
+					 " key_index, ground, shadow_storage) VALUES ($1, $2, $3, $4, $5, $6, $7)",
 					 lengthof(types), types, v, NULL);
 }
 
-/* S0, and the triggers that have noted everything since */
+/* S0, the triggers that have noted everything since, and the storage of that time */
 static void
 save_s0(const RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, INT8OID, INT8OID, INT8OID, INT8ARRAYOID, BOOLOID};
+	Oid			types[] = {INT8OID, OIDOID, INT8OID, INT8OID, INT8OID, INT8ARRAYOID, BOOLOID,
+	OIDOID, INT8OID};
 	Datum	   *xids = palloc(sizeof(Datum) * Max(rw->nrunning, 1));
 	Datum		v[lengthof(types)];
 
 	for (int x = 0; x < rw->nrunning; x++)
 		xids[x] = Int64GetDatum((int64) rw->running[x]);
 	v[0] = Int64GetDatum(rw->id);
-	v[1] = Int64GetDatum(rw->trigger_mark);
-	v[2] = Int64GetDatum((int64) rw->next_xid);
-	v[3] = Int64GetDatum((int64) rw->xmin);
-	v[4] = PointerGetDatum(construct_array(xids, rw->nrunning, INT8OID, sizeof(int64),
+	v[1] = ObjectIdGetDatum(rw->relid);
+	v[2] = Int64GetDatum(rw->trigger_mark);
+	v[3] = Int64GetDatum((int64) rw->next_xid);
+	v[4] = Int64GetDatum((int64) rw->xmin);
+	v[5] = PointerGetDatum(construct_array(xids, rw->nrunning, INT8OID, sizeof(int64),
 										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	v[5] = BoolGetDatum(rw->overflowed);
-	rm_state_execute("UPDATE risky_migrations.rewrite SET trigger_mark = $2, s0_next = $3,"
-					 " s0_xmin = $4, s0_running = $5, s0_overflowed = $6 WHERE migration_id = $1",
+	v[6] = BoolGetDatum(rw->overflowed);
+	v[7] = ObjectIdGetDatum(rw->relfilenode);
+	v[8] = Int64GetDatum(rw->end_block);
+	rm_state_execute("UPDATE risky_migrations.rewrite SET trigger_mark = $3, s0_next = $4,"
+					 " s0_xmin = $5, s0_running = $6, s0_overflowed = $7, relfilenode = $8,"
+					 " end_block = $9 WHERE migration_id = $1 AND relid = $2",
 					 lengthof(types), types, v, NULL);
 }
 
@@ -280,24 +331,29 @@ refuse_kind(Relation rel)
 {
 	if (rel->rd_rel->relispartition)
 		refuse(rel, "It is a partition.", "Name the partitioned table that it belongs to.");
-	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
-		refuse(rel, "It is partitioned.", "Use the method three_step.");
-	if (rel->rd_rel->relkind != RELKIND_RELATION)
+	if (rel->rd_rel->relkind != RELKIND_RELATION && rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
 		refuse(rel, "It is not an ordinary table.", "Name an ordinary table.");
+	if (IsCatalogRelation(rel) || RelationGetNamespace(rel) == get_namespace_oid(RM_SCHEMA, false))
+		refuse(rel, "It is a system catalog, or belongs to this extension.",
+			   "Name a table of your own.");
+	if (rel->rd_rel->relrewrite != InvalidOid)
+		refuse(rel, "It is a transient table.", "Name a table of your own.");
+}
+
+/* of what holds rows */
+static void
+refuse_storage(Relation rel)
+{
 	if (rel->rd_rel->relam != HEAP_TABLE_AM_OID)
 		refuse(rel, "Its table access method is not heap.",
 			   "Only tables of the access method heap can be rewritten.");
 	if (RelationUsesLocalBuffers(rel))
 		refuse(rel, "It is a temporary table.",
 			   "Nobody else can be waiting for it: use ALTER TABLE.");
-	if (rel->rd_rel->relhassubclass || has_superclass(RelationGetRelid(rel)))
+	if (rel->rd_rel->relhassubclass ||
+		(!rel->rd_rel->relispartition && has_superclass(RelationGetRelid(rel))))
 		refuse(rel, "It has parents or children by inheritance.",
 			   "Use the method three_step.");
-	if (IsCatalogRelation(rel) || RelationGetNamespace(rel) == get_namespace_oid(RM_SCHEMA, false))
-		refuse(rel, "It is a system catalog, or belongs to this extension.",
-			   "Name a table of your own.");
-	if (rel->rd_rel->relrewrite != InvalidOid)
-		refuse(rel, "It is a transient table.", "Name a table of your own.");
 }
 
 static void
@@ -366,7 +422,7 @@ find_key_index(Relation rel)
  * key must be told by the old one.
  */
 static void
-refuse_key(Relation rel, AttrNumber attnum, const char *tree)
+refuse_key(Relation rel, AttrNumber attnum, Node *expr)
 {
 	Oid			index_oid = find_key_index(rel);
 	Relation	index;
@@ -382,7 +438,7 @@ refuse_key(Relation rel, AttrNumber attnum, const char *tree)
 	index_close(index, NoLock);
 	if (!bms_is_member(attnum - FirstLowInvalidHeapAttributeNumber, key))
 		return;
-	pull_varattnos(stringToNode(tree), 1, &reads);
+	pull_varattnos(expr, 1, &reads);
 	if (!bms_is_subset(reads, key))
 		refuse(rel, "The column is part of its key, and the expression reads columns that are not.",
 			   "Use the method three_step.");
@@ -400,9 +456,51 @@ refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
 					 " WHERE kind OPERATOR(pg_catalog.<>) ALL (ARRAY['exclusion constraint',"
 					 " 'deferrable constraint', 'publication', 'publication column list',"
 					 " 'security label', 'column alias list', 'row constructor'])"
+					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.rewrite_obstacles($1, $2)"
 					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $3)",
 					 3, types, v);
 	rm_refuse_obstacles(rm_method_online_rewrite.name, RelationGetRelid(rel), attnum);
+}
+
+/* of a table that holds rows of root: itself, or a partition */
+static void
+refuse_table(Relation rel, Oid root, AttrNumber root_attnum, const char *tree)
+{
+	AttrNumber	attnum = rm_leaf_attnum(root, root_attnum, RelationGetRelid(rel));
+
+	refuse_storage(rel);
+	refuse_columns(rel, attnum);
+	refuse_key(rel, attnum, rm_leaf_expression(stringToNode(tree), root, rel));
+}
+
+/*
+ * The same of all below a partitioned table.  They are opened with a lock that
+ * whoever refuses before anything begins may wait for.
+ */
+static void
+refuse_partitions(Relation root, const RmConversionDef *def)
+{
+	ListCell   *lc;
+
+	foreach(lc, rm_members(RelationGetRelid(root)))
+	{
+		Relation	part;
+
+		if (lfirst_oid(lc) == RelationGetRelid(root))
+			continue;
+		part = relation_open(lfirst_oid(lc), AccessShareLock);
+		if (part->rd_rel->relowner != root->rd_rel->relowner)
+			refuse(part, psprintf("It is a partition of \"%s\", and has another owner.",
+								  RelationGetRelationName(root)),
+				   "Give both the same owner.");
+		if (part->rd_rel->relkind == RELKIND_RELATION)
+			refuse_table(part, RelationGetRelid(root), def->attnum, def->tree);
+		else if (part->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
+			refuse(part, psprintf("It is a partition of \"%s\", and no ordinary table.",
+								  RelationGetRelationName(root)),
+				   "Detach it first; its column is changed where it is stored.");
+		relation_close(part, NoLock);
+	}
 }
 
 /*
@@ -413,8 +511,10 @@ void
 rm_rewrite_refuse(Relation rel, const RmConversionDef *def)
 {
 	refuse_kind(rel);
-	refuse_columns(rel, def->attnum);
-	refuse_key(rel, def->attnum, def->tree);
+	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+		refuse_partitions(rel, def);
+	else
+		refuse_table(rel, RelationGetRelid(rel), def->attnum, def->tree);
 	refuse_obstacles(rel, def->attnum, def->type);
 }
 
@@ -428,8 +528,8 @@ rm_rewrite_refuse(Relation rel, const RmConversionDef *def)
  * DISABLE, ENABLE and re-creation of its trigger, and when the functions of the
  * expression are replaced.  0 if the trigger is not there or not ALWAYS.
  */
-int64
-rm_rewrite_trigger_mark(const RmMigration *m, Oid relid)
+static int64
+trigger_mark(const RmMigration *m, Oid relid)
 {
 	Relation	rel = table_open(relid, NoLock);
 	bool		found = false;
@@ -461,26 +561,26 @@ ground_of(Oid relid)
 
 /*
  * 55000 if somebody's DDL has changed what the shadow was made for: columns,
- * CHECK constraints, persistence.  The caller holds a lock on rel.
+ * CHECK constraints, persistence.  The caller holds a lock on rel, rw's table.
  */
 void
 rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel)
 {
 	const char *what = NULL;
 
-	rm_check_owner(m->relid, m->relation);
+	rm_check_owner(rw->relid, m->relation);
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->shadow)) ||
 		!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->log)))
 		what = "The shadow table or the change log has been dropped.";
 	else if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->key_index)))
 		what = "The index of its key has been dropped.";
-	else if (strcmp(rw->ground, ground_of(m->relid)) != 0)
+	else if (strcmp(rw->ground, ground_of(rw->relid)) != 0)
 		what = "Its columns or its CHECK constraints are not what they were.";
 	if (what)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
 				 errmsg("table %s has been changed while migration %lld was open",
-						m->relation, (long long) m->id),
+						rm_relation_sql(rw->relid), (long long) m->id),
 				 errdetail("%s", what),
 				 errhint("Give the migration up with CALL rm_rollback(%lld), and start it again.",
 						 (long long) m->id)));
@@ -495,54 +595,213 @@ rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel)
 }
 
 /*
- * Why everything has to begin again: changes may have been missed, or rows were
+ * Why the table has to be begun again: changes may have been missed, or rows were
  * rewritten without one.  NULL if all is well.  The caller holds a lock on rel.
  */
 const char *
 rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel)
 {
-	if (rw->trigger_mark != rm_rewrite_trigger_mark(m, m->relid))
+	if (rw->trigger_mark != trigger_mark(m, rw->relid))
 		return "the change log was switched off for a while";
-	if (m->relfilenode != rel->rd_rel->relfilenode)
+	if (rw->relfilenode != rel->rd_rel->relfilenode)
 		return "the table has other storage";
-	if (rw->shadow_storage != rm_relfilenode(rw->shadow))
+	if (rw->shadow_storage != relfilenode_of(rw->shadow))
 		return "the shadow table has other storage";
 	return NULL;
 }
 
 /*
  * The method goes on with the copy, which begins with what "begin" does, when
- * this transaction has committed.  What there is stays until then.
+ * this transaction has committed: for that table, a partition, or for all where
+ * the partitioned table itself has lost the trigger.  What there is stays until
+ * then.
  */
 RmStepResult
-rm_rewrite_start_over(RmRun *run, const char *why)
+rm_rewrite_start_over(RmRun *run, Oid relid, const char *why)
 {
-	ereport(NOTICE,
-			(errmsg("migration %lld begins again: %s", (long long) run->migration_id, why)));
-	run->m->steps_done = RM_REWRITE_COPY;
-	run->m->phase = RM_COPY_FROM_BEGIN;
+	RmMigration *m = run->m;
+
+	if (relid == m->relid)
+		ereport(NOTICE,
+				(errmsg("migration %lld begins again: %s", (long long) m->id, why)));
+	else
+		ereport(NOTICE,
+				(errmsg("migration %lld begins again with partition %s: %s", (long long) m->id,
+						rm_relation_sql(relid), why)));
+	m->steps_done = RM_REWRITE_COPY;
+	m->phase = RM_BEGIN_ANEW;
+	m->leaf = relid != m->relid &&
+		rm_trigger_row_xmin(m->relid, log_trigger_name(m)) != InvalidTransactionId ? relid : InvalidOid;
 	return RM_STEP_BACK;
 }
 
 /*
- * The table, locked, for a transaction of a step that relies on what "begin" has
- * made.  NULL if everything has to begin again: the step returns RM_STEP_BACK.
+ * Is everything as "begin" has left it?  If not, *result is what the step
+ * returns.  The caller holds a lock on rel, rw's table.
  */
-Relation
-rm_rewrite_open(RmRun *run, RmRewrite *rw, LOCKMODE lock)
+bool
+rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result)
 {
-	Relation	rel;
 	const char *missed;
 
-	rm_lock_relation(&run->locks, run->m->relid, lock);
-	rel = table_open(run->m->relid, NoLock);
 	rm_rewrite_check_ground(run->m, rw, rel);
 	missed = rm_rewrite_missed(run->m, rw, rel);
 	if (missed == NULL)
-		return rel;
-	table_close(rel, NoLock);
-	(void) rm_rewrite_start_over(run, missed);
+		return true;
+	*result = rm_rewrite_start_over(run, rw->relid, missed);
+	return false;
+}
+
+/*-------------------------------------------------------------------------
+ * One table after the other
+ *-------------------------------------------------------------------------
+ */
+
+/* an earlier step comes next, and what comes after it, for that table */
+RmStepResult
+rm_rewrite_back_to(RmRun *run, RmRewrite *rw, RmRewriteStep step)
+{
+	rw->steps_done = Min(rw->steps_done, step);
+	rm_rewrite_save(rw);
+	run->m->steps_done = step;
+	run->m->phase = 0;
+	run->m->leaf = InvalidOid;
+	return RM_STEP_BACK;
+}
+
+/*
+ * All tables that hold the rows, compared with the catalogs: what is no partition
+ * any more is forgotten; if there is a new one, that is begun first: false, and
+ * *result is what the step returns.
+ */
+bool
+rm_rewrite_all(RmRun *run, List **list, RmStepResult *result)
+{
+	RmMigration *m = run->m;
+	List	   *missing = rm_leaves(m->relid);
+	ListCell   *lc;
+
+	*list = NIL;
+	foreach(lc, rm_rewrite_load_all(m))
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		if (list_member_oid(missing, rw->relid))
+			*list = lappend(*list, rw);
+		else
+			drop_tables(m, rw);
+		missing = list_delete_oid(missing, rw->relid);
+	}
+	if (missing == NIL)
+		return true;
+	*result = rm_rewrite_start_over(run, linitial_oid(missing), "it has come since");
+	return false;
+}
+
+/* of a partitioned table: which partition comes next? */
+static RmStepResult
+choose_table(RmRun *run)
+{
+	RmMigration *m = run->m;
+	List	   *list;
+	ListCell   *lc;
+	RmStepResult result;
+	bool		first = true;
+
+	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
+	rm_check_owner(m->relid, m->relation);
+	if (!rm_rewrite_all(run, &list, &result))
+		return result;
+	foreach(lc, list)
+		first &= ((RmRewrite *) lfirst(lc))->steps_done <= run->step_index;
+	foreach(lc, list)
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		if (rw->steps_done < run->step_index)
+			return rm_rewrite_back_to(run, rw, rw->steps_done);
+		if (rw->steps_done > run->step_index)
+			continue;
+		if (first)
+			m->rows_done = 0;
+		m->phase = 0;
+		m->leaf = rw->relid;
+		m->relfilenode = rw->relfilenode;
+		m->next_block = 0;
+		m->end_block = rw->end_block;
+		return RM_STEP_AGAIN;
+	}
+	return RM_STEP_DONE;
+}
+
+/*
+ * The table, with ACCESS SHARE, on which a step goes on that takes one after the
+ * other, and relies on what "begin" has made.  NULL if there is none to go on with:
+ * *result is what the step returns.
+ */
+RmRewrite *
+rm_rewrite_next(RmRun *run, Relation *rel, RmStepResult *result)
+{
+	RmMigration *m = run->m;
+	RmRewrite  *rw;
+
+	*result = RM_STEP_AGAIN;
+	if (rm_is_parted(m) && !OidIsValid(m->leaf))
+	{
+		*result = choose_table(run);
+		return NULL;
+	}
+	*rel = rm_leaf_open(run, AccessShareLock);
+	if (*rel == NULL)
+		return NULL;			/* no partition any more: another is chosen */
+	rw = load_rewrite(m, RelationGetRelid(*rel));
+	if (rw && rm_rewrite_stands(run, rw, *rel, result))
+		return rw;
+	if (rw == NULL)
+		*result = rm_rewrite_start_over(run, RelationGetRelid(*rel), "nothing is known of it");
+	table_close(*rel, NoLock);
 	return NULL;
+}
+
+/* the step is through with that table */
+RmStepResult
+rm_rewrite_table_done(RmRun *run, RmRewrite *rw)
+{
+	RmMigration *m = run->m;
+
+	rw->steps_done = run->step_index + 1;
+	rm_rewrite_save(rw);
+	m->phase = 0;
+	if (!rm_is_parted(m))
+		return RM_STEP_DONE;
+	m->leaf = InvalidOid;
+	return RM_STEP_AGAIN;
+}
+
+/*
+ * For rm_progress: what was said of the table under way becomes true of all.  The
+ * others are added up once for each of them.
+ */
+void
+rm_rewrite_progress(RmRun *run, RmRewrite *rw)
+{
+	Oid			types[] = {INT8OID, OIDOID, INT8OID};
+	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->relid), Int64GetDatum(run->step_index)};
+
+	if (rw->relid == run->m->relid)
+		return;
+	if (run->summed_leaf != rw->relid)
+	{
+		rm_state_execute("SELECT coalesce(sum(end_block) FILTER (WHERE steps_done > $3), 0)::bigint,"
+						 " coalesce(sum(end_block), 0)::bigint"
+						 " FROM risky_migrations.rewrite WHERE migration_id = $1 AND relid <> $2",
+						 3, types, v, NULL);
+		run->other_blocks_done = rm_result_int64(0, 1);
+		run->other_blocks = rm_result_int64(0, 2);
+		run->summed_leaf = rw->relid;
+	}
+	run->progress.blocks_done += run->other_blocks_done;
+	run->progress.blocks_total += run->other_blocks;
 }
 
 /*-------------------------------------------------------------------------
@@ -554,20 +813,22 @@ rm_rewrite_open(RmRun *run, RmRewrite *rw, LOCKMODE lock)
 typedef struct Twin
 {
 	RmMigration *m;
+	Oid			relid;			/* of which table */
+	AttrNumber	attnum;			/* the column, there */
 	MemoryContext cxt;
 	FormData_pg_attribute att;	/* what the column becomes */
 	List	   *checks;			/* of char *: name and definition, for ALTER TABLE ... ADD */
 } Twin;
 
 static RmTwin
-make_twin(RmMigration *m)
+make_twin(RmMigration *m, Oid relid, AttrNumber attnum)
 {
 	/* in pg_temp nobody needs a privilege, and nobody sees it */
-	RmTwin		twin = rm_twin_make(m->relid, "pg_temp",
+	RmTwin		twin = rm_twin_make(relid, "pg_temp",
 									psprintf("rm_twin_%lld", (long long) m->id),
 									psprintf("rm_x_%lld_", (long long) m->id));
 
-	rm_twin_alter_type(&twin, get_attname(m->relid, m->attnum, false), m->new_type,
+	rm_twin_alter_type(&twin, get_attname(relid, attnum, false), m->new_type,
 					   psprintf("(NULL::%s)", m->new_type));
 	return twin;
 }
@@ -576,9 +837,9 @@ static void
 ask_twin(void *arg)
 {
 	Twin	   *t = arg;
-	RmTwin		twin = make_twin(t->m);
+	RmTwin		twin = make_twin(t->m, t->relid, t->attnum);
 	Relation	rel = table_open(twin.relid, NoLock);
-	AttrNumber	attnum = get_attnum(twin.relid, get_attname(t->m->relid, t->m->attnum, false));
+	AttrNumber	attnum = get_attnum(twin.relid, get_attname(t->relid, t->attnum, false));
 	MemoryContext oldcxt;
 
 	t->att = *TupleDescAttr(RelationGetDescr(rel), attnum - 1);
@@ -589,7 +850,7 @@ ask_twin(void *arg)
 						" WHERE n.conrelid = %u AND n.contype = 'c'"
 						/* others cannot fail by it; one of the whole row has a 0 here */
 						" AND (o.conkey IS NULL OR o.conkey && ARRAY[%d, 0]::int2[]) ORDER BY n.conname",
-						t->m->relid, twin.relid, t->m->attnum));
+						t->relid, twin.relid, t->attnum));
 	oldcxt = MemoryContextSwitchTo(t->cxt);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		t->checks = lappend(t->checks, psprintf("%s %s", rm_result_text(i, 1), rm_result_text(i, 2)));
@@ -636,10 +897,11 @@ shadow_descriptor(Relation rel, AttrNumber attnum, const FormData_pg_attribute *
 }
 
 static Oid
-create_shadow(RmMigration *m, Relation rel, Twin *twin)
+create_shadow(int64 id, Relation rel, Twin *twin)
 {
+	Oid			relid = RelationGetRelid(rel);
 	Oid			toast = rel->rd_rel->reltoastrelid;
-	Datum		options = transformRelOptions(reloptions_of(m->relid),
+	Datum		options = transformRelOptions(reloptions_of(relid),
 											  list_make1(makeDefElem("autovacuum_enabled",
 																	 (Node *) makeString("false"), -1)),
 											  NULL, NULL, false, false);
@@ -648,34 +910,44 @@ create_shadow(RmMigration *m, Relation rel, Twin *twin)
 	ListCell   *lc;
 
 	ObjectAddressSet(shadow, RelationRelationId,
-					 heap_create_with_catalog(shadow_name(m->id), get_namespace_oid(RM_SCHEMA, false),
+					 heap_create_with_catalog(shadow_name(id, relid), get_namespace_oid(RM_SCHEMA, false),
 											  rel->rd_rel->reltablespace, InvalidOid, InvalidOid, InvalidOid,
 											  rel->rd_rel->relowner, HEAP_TABLE_AM_OID,
-											  shadow_descriptor(rel, m->attnum, &twin->att), NIL,
+											  shadow_descriptor(rel, twin->attnum, &twin->att), NIL,
 											  RELKIND_RELATION, rel->rd_rel->relpersistence,
 											  false, false, ONCOMMIT_NOOP, options, false,
-											  true, true, m->relid, NULL));
+											  true, true, relid, NULL));
 	CommandCounterIncrement();
 	NewHeapCreateToastTable(shadow.objectId, OidIsValid(toast) ? reloptions_of(toast) : (Datum) 0,
-							AccessExclusiveLock, OidIsValid(toast) ? toast : m->relid);
-	ObjectAddressSet(table, RelationRelationId, m->relid);
+							AccessExclusiveLock, OidIsValid(toast) ? toast : relid);
+	ObjectAddressSet(table, RelationRelationId, relid);
 	recordDependencyOn(&shadow, &table, DEPENDENCY_AUTO);
 	foreach(lc, twin->checks)
-		rm_execute(psprintf("ALTER TABLE " RM_SCHEMA ".%s ADD CONSTRAINT %s", shadow_name(m->id),
+		rm_execute(psprintf("ALTER TABLE " RM_SCHEMA ".%s ADD CONSTRAINT %s", shadow_name(id, relid),
 							(char *) lfirst(lc)));
 	return shadow.objectId;
 }
 
+/* of a partitioned table: every partition gets one, also those to come */
 static void
 create_trigger(RmMigration *m)
 {
-	const char *rel_sql = rm_relation_sql(m->relid);
 	const char *log = quote_identifier(log_trigger_name(m));
 
 	rm_execute(psprintf("CREATE OR REPLACE TRIGGER %s AFTER INSERT OR UPDATE OR DELETE ON %s"
 						" FOR EACH ROW EXECUTE FUNCTION " RM_SCHEMA ".log_change(%lld)",
-						log, rel_sql, (long long) m->id));
-	rm_execute(psprintf("ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %s", rel_sql, log));
+						log, rm_relation_sql(m->relid), (long long) m->id));
+	rm_execute(psprintf("%s ENABLE ALWAYS TRIGGER %s", rm_alter_sql(m), log));
+	CommandCounterIncrement();
+}
+
+/* the one that a partition has got */
+static void
+enable_trigger(RmMigration *m, Oid relid)
+{
+	rm_execute(psprintf("ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %s",
+						rm_relation_sql(relid),
+						quote_identifier(log_trigger_name(m))));
 	CommandCounterIncrement();
 }
 
@@ -724,7 +996,7 @@ drop_relation(Oid relid)
 
 /* shadow and log go; what is gone already is no error */
 void
-rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw)
+rm_rewrite_drop(const RmRewrite *rw)
 {
 	drop_relation(rw->shadow);
 	drop_relation(rw->log);
@@ -738,18 +1010,36 @@ rm_rewrite_drop_trigger(const RmMigration *m)
 						quote_identifier(log_trigger_name(m)), rm_relation_sql(m->relid)));
 }
 
-/* and with them their row of state */
+/* shadow and log, and with them their row of state */
 static void
 drop_tables(const RmMigration *m, const RmRewrite *rw)
+{
+	Oid			types[] = {INT8OID, OIDOID};
+	Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(rw->relid)};
+
+	rm_rewrite_drop(rw);
+	rm_state_execute("DELETE FROM risky_migrations.rewrite WHERE migration_id = $1 AND relid = $2",
+					 2, types, v, NULL);
+}
+
+/* all shadows and logs of the migration */
+void
+rm_rewrite_forget(const RmMigration *m)
+{
+	ListCell   *lc;
+
+	foreach(lc, rm_rewrite_load_all(m))
+		drop_tables(m, lfirst(lc));
+}
+
+/* and what is recorded of rows that could not be made */
+static void
+forget_all(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID};
 	Datum		v[] = {Int64GetDatum(m->id)};
 
-	if (rw == NULL)
-		return;
-	rm_rewrite_drop(m, rw);
-	rm_state_execute("DELETE FROM risky_migrations.rewrite WHERE migration_id = $1",
-					 1, types, v, NULL);
+	rm_rewrite_forget(m);
 	rm_state_execute("DELETE FROM risky_migrations.conversion_error WHERE migration_id = $1",
 					 1, types, v, NULL);
 }
@@ -760,92 +1050,203 @@ drop_tables(const RmMigration *m, const RmRewrite *rw)
  * Needs SPI.
  */
 static Twin
-rehearse_on_twin(RmMigration *m)
+rehearse_on_twin(RmMigration *m, Oid relid)
 {
-	Twin		twin = {.m = m,.cxt = CurrentMemoryContext};
+	Twin		twin = {.m = m,.relid = relid,
+		.attnum = rm_leaf_attnum(m->relid, m->attnum, relid),
+	.cxt = CurrentMemoryContext};
 	ErrorData  *error = rm_rehearse(ask_twin, &twin, CurrentMemoryContext);
 
 	if (error == NULL)
 		return twin;
 	if (error->detail == NULL)
 		error->detail = psprintf("The change was tried on an empty copy of %s; ALTER TABLE would refuse it too.",
-								 m->relation);
+								 rm_relation_sql(relid));
 	ReThrowError(error);
 }
 
 void
 rm_rewrite_rehearse(RmMigration *m)
 {
-	(void) rehearse_on_twin(m);
+	(void) rehearse_on_twin(m, m->relid);
 }
 
-/*
- * The first transaction of "begin": shadow and log, beside everybody.  Whatever
- * there is of an earlier try is dropped.
- */
-void
-rm_rewrite_make_tables(RmRun *run)
+/* shadow and log of a table, beside everybody; false if it is no partition any more */
+static bool
+make_tables(RmRun *run, Oid relid)
 {
 	RmMigration *m = run->m;
-	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id,.tree = m->tree};
 	Twin		twin;
-	RmRewrite	rw = {.id = m->id};
+	RmRewrite	rw = {.id = m->id,.relid = relid};
 	Relation	rel;
 	Relation	key;
 
-	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
-	rel = table_open(m->relid, NoLock);
-	rm_check_owner(m->relid, m->relation);
-	rm_rewrite_refuse(rel, &def);
-	drop_tables(m, rm_rewrite_load(m));
-	twin = rehearse_on_twin(m);
+	if (!rm_lock_relation_if_there(&run->locks, relid, AccessShareLock))
+		return false;
+	rel = table_open(relid, NoLock);
+	rm_check_owner(relid, m->relation);
+	if (relid == m->relid)
+	{
+		RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id,.tree = m->tree};
+
+		rm_rewrite_refuse(rel, &def);
+	}
+	else if (rm_is_leaf_of(rel, m->relid))
+		refuse_table(rel, m->relid, m->attnum, m->tree);
+	else
+	{
+		table_close(rel, NoLock);
+		return false;
+	}
+	twin = rehearse_on_twin(m, relid);
 
 	rw.key_index = find_key_index(rel);
 	key = index_open(rw.key_index, AccessShareLock);
-	rw.shadow = create_shadow(m, rel, &twin);
-	rw.shadow_storage = rm_relfilenode(rw.shadow);
-	rw.log = rm_log_create(m, rel, key);
+	rw.shadow = create_shadow(m->id, rel, &twin);
+	rw.shadow_storage = relfilenode_of(rw.shadow);
+	rw.log = rm_log_create(m->id, rel, key);
 	index_close(key, NoLock);
-	rw.ground = ground_of(m->relid);
+	rw.ground = ground_of(relid);
 	table_close(rel, NoLock);
 	insert_rewrite(&rw);
+	return true;
+}
+
+/* a table that has no shadow yet, among those that are to be begun */
+static Oid
+table_without_shadow(RmMigration *m)
+{
+	List	   *relids = OidIsValid(m->leaf) ? list_make1_oid(m->leaf) : rm_leaves(m->relid);
+	ListCell   *lc;
+
+	foreach(lc, rm_rewrite_load_all(m))
+		relids = list_delete_oid(relids, ((RmRewrite *) lfirst(lc))->relid);
+	return relids == NIL ? InvalidOid : linitial_oid(relids);
 }
 
 /*
- * The second one, in which nobody writes the table: from here on the log has every
- * change.
+ * One table at a time gets its shadow and its log.  Whatever there is of an
+ * earlier try is dropped first.
  */
-void
-rm_rewrite_begin_log(RmRun *run)
+static RmStepResult
+begin_tables(RmRun *run)
 {
 	RmMigration *m = run->m;
-	RmRewrite  *rw = rm_rewrite_load(m);
-	Relation	rel;
+	Oid			relid;
 
-	rm_lock_relation(&run->locks, m->relid, ShareRowExclusiveLock);
-	rel = table_open(m->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
-	rm_backfill_fix_end(m, rel);
-	m->rows_done = 0;
-	m->rows_estimated = rel->rd_rel->reltuples > 0 ? (int64) rel->rd_rel->reltuples : 0;
-	table_close(rel, NoLock);
-	create_trigger(m);
-	rw->trigger_mark = rm_rewrite_trigger_mark(m, m->relid);
+	if (m->phase == RM_BEGIN_ANEW && OidIsValid(m->leaf))
+	{
+		RmRewrite  *rw = load_rewrite(m, m->leaf);
+
+		if (rw)
+			drop_tables(m, rw);
+	}
+	else if (m->phase == RM_BEGIN_ANEW)
+		forget_all(m);
+	m->phase = RM_BEGIN_TABLES;
+
+	relid = table_without_shadow(m);
+	if (OidIsValid(relid) && !make_tables(run, relid) && relid == m->leaf)
+	{
+		m->leaf = InvalidOid;
+		m->phase = RM_BEGIN_NOTHING;
+		return RM_STEP_DONE;
+	}
+	if (!OidIsValid(table_without_shadow(m)))
+		m->phase = RM_BEGIN_LOGS;
+	return RM_STEP_AGAIN;
+}
+
+/* nobody writes rel: from here on its log has every change */
+static void
+begin_log(RmMigration *m, RmRewrite *rw, Relation rel)
+{
+	rw->trigger_mark = trigger_mark(m, rw->relid);
+	rw->relfilenode = rel->rd_rel->relfilenode;
+	rw->end_block = RelationGetNumberOfBlocks(rel);
+	rw->steps_done = RM_REWRITE_COPY;
 	take_s0(rw);
 	save_s0(rw);
+	rm_rewrite_save(rw);
+	m->relfilenode = rw->relfilenode;
+	m->next_block = 0;
+	m->end_block = rw->end_block;
+}
+
+/* the same for one partition, which has the trigger by being one */
+static RmStepResult
+begin_log_of_leaf(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Relation	rel = rm_leaf_open(run, ShareRowExclusiveLock);
+	RmRewrite  *rw;
+
+	m->phase = RM_BEGIN_NOTHING;
+	if (rel == NULL)
+		return RM_STEP_DONE;
+	rw = load_rewrite(m, RelationGetRelid(rel));
+	table_close(rel, NoLock);
+	if (rw == NULL)
+	{
+		m->phase = RM_BEGIN_TABLES;
+		return RM_STEP_AGAIN;
+	}
+	enable_trigger(m, rw->relid);
+	rel = table_open(rw->relid, NoLock);
+	rm_rewrite_check_ground(m, rw, rel);
+	begin_log(m, rw, rel);
+	table_close(rel, NoLock);
+	return RM_STEP_DONE;
+}
+
+/* the same for all, in one transaction, in which nobody writes any of them */
+static RmStepResult
+begin_logs(RmRun *run)
+{
+	RmMigration *m = run->m;
+	ListCell   *lc;
+
+	rm_lock_tree(run, ShareRowExclusiveLock);
+	if (OidIsValid(table_without_shadow(m)))
+	{
+		m->phase = RM_BEGIN_TABLES; /* a partition that has come meanwhile */
+		return RM_STEP_AGAIN;
+	}
+	create_trigger(m);
+	m->rows_done = m->rows_estimated = 0;
+	foreach(lc, rm_rewrite_load_all(m))
+	{
+		RmRewrite  *rw = lfirst(lc);
+		Relation	rel;
+
+		if (!list_member_oid(rm_leaves(m->relid), rw->relid))
+			continue;			/* no partition any more */
+		rel = table_open(rw->relid, NoLock);
+		rm_rewrite_check_ground(m, rw, rel);
+		m->rows_estimated += rel->rd_rel->reltuples > 0 ? (int64) rel->rd_rel->reltuples : 0;
+		begin_log(m, rw, rel);
+		table_close(rel, NoLock);
+	}
+	m->phase = RM_BEGIN_NOTHING;
+	return RM_STEP_DONE;
+}
+
+/* one transaction of "begin", which m->phase tells */
+RmStepResult
+rm_rewrite_begin(RmRun *run)
+{
+	if (run->m->phase != RM_BEGIN_LOGS)
+		return begin_tables(run);
+	rm_ranges_forget(run->m);
+	return OidIsValid(run->m->leaf) ? begin_log_of_leaf(run) : begin_logs(run);
 }
 
 static RmStepResult
 begin_apply(RmRun *run)
 {
-	if (run->m->phase == 0)
-	{
-		rm_rewrite_make_tables(run);
-		run->m->phase = 1;
-		return RM_STEP_AGAIN;
-	}
-	rm_rewrite_begin_log(run);
-	return RM_STEP_DONE;
+	if (run->m->phase == RM_BEGIN_NOTHING)
+		run->m->phase = RM_BEGIN_ANEW;
+	return rm_rewrite_begin(run);
 }
 
 /* everything of ours goes; the table is what it was all the time */
@@ -854,19 +1255,19 @@ begin_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
 
-	rm_lock_relation(&run->locks, m->relid, AccessExclusiveLock);
+	rm_lock_tree(run, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
 	rm_rewrite_drop_trigger(m);
-	drop_tables(m, rm_rewrite_load(m));
+	forget_all(m);
 	return RM_STEP_DONE;
 }
 
-/* shadow and log, which nobody knows but us: the trigger is not there yet */
+/* shadows and logs, which nobody knows but us: the trigger is not there yet */
 static void
 begin_abandon(RmMigration *m)
 {
-	drop_tables(m, rm_rewrite_load(m));
+	forget_all(m);
 }
 
 const RmStep rm_step_rewrite_begin = {
@@ -925,13 +1326,13 @@ statement_for_shadow(Indexes *i, Oid original, Relation index)
 	MemoryContext oldcxt;
 
 	for (int a = 0; a < map->maplen; a++)
-		map->attnums[a] = get_attnum(i->m->relid,
+		map->attnums[a] = get_attnum(i->rw->relid,
 									 NameStr(TupleDescAttr(RelationGetDescr(twin), a)->attname));
 	table_close(twin, NoLock);
 	oldcxt = MemoryContextSwitchTo(i->cxt);
-	stmt = generateClonedIndexStmt(makeRangeVar(RM_SCHEMA, shadow_name(i->m->id), -1),
+	stmt = generateClonedIndexStmt(makeRangeVar(RM_SCHEMA, shadow_name(i->rw->id, i->rw->relid), -1),
 								   index, map, NULL);
-	stmt->idxname = shadow_index_name(i->m, original);
+	stmt->idxname = shadow_name(i->rw->id, original);
 	stmt->isconstraint = stmt->excludeOpNames != NIL;
 	stmt->primary = false;
 	stmt->deferrable = stmt->initdeferred = false;
@@ -944,9 +1345,9 @@ static void
 ask_for_indexes(void *arg)
 {
 	Indexes    *i = arg;
-	RmTwin		twin = make_twin(i->m);
+	RmTwin		twin = make_twin(i->m, i->rw->relid, i->rw->attnum);
 	Oid			nspid = get_rel_namespace(twin.relid);
-	Relation	rel = table_open(i->m->relid, NoLock);
+	Relation	rel = table_open(i->rw->relid, NoLock);
 	ListCell   *lc;
 
 	foreach(lc, RelationGetIndexList(rel))
@@ -993,7 +1394,7 @@ wanted_indexes(RmMigration *m, RmRewrite *rw)
 
 /* drops those of the shadow's indexes whose original is not there any more */
 static void
-drop_stale_indexes(RmMigration *m, RmRewrite *rw, List *wanted)
+drop_stale_indexes(RmRewrite *rw, List *wanted)
 {
 	Relation	shadow = table_open(rw->shadow, AccessExclusiveLock);
 	List	   *indexes = list_copy(RelationGetIndexList(shadow));
@@ -1006,12 +1407,12 @@ drop_stale_indexes(RmMigration *m, RmRewrite *rw, List *wanted)
 		bool		needed = false;
 
 		foreach(lw, wanted)
-			needed |= rm_rewrite_shadow_index(m, ((Wanted *) lfirst(lw))->original) == lfirst_oid(li);
+			needed |= rm_rewrite_shadow_index(rw, ((Wanted *) lfirst(lw))->original) == lfirst_oid(li);
 		if (needed)
 			continue;
 		if (OidIsValid(get_index_constraint(lfirst_oid(li))))
-			rm_execute(psprintf("ALTER TABLE " RM_SCHEMA ".%s DROP CONSTRAINT %s",
-								shadow_name(m->id), quote_identifier(get_rel_name(lfirst_oid(li)))));
+			rm_execute(psprintf("ALTER TABLE %s DROP CONSTRAINT %s",
+								rm_relation_sql(rw->shadow), quote_identifier(get_rel_name(lfirst_oid(li)))));
 		else
 			rm_execute(psprintf("DROP INDEX %s", rm_relation_sql(lfirst_oid(li))));
 	}
@@ -1019,12 +1420,10 @@ drop_stale_indexes(RmMigration *m, RmRewrite *rw, List *wanted)
 
 /* does the shadow have all indexes, and are they those of the present definitions? */
 bool
-rm_rewrite_indexes_complete(RmRun *run)
+rm_rewrite_indexes_complete(const RmRewrite *rw)
 {
-	RmMigration *m = run->m;
-
-	return m->fingerprint != NULL &&
-		strcmp(m->fingerprint, rm_catalog_fingerprint(m->relid, CurrentMemoryContext)) == 0;
+	return rw->fingerprint != NULL &&
+		strcmp(rw->fingerprint, rm_catalog_fingerprint(rw->relid, CurrentMemoryContext)) == 0;
 }
 
 /*
@@ -1035,26 +1434,27 @@ static RmStepResult
 index_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
-	RmRewrite  *rw = rm_rewrite_load(m);
+	RmStepResult result;
 	Relation	rel;
+	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
 	IndexWork  *work = run->work;
 	List	   *wanted;
 	ListCell   *lc;
 	char	   *fingerprint;
 	int			built = 0;
 
-	rel = rm_rewrite_open(run, rw, AccessShareLock);
-	if (rel == NULL)
-		return RM_STEP_BACK;
+	if (rw == NULL)
+		return result;
 	/* what changes after this is seen by those who compare it */
-	fingerprint = rm_catalog_fingerprint(m->relid, CurrentMemoryContext);
+	fingerprint = rm_catalog_fingerprint(rw->relid, CurrentMemoryContext);
 	if (work == NULL)
 	{
 		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
-		if (OidIsValid(rm_rewrite_shadow_index(m, rw->key_index)))
+		if (OidIsValid(rm_rewrite_shadow_index(rw, rw->key_index)))
 		{
 			(void) rm_replay(run, rw, rel, NULL);
 			table_close(rel, NoLock);
+			rm_rewrite_save(rw);
 			return RM_STEP_AGAIN;
 		}
 	}
@@ -1067,21 +1467,21 @@ index_apply(RmRun *run)
 	{
 		Wanted	   *w = lfirst(lc);
 
-		if (OidIsValid(rm_rewrite_shadow_index(m, w->original)))
+		if (OidIsValid(rm_rewrite_shadow_index(rw, w->original)))
 		{
 			run->progress.blocks_done = ++built;
 			continue;
 		}
 		/* nobody's DDL is to wait for the building */
-		UnlockRelationOid(m->relid, AccessShareLock);
+		UnlockRelationOid(rw->relid, AccessShareLock);
 		work->building = MemoryContextStrdup(run->cxt, get_rel_name(w->original));
 		(void) rm_define_index(rw->shadow, w->stmt);
 		work->building = NULL;
 		return RM_STEP_AGAIN;
 	}
-	drop_stale_indexes(m, rw, wanted);
-	m->fingerprint = fingerprint;
-	return RM_STEP_DONE;
+	drop_stale_indexes(rw, wanted);
+	rw->fingerprint = fingerprint;
+	return rm_rewrite_table_done(run, rw);
 }
 
 /* tells it of the table's index, not of the shadow's */

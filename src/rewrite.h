@@ -27,24 +27,31 @@ typedef enum RmRewriteStep
 	RM_REWRITE_FINISH
 } RmRewriteStep;
 
-/* phases of the step copy */
-enum
+/*
+ * Phases of the step begin, which the step copy goes through too, where what there
+ * is cannot be used: m->leaf says of which partition then, or (0) that it is all.
+ */
+typedef enum RmBeginPhase
 {
-	RM_COPY_ROWS,
-	RM_COPY_FROM_BEGIN,			/* what there is cannot be used: first "begin", */
-	RM_COPY_FROM_LOG			/* in two transactions */
-};
-
-/* the row with this key has changed */
-#define RM_LOG_FAILED		'f' /* its new version cannot be made: try again */
+	RM_BEGIN_NOTHING,
+	RM_BEGIN_ANEW,				/* what there is goes */
+	RM_BEGIN_TABLES,			/* shadows and logs are made */
+	RM_BEGIN_LOGS				/* from here on the logs have every change */
+} RmBeginPhase;
 
 /*
- * What the method keeps of a migration: a row of risky_migrations.rewrite, loaded
- * anew in each transaction, as the migration's own.
+ * What the method keeps of a table that holds rows, which is the migration's or a
+ * partition of it: a row of risky_migrations.rewrite, loaded anew in each
+ * transaction, as the migration's own.
  */
 typedef struct RmRewrite
 {
 	int64		id;				/* of the migration */
+	Oid			relid;
+	AttrNumber	attnum;			/* of the column, there */
+	int			steps_done;		/* of the method's list, for this table */
+	Oid			relfilenode;	/* which it had when the log began */
+	int64		end_block;		/* pages at that time */
 	Oid			shadow;			/* the shadow table */
 	Oid			log;			/* the change log */
 	Oid			key_index;		/* of the table: its columns tell the rows apart */
@@ -60,6 +67,7 @@ typedef struct RmRewrite
 	int64		shadow_blocks;	/* pages of the shadow that are committed copies */
 	ItemPointerData verified;	/* the next row of the shadow to be looked at */
 	int64		rows_failed;	/* at the last catch-up: rows without a new version */
+	char	   *fingerprint;	/* of the catalogs when the indexes were built, or NULL */
 } RmRewrite;
 
 /* rows that are made at once */
@@ -95,25 +103,28 @@ typedef struct RmTransfer
 } RmTransfer;
 
 /* rewrite.c */
-extern RmRewrite *rm_rewrite_load(const RmMigration *m);
+extern List *rm_rewrite_load_all(const RmMigration *m);
 extern void rm_rewrite_save(const RmRewrite *rw);
 extern void rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel);
 extern void rm_rewrite_rehearse(RmMigration *m);
 extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
-extern Oid	rm_rewrite_shadow_index(const RmMigration *m, Oid original);
-extern Oid	rm_rewrite_shadow_key(const RmMigration *m, const RmRewrite *rw);
-extern bool rm_rewrite_key_converts(const RmMigration *m, const RmRewrite *rw);
-extern void rm_rewrite_make_tables(RmRun *run);
-extern void rm_rewrite_begin_log(RmRun *run);
+extern Oid	rm_rewrite_shadow_index(const RmRewrite *rw, Oid original);
+extern Oid	rm_rewrite_shadow_key(const RmRewrite *rw);
+extern bool rm_rewrite_key_converts(const RmRewrite *rw);
+extern RmStepResult rm_rewrite_begin(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);
-extern Oid	rm_relfilenode(Oid relid);
-extern void rm_rewrite_drop(const RmMigration *m, const RmRewrite *rw);
+extern void rm_rewrite_drop(const RmRewrite *rw);
+extern void rm_rewrite_forget(const RmMigration *m);
 extern void rm_rewrite_drop_trigger(const RmMigration *m);
-extern int64 rm_rewrite_trigger_mark(const RmMigration *m, Oid relid);
 extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);
-extern Relation rm_rewrite_open(RmRun *run, RmRewrite *rw, LOCKMODE lock);
-extern RmStepResult rm_rewrite_start_over(RmRun *run, const char *why);
-extern bool rm_rewrite_indexes_complete(RmRun *run);
+extern bool rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result);
+extern RmRewrite *rm_rewrite_next(RmRun *run, Relation *rel, RmStepResult *result);
+extern bool rm_rewrite_all(RmRun *run, List **list, RmStepResult *result);
+extern RmStepResult rm_rewrite_table_done(RmRun *run, RmRewrite *rw);
+extern RmStepResult rm_rewrite_back_to(RmRun *run, RmRewrite *rw, RmRewriteStep step);
+extern RmStepResult rm_rewrite_start_over(RmRun *run, Oid relid, const char *why);
+extern void rm_rewrite_progress(RmRun *run, RmRewrite *rw);
+extern bool rm_rewrite_indexes_complete(const RmRewrite *rw);
 
 /* rewrite_transfer.c */
 extern RmTransfer *rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel,
@@ -124,14 +135,13 @@ extern void rm_transfer_make(RmTransfer *t);
 extern void rm_transfer_clear(RmTransfer *t);
 
 /* rewrite_log.c */
-extern Oid	rm_log_create(const RmMigration *m, Relation rel, Relation key_index);
+extern Oid	rm_log_create(int64 id, Relation rel, Relation key_index);
 extern void rm_log_key(Relation log, TupleTableSlot *slot);
 extern int64 rm_log_count(Relation log, Snapshot snapshot, int64 limit);
 
 /* rewrite_replay.c */
 extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
-extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, int64 *counts,
-							 RmStepResult *result);
+extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
 
 extern const RmStep rm_step_rewrite_begin;
 extern const RmStep rm_step_rewrite_copy;

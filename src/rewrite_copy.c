@@ -389,26 +389,23 @@ static RmStepResult
 copy_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
-	RmRewrite  *rw = rm_rewrite_load(m);
+	RmRewrite  *rw;
 	Relation	rel;
 	BlockNumber end;
+	RmStepResult result;
 
-	if (m->phase != RM_COPY_ROWS)
+	if (m->phase != RM_BEGIN_NOTHING)
 	{
-		if (m->phase == RM_COPY_FROM_BEGIN)
-			rm_rewrite_make_tables(run);
-		else
-			rm_rewrite_begin_log(run);
-		m->phase = m->phase == RM_COPY_FROM_BEGIN ? RM_COPY_FROM_LOG : RM_COPY_ROWS;
+		(void) rm_rewrite_begin(run);
 		return RM_STEP_AGAIN;
 	}
-	rel = rm_rewrite_open(run, rw, AccessShareLock);
-	if (rel == NULL)
-		return RM_STEP_BACK;
+	rw = rm_rewrite_next(run, &rel, &result);
+	if (rw == NULL)
+		return result;
 	if (!cut_back(rw))
 	{
 		table_close(rel, NoLock);
-		return rm_rewrite_start_over(run, "the shadow was emptied by a crash");
+		return rm_rewrite_start_over(run, rw->relid, "the shadow was emptied by a crash");
 	}
 	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
 	if (m->next_block < end)
@@ -420,11 +417,12 @@ copy_apply(RmRun *run)
 	run->progress.blocks_total = m->end_block;
 	run->progress.rows_done = m->rows_done;
 	run->progress.rows_total = Max(m->rows_estimated, m->rows_done);
+	rm_rewrite_progress(run, rw);
 	run->async_commit = true;
 	run->may_hold = true;
 	run->batch_ended = true;
 	run->batches++;
-	return m->next_block < end ? RM_STEP_AGAIN : RM_STEP_DONE;
+	return m->next_block < end ? RM_STEP_AGAIN : rm_rewrite_table_done(run, rw);
 }
 
 static void

@@ -3,6 +3,10 @@
  * rewrite_exchange.c
  *	  online_rewrite: the steps "cut_over" and "finish".
  *
+ * (Of a partitioned table, whatever is said here of the table is done with each
+ * partition in one transaction, but for the ALTER TABLE, which is run on the
+ * partitioned table and goes down by itself.)
+ *
  * When the shadow is complete, verified and nearly up to date, all snapshots that
  * are older than the last rounds of catching up are waited out, holding nothing.
  * Then one transaction.  With SHARE UPDATE EXCLUSIVE on the table and on all whose
@@ -73,6 +77,7 @@
 #include "definitions.h"
 #include "dependents.h"
 #include "executor/spi.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "rewrite.h"
 #include "risky_migrations.h"
@@ -179,26 +184,30 @@ exchange_storage(Oid mine, Oid other)
 	CommandCounterIncrement();
 }
 
-/* an index of the table, known by its name while ALTER TABLE makes it anew */
+/*
+ * An index of the table.  ALTER TABLE makes it anew, under the same name; but
+ * where it is a part of the partitioned table's index, under any.
+ */
 typedef struct IndexPair
 {
 	char	   *name;
 	Oid			shadow;
+	bool		taken;
 } IndexPair;
 
 static List *
-index_pairs(const RmMigration *m)
+index_pairs(const RmRewrite *rw)
 {
-	Relation	rel = table_open(m->relid, NoLock);
+	Relation	rel = table_open(rw->relid, NoLock);
 	List	   *pairs = NIL;
 	ListCell   *lc;
 
 	foreach(lc, RelationGetIndexList(rel))
 	{
-		IndexPair  *p = palloc(sizeof(IndexPair));
+		IndexPair  *p = palloc0(sizeof(IndexPair));
 
 		p->name = get_rel_name(lfirst_oid(lc));
-		p->shadow = rm_rewrite_shadow_index(m, lfirst_oid(lc));
+		p->shadow = rm_rewrite_shadow_index(rw, lfirst_oid(lc));
 		if (!OidIsValid(p->shadow))
 			elog(ERROR, "the shadow has no index for \"%s\"", p->name);
 		pairs = lappend(pairs, p);
@@ -207,25 +216,69 @@ index_pairs(const RmMigration *m)
 	return pairs;
 }
 
-/* are both indexes of the same columns, in the same way? */
-static void
-check_same_index(Oid mine, Oid other)
+/* are both indexes of the same columns, in the same way?  If closely, also of the same expressions and rows */
+static bool
+same_index(Oid mine, Oid other, bool closely)
 {
 	Relation	a = index_open(mine, AccessExclusiveLock);
 	Relation	b = index_open(other, AccessExclusiveLock);
 	int			n = a->rd_index->indnatts;
+	int			nkeys = a->rd_index->indnkeyatts;
+	bool		same;
 
-	if (n != b->rd_index->indnatts || a->rd_index->indnkeyatts != b->rd_index->indnkeyatts ||
-		a->rd_index->indisunique != b->rd_index->indisunique ||
-		memcmp(a->rd_index->indkey.values, b->rd_index->indkey.values, sizeof(int16) * n) != 0 ||
-		memcmp(a->rd_opfamily, b->rd_opfamily, sizeof(Oid) * a->rd_index->indnkeyatts) != 0 ||
-		memcmp(a->rd_opcintype, b->rd_opcintype, sizeof(Oid) * a->rd_index->indnkeyatts) != 0 ||
-		memcmp(a->rd_indcollation, b->rd_indcollation, sizeof(Oid) * a->rd_index->indnkeyatts) != 0 ||
-		memcmp(a->rd_indoption, b->rd_indoption, sizeof(int16) * a->rd_index->indnkeyatts) != 0)
-		elog(ERROR, "index \"%s\" of the changed table is not the one that was built",
-			 RelationGetRelationName(a));
+	same = n == b->rd_index->indnatts && nkeys == b->rd_index->indnkeyatts &&
+		a->rd_index->indisunique == b->rd_index->indisunique &&
+		memcmp(a->rd_index->indkey.values, b->rd_index->indkey.values, sizeof(int16) * n) == 0 &&
+		memcmp(a->rd_opfamily, b->rd_opfamily, sizeof(Oid) * nkeys) == 0 &&
+		memcmp(a->rd_opcintype, b->rd_opcintype, sizeof(Oid) * nkeys) == 0 &&
+		memcmp(a->rd_indcollation, b->rd_indcollation, sizeof(Oid) * nkeys) == 0 &&
+		memcmp(a->rd_indoption, b->rd_indoption, sizeof(int16) * nkeys) == 0 &&
+		(!closely || (equal(RelationGetIndexExpressions(a), RelationGetIndexExpressions(b)) &&
+					  equal(RelationGetIndexPredicate(a), RelationGetIndexPredicate(b))));
 	index_close(a, NoLock);
 	index_close(b, NoLock);
+	return same;
+}
+
+/* the shadow's like of an index that ALTER TABLE has made, or left alone */
+static Oid
+pair_of(List *pairs, Oid index)
+{
+	const char *name = get_rel_name(index);
+	ListCell   *lc;
+
+	foreach(lc, pairs)
+	{
+		IndexPair  *p = lfirst(lc);
+
+		if (strcmp(p->name, name) == 0 && same_index(index, p->shadow, false))
+		{
+			p->taken = true;
+			return p->shadow;
+		}
+	}
+	return InvalidOid;
+}
+
+/* of those that have got another name, one that is left */
+static Oid
+pair_left_of(List *pairs, Oid index)
+{
+	ListCell   *lc;
+
+	foreach(lc, pairs)
+	{
+		IndexPair  *p = lfirst(lc);
+
+		if (!p->taken && same_index(index, p->shadow, true))
+		{
+			p->taken = true;
+			return p->shadow;
+		}
+	}
+	elog(ERROR, "index \"%s\" of the changed table is none of those that were built",
+		 get_rel_name(index));
+	return InvalidOid;
 }
 
 /* the TOAST table that has come from the shadow gets the name it should have */
@@ -343,7 +396,7 @@ note_proofs(const RmMigration *m, List *keys)
 			proofs = lappend(proofs, ((ForeignKey *) lfirst(lc))->validate_sql);
 	v[0] = Int64GetDatum(m->id);
 	v[1] = rm_settings_array(proofs);
-	rm_state_execute("UPDATE risky_migrations.rewrite SET to_prove = $2 WHERE migration_id = $1",
+	rm_state_execute("UPDATE risky_migrations.migration SET to_prove = $2 WHERE id = $1",
 					 2, types, v, NULL);
 }
 
@@ -352,12 +405,27 @@ note_proofs(const RmMigration *m, List *keys)
  *-------------------------------------------------------------------------
  */
 
+/* an ordinary table, with its TOAST table */
+static List *
+add_storage(List *list, Oid relid)
+{
+	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+
+	if (!HeapTupleIsValid(tup))
+		return list;
+	list = list_append_unique_oid(list, relid);
+	if (OidIsValid(((Form_pg_class) GETSTRUCT(tup))->reltoastrelid))
+		list = list_append_unique_oid(list, ((Form_pg_class) GETSTRUCT(tup))->reltoastrelid);
+	ReleaseSysCache(tup);
+	return list;
+}
+
 /* all relations that the exchange changes; the table first */
 static List *
-relations_to_lock(const RmMigration *m, const RmRewrite *rw)
+relations_to_lock(const RmMigration *m, List *tables)
 {
-	List	   *list = rm_relations_of_definitions(m, m->attnum);
-	Oid			oids[] = {m->relid, rw->shadow};
+	List	   *list = list_concat_unique_oid(rm_relations_of_definitions(m, m->attnum),
+											  rm_members(m->relid));
 	ListCell   *lc;
 
 	foreach(lc, foreign_keys(m))
@@ -365,21 +433,15 @@ relations_to_lock(const RmMigration *m, const RmRewrite *rw)
 		list = list_append_unique_oid(list, ((ForeignKey *) lfirst(lc))->relid);
 		list = list_append_unique_oid(list, ((ForeignKey *) lfirst(lc))->peer);
 	}
-	for (int i = 0; i < lengthof(oids); i++)
+	foreach(lc, tables)
 	{
-		HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(oids[i]));
-
-		if (!HeapTupleIsValid(tup))
-			continue;
-		list = list_append_unique_oid(list, oids[i]);
-		if (OidIsValid(((Form_pg_class) GETSTRUCT(tup))->reltoastrelid))
-			list = list_append_unique_oid(list, ((Form_pg_class) GETSTRUCT(tup))->reltoastrelid);
-		ReleaseSysCache(tup);
+		list = add_storage(list, ((RmRewrite *) lfirst(lc))->relid);
+		list = add_storage(list, ((RmRewrite *) lfirst(lc))->shadow);
 	}
 	return lcons_oid(m->relid, list_delete_oid(list, m->relid));
 }
 
-/* PostgreSQL's own ALTER TABLE, as the table's owner, on the empty table */
+/* PostgreSQL's own ALTER TABLE, as the table's owner, on the empty table, and its partitions */
 static void
 alter_type(const RmMigration *m)
 {
@@ -401,26 +463,29 @@ alter_type(const RmMigration *m)
 
 /* table and shadow, indexes and TOAST tables change their storage */
 static void
-exchange_files(RmMigration *m, RmRewrite *rw, List *pairs)
+exchange_files(RmRewrite *rw, List *pairs)
 {
-	Oid			nspid = get_rel_namespace(m->relid);
-	Relation	rel;
+	Relation	rel = table_open(rw->relid, NoLock);
+	List	   *indexes = list_copy(RelationGetIndexList(rel));
+	List	   *shadows = NIL;
 	ListCell   *lc;
+	ListCell   *ls;
 
-	exchange_storage(m->relid, rw->shadow);
-	foreach(lc, pairs)
+	table_close(rel, NoLock);
+	exchange_storage(rw->relid, rw->shadow);
+	foreach(lc, indexes)
+		shadows = lappend_oid(shadows, pair_of(pairs, lfirst_oid(lc)));
+	forboth(lc, indexes, ls, shadows)
 	{
-		IndexPair  *p = lfirst(lc);
-		Oid			index = get_relname_relid(p->name, nspid);
-
-		check_same_index(index, p->shadow);
-		exchange_storage(index, p->shadow);
-		take_index_statistics(p->shadow, index);
+		if (!OidIsValid(lfirst_oid(ls)))
+			lfirst_oid(ls) = pair_left_of(pairs, lfirst_oid(lc));
+		exchange_storage(lfirst_oid(lc), lfirst_oid(ls));
+		take_index_statistics(lfirst_oid(ls), lfirst_oid(lc));
 	}
-	take_statistics(rw->shadow, m->relid, m->attnum);
-	rm_rewrite_drop(m, rw);
-	name_toast(m->relid);
-	rel = table_open(m->relid, NoLock);
+	take_statistics(rw->shadow, rw->relid, rw->attnum);
+	rm_rewrite_drop(rw);
+	name_toast(rw->relid);
+	rel = table_open(rw->relid, NoLock);
 	RelationClearMissing(rel);
 	table_close(rel, NoLock);
 	CommandCounterIncrement();
@@ -433,7 +498,8 @@ typedef struct ExchangePlan
 	List	   *xmins;			/* of their rows in pg_class */
 	List	   *definitions;
 	List	   *keys;
-	List	   *pairs;
+	List	   *tables;			/* of RmRewrite */
+	List	   *pairs;			/* of List of IndexPair, for each of them */
 } ExchangePlan;
 
 static List *
@@ -454,42 +520,98 @@ class_xmins(List *relids)
 	return xmins;
 }
 
+/* does each table stand as its shadow was made for?  If not, *result is what the step returns */
+static bool
+tables_stand(RmRun *run, List *tables, RmStepResult *result)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+		Relation	rel = table_open(rw->relid, NoLock);
+		bool		stands = rm_rewrite_stands(run, rw, rel, result);
+
+		table_close(rel, NoLock);
+		if (!stands)
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Somebody may have made, dropped or changed an index or the like: then the
+ * indexes are built again, and *result is what the step returns.
+ */
+static bool
+indexes_complete(RmRun *run, List *tables, RmStepResult *result)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+		if (!rm_rewrite_indexes_complete(lfirst(lc)))
+		{
+			*result = rm_rewrite_back_to(run, lfirst(lc), RM_REWRITE_INDEX);
+			return false;
+		}
+	return true;
+}
+
 /*
  * Reads the catalogs, with SHARE UPDATE EXCLUSIVE on all that they tell of: others
  * read and write, but whoever would change a definition waits, and finds it
  * exchanged.  Only privileges can be changed without any lock; those are seen
- * by check_plan().
+ * by the xmins.  NULL if something has to be done before: *result is what the step
+ * returns.
  */
 static ExchangePlan *
-make_plan(RmRun *run, RmRewrite *rw)
+make_plan(RmRun *run, List *tables, RmStepResult *result)
 {
 	RmMigration *m = run->m;
-	ExchangePlan	   *plan = palloc0(sizeof(ExchangePlan));
-	Relation	rel;
+	ExchangePlan *plan = palloc0(sizeof(ExchangePlan));
+	List	   *tables_now;
+	ListCell   *lc;
 
-	plan->relids = relations_to_lock(m, rw);
+	plan->relids = relations_to_lock(m, tables);
 	rm_lock_relations(&run->locks, plan->relids, ShareUpdateExclusiveLock, run->tries);
-	if (list_difference_oid(relations_to_lock(m, rw), plan->relids) != NIL)
+	if (!rm_rewrite_all(run, &tables_now, result))
+		return NULL;
+	if (list_difference_oid(relations_to_lock(m, tables_now), plan->relids) != NIL)
 		rm_refuse_just_changed(m);
-	rel = table_open(m->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
-	table_close(rel, NoLock);
-	if (!rm_rewrite_indexes_complete(run))
+	plan->tables = tables_now;
+	if (!tables_stand(run, plan->tables, result) || !indexes_complete(run, plan->tables, result))
 		return NULL;
 	plan->definitions = rm_definitions_on(m, m->attnum);
 	plan->keys = foreign_keys(m);
-	plan->pairs = index_pairs(m);
+	foreach(lc, plan->tables)
+		plan->pairs = lappend(plan->pairs, index_pairs(lfirst(lc)));
 	plan->xmins = class_xmins(plan->relids);
 	return plan;
 }
 
-/* everything of the exchange; the locks are held, the log is empty */
+/*
+ * The table gets an empty heap.  That is enough for ALTER TABLE, which reads
+ * neither the indexes nor the TOAST table of what it rewrites.
+ */
 static void
-exchange(RmRun *run, RmRewrite *rw, ExchangePlan *plan)
+make_empty(Oid relid)
+{
+	Relation	rel = table_open(relid, NoLock);
+
+	CheckTableNotInUse(rel, "ALTER TABLE");
+	TransferPredicateLocksToHeapRelation(rel);
+	rm_set_new_storage(rel);
+	table_close(rel, NoLock);
+	CommandCounterIncrement();
+}
+
+/* everything of the exchange; the locks are held, the logs are empty */
+static void
+exchange(RmRun *run, ExchangePlan *plan)
 {
 	RmMigration *m = run->m;
-	Relation	rel;
 	ListCell   *lc;
+	ListCell   *lp;
 
 	rm_definitions_drop(plan->definitions);
 	foreach(lc, plan->keys)
@@ -497,18 +619,11 @@ exchange(RmRun *run, RmRewrite *rw, ExchangePlan *plan)
 	rm_rewrite_drop_trigger(m);
 	note_proofs(m, plan->keys);
 
-	/*
-	 * An empty heap is enough for ALTER TABLE, which reads neither the indexes nor
-	 * the TOAST table of what it rewrites.
-	 */
-	rel = table_open(m->relid, NoLock);
-	CheckTableNotInUse(rel, "ALTER TABLE");
-	TransferPredicateLocksToHeapRelation(rel);
-	rm_set_new_storage(rel);
-	table_close(rel, NoLock);
-	CommandCounterIncrement();
+	foreach(lc, plan->tables)
+		make_empty(((RmRewrite *) lfirst(lc))->relid);
 	alter_type(m);
-	exchange_files(m, rw, plan->pairs);
+	forboth(lc, plan->tables, lp, plan->pairs)
+		exchange_files(lfirst(lc), lfirst(lp));
 
 	foreach(lc, plan->keys)
 	{
@@ -521,14 +636,19 @@ exchange(RmRun *run, RmRewrite *rw, ExchangePlan *plan)
 
 /* 23514 and the like: rows that cannot be made stand in the way */
 static void
-refuse_failed_rows(RmRun *run, RmRewrite *rw)
+refuse_failed_rows(RmRun *run, List *tables)
 {
-	if (rw->rows_failed > 0)
+	int64		failed = 0;
+	ListCell   *lc;
+
+	foreach(lc, tables)
+		failed += ((RmRewrite *) lfirst(lc))->rows_failed;
+	if (failed > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NOT_NULL_VIOLATION),
 				 errmsg_plural("%lld row of %s has no new value",
 							   "%lld rows of %s have no new value",
-							   (unsigned long) rw->rows_failed, (long long) rw->rows_failed,
+							   (unsigned long) failed, (long long) failed,
 							   run->relation),
 				 errdetail("Column \"%s\" has values that do not convert, or that the changed table would refuse. Nothing has been exchanged.",
 						   run->m->column),
@@ -536,39 +656,70 @@ refuse_failed_rows(RmRun *run, RmRewrite *rw)
 						 (long long) run->migration_id)));
 }
 
-/* the indexes are not those of the table any more */
-static RmStepResult
-build_again(RmRun *run)
+/*
+ * A round for each table, all with one snapshot.  False if something has to be
+ * done before: *result is what the step returns.
+ */
+static bool
+replay_all(RmRun *run, List *tables, RmStepResult *result)
 {
-	run->m->steps_done = RM_REWRITE_INDEX;
-	run->m->phase = 0;
-	return RM_STEP_BACK;
+	List	   *relids = NIL;
+	ListCell   *lc;
+
+	foreach(lc, tables)
+		relids = lappend_oid(relids, ((RmRewrite *) lfirst(lc))->relid);
+	if (relids == NIL)
+		return true;
+	rm_lock_relations(&run->locks, relids, AccessShareLock, run->tries);
+	if (!tables_stand(run, tables, result))
+		return false;
+	foreach(lc, tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+		Relation	rel = table_open(rw->relid, NoLock);
+
+		(void) rm_replay_round(run, rw, rel, NULL);
+		table_close(rel, NoLock);
+	}
+	return true;
 }
 
-/* what came since the last round; returns how many changes */
-static int64
-replay_rest(RmRun *run, RmRewrite *rw)
+/* what came since the last round; the tables are locked */
+static void
+replay_rest(RmRun *run, List *tables)
 {
-	Relation	rel = table_open(run->m->relid, NoLock);
-	int64		n = rm_replay(run, rw, rel, NULL);
+	ListCell   *lc;
 
-	table_close(rel, NoLock);
-	refuse_failed_rows(run, rw);
-	return n;
+	foreach(lc, tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+		Relation	rel = table_open(rw->relid, NoLock);
+
+		(void) rm_replay(run, rw, rel, NULL);
+		table_close(rel, NoLock);
+	}
+	refuse_failed_rows(run, tables);
 }
 
 /* are there more changes than may be replayed while everybody waits? */
 static bool
-log_is_long(RmRewrite *rw)
+logs_are_long(List *tables)
 {
-	Relation	log = table_open(rw->log, AccessShareLock);
-	bool		is_long;
+	int64		n = 0;
+	ListCell   *lc;
 
 	PushActiveSnapshot(GetTransactionSnapshot());
-	is_long = rm_log_count(log, GetActiveSnapshot(), FEW_UNDER_LOCK + 1) > FEW_UNDER_LOCK;
+	foreach(lc, tables)
+	{
+		Relation	log = table_open(((RmRewrite *) lfirst(lc))->log, AccessShareLock);
+
+		n += rm_log_count(log, GetActiveSnapshot(), FEW_UNDER_LOCK + 1 - n);
+		table_close(log, NoLock);
+		if (n > FEW_UNDER_LOCK)
+			break;
+	}
 	PopActiveSnapshot();
-	table_close(log, NoLock);
-	return is_long;
+	return n > FEW_UNDER_LOCK;
 }
 
 /*
@@ -576,85 +727,119 @@ log_is_long(RmRewrite *rw)
  * first, and one more round, so that little is left for the strong lock.
  */
 static RmStepResult
-try_exchange(RmRun *run, RmRewrite *rw)
+try_exchange(RmRun *run, List *tables)
 {
 	RmMigration *m = run->m;
-	ExchangePlan	   *plan = make_plan(run, rw);
-	Relation	rel;
-	const char *missed;
+	RmStepResult result;
+	ExchangePlan *plan = make_plan(run, tables, &result);
+	ListCell   *lc;
 
 	if (plan == NULL)
-		return build_again(run);
-	rel = table_open(m->relid, NoLock);
-	missed = rm_rewrite_missed(m, rw, rel);
-	table_close(rel, NoLock);
-	if (missed)
-		return rm_rewrite_start_over(run, missed);
-	(void) replay_rest(run, rw);
+		return result;
+	replay_rest(run, plan->tables);
 
 	rm_lock_relations(&run->locks, plan->relids, AccessExclusiveLock, run->tries);
-	rel = table_open(m->relid, NoLock);
-	missed = rm_rewrite_missed(m, rw, rel);
-	table_close(rel, NoLock);
-	if (missed)
-		return rm_rewrite_start_over(run, missed);
+	if (!tables_stand(run, plan->tables, &result))
+		return result;
 	if (!equal(plan->xmins, class_xmins(plan->relids)))
 		rm_refuse_just_changed(m);
-	if (log_is_long(rw))
+	if (logs_are_long(plan->tables))
 	{
 		m->phase = CUT_ROUND;
 		return RM_STEP_AGAIN;
 	}
-	(void) replay_rest(run, rw);
+	replay_rest(run, plan->tables);
 	run->old_storage = rm_relation_storage(m->relid);
-	exchange(run, rw, plan);
+	foreach(lc, plan->tables)
+		if (((RmRewrite *) lfirst(lc))->relid != m->relid)
+			run->old_storage = list_concat(run->old_storage,
+										   rm_relation_storage(((RmRewrite *) lfirst(lc))->relid));
+	exchange(run, plan);
 	return RM_STEP_DONE;
+}
+
+/* statistics for a shadow that has none yet; false if they all have */
+static bool
+analyze_next(List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		if (rw->steps_done > RM_REWRITE_CUT_OVER)
+			continue;
+		rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
+		rw->steps_done = RM_REWRITE_CUT_OVER + 1;
+		rm_rewrite_save(rw);
+		return true;
+	}
+	return false;
+}
+
+/* a new run has not waited for anybody, and what statistics there are may be old */
+static void
+begin_run(RmRun *run, List *tables)
+{
+	ListCell   *lc;
+
+	run->work = MemoryContextAllocZero(run->cxt, sizeof(RmSnapshotWait));
+	run->m->phase = CUT_ANALYZE;
+	foreach(lc, tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		rw->steps_done = Min(rw->steps_done, RM_REWRITE_CUT_OVER);
+		rm_rewrite_save(rw);
+	}
 }
 
 static RmStepResult
 cut_over_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
-	RmRewrite  *rw = rm_rewrite_load(m);
 	RmStepResult result = RM_STEP_AGAIN;
-	RmSnapshotWait *wait = run->work;
+	List	   *tables;
+	ListCell   *lc;
 
-	if (wait == NULL)
-	{
-		wait = run->work = MemoryContextAllocZero(run->cxt, sizeof(RmSnapshotWait));
-		m->phase = CUT_ANALYZE; /* a new run has not waited for anybody */
-	}
-	/* somebody has made, dropped or changed an index or the like */
-	if (m->phase != CUT_EXCHANGE && !rm_rewrite_indexes_complete(run))
-		return build_again(run);
+	if (!rm_rewrite_all(run, &tables, &result))
+		return result;
+	if (run->work == NULL)
+		begin_run(run, tables);
+	foreach(lc, tables)
+		if (((RmRewrite *) lfirst(lc))->steps_done < RM_REWRITE_CUT_OVER)
+			return rm_rewrite_back_to(run, lfirst(lc), ((RmRewrite *) lfirst(lc))->steps_done);
+	if (m->phase != CUT_EXCHANGE && !indexes_complete(run, tables, &result))
+		return result;
 	switch (m->phase)
 	{
 		case CUT_ANALYZE:
-			(void) rm_replay_round(run, rw, NULL, &result);
-			if (result == RM_STEP_BACK)
+			if (analyze_next(tables))
+				break;
+			if (!replay_all(run, tables, &result))
 				return result;
-			refuse_failed_rows(run, rw);
-			rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
+			refuse_failed_rows(run, tables);
 			m->phase = CUT_WAIT;
 			break;
 
 		case CUT_WAIT:
-			if (rm_wait_for_snapshots(run, wait, "the storage from being exchanged",
+			if (rm_wait_for_snapshots(run, run->work, "the storage from being exchanged",
 									  "with it, it would not find the rows that were changed since",
 									  psprintf("SELECT rm_resume(%lld)", (long long) m->id)))
 				m->phase = CUT_ROUND;
 			break;
 
 		case CUT_ROUND:
-			(void) rm_replay_round(run, rw, NULL, &result);
-			if (result == RM_STEP_AGAIN)
-				m->phase = CUT_EXCHANGE;
+			if (!replay_all(run, tables, &result))
+				return result;
+			m->phase = CUT_EXCHANGE;
 			break;
 
 		default:
-			return try_exchange(run, rw);
+			return try_exchange(run, tables);
 	}
-	return result;
+	return RM_STEP_AGAIN;
 }
 
 static void
@@ -695,17 +880,27 @@ const RmStep rm_step_rewrite_cut_over = {
 
 /*
  * Statistics objects have lost what they had gathered with the ALTER TABLE, as
- * they do in an ordinary one.
+ * they do in an ordinary one; so has a partitioned table, of all its rows.
  */
 static void
-analyze_where_needed(const RmMigration *m)
+analyze_where_needed(RmMigration *m)
 {
-	Relation	rel = table_open(m->relid, NoLock);
-	bool		needed = RelationGetStatExtList(rel) != NIL;
+	ListCell   *lc;
 
-	table_close(rel, NoLock);
-	if (needed)
+	if (rm_is_parted(m))
+	{
 		rm_execute(psprintf("ANALYZE %s", rm_relation_sql(m->relid)));
+		return;
+	}
+	foreach(lc, rm_leaves(m->relid))
+	{
+		Relation	rel = table_open(lfirst_oid(lc), NoLock);
+		bool		needed = RelationGetStatExtList(rel) != NIL;
+
+		table_close(rel, NoLock);
+		if (needed)
+			rm_execute(psprintf("ANALYZE %s", rm_relation_sql(lfirst_oid(lc))));
+	}
 }
 
 /* one proof each transaction: a scan that lets everybody read and write */
@@ -717,21 +912,20 @@ finish_apply(RmRun *run)
 	Datum		v[] = {Int64GetDatum(m->id)};
 	char	   *sql;
 
-	rm_state_execute("SELECT to_prove[1] FROM risky_migrations.rewrite WHERE migration_id = $1",
+	rm_state_execute("SELECT to_prove[1] FROM risky_migrations.migration WHERE id = $1",
 					 1, types, v, NULL);
-	sql = SPI_processed > 0 ? rm_result_text(0, 1) : NULL;
+	sql = rm_result_text(0, 1);
 	rm_lock_relation(&run->locks, m->relid, ShareUpdateExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	if (sql == NULL)
 	{
 		analyze_where_needed(m);
-		rm_state_execute("DELETE FROM risky_migrations.rewrite WHERE migration_id = $1",
-						 1, types, v, NULL);
+		rm_rewrite_forget(m);
 		return RM_STEP_DONE;
 	}
 	rm_execute(sql);
-	rm_state_execute("UPDATE risky_migrations.rewrite SET to_prove = to_prove[2:]"
-					 " WHERE migration_id = $1", 1, types, v, NULL);
+	rm_state_execute("UPDATE risky_migrations.migration SET to_prove = to_prove[2:]"
+					 " WHERE id = $1", 1, types, v, NULL);
 	return RM_STEP_AGAIN;
 }
 

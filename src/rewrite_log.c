@@ -4,8 +4,9 @@
  *	  online_rewrite: the change log, and the trigger that writes it.
  *
  * From the moment at which a migration begins, every change of the table leaves
- * the keys of the rows concerned in the change log, risky_migrations.log_<id>:
- * of an UPDATE the old key and, if it is another one, the new.  Nothing else
+ * the keys of the rows concerned in its change log, risky_migrations.log_<id>_<OID
+ * of the table>; of a partitioned one each partition has a log of its own.  Of an
+ * UPDATE it is the old key and, if it is another one, the new.  Nothing else
  * is kept: what the row looks like is read from the table, later, with one
  * snapshot for log and table.  So the log needs no order, and a transaction that
  * is rolled back leaves nothing in either.
@@ -63,9 +64,9 @@
 PG_FUNCTION_INFO_V1(rm_log_change);
 
 static char *
-log_name(int64 id)
+log_name(int64 id, Oid relid)
 {
-	return psprintf("log_%lld", (long long) id);
+	return psprintf("log_%lld_%u", (long long) id, relid);
 }
 
 /* number of the table's column that a column of the log is a copy of */
@@ -76,11 +77,11 @@ key_attnum(TupleDesc log_desc, int i)
 }
 
 /*
- * Makes the change log of a migration of rel, whose rows are told apart by the
+ * Makes the change log for migration id of rel, whose rows are told apart by the
  * columns of key_index.  It goes with the table.
  */
 Oid
-rm_log_create(const RmMigration *m, Relation rel, Relation key_index)
+rm_log_create(int64 id, Relation rel, Relation key_index)
 {
 	int			nkeys = IndexRelationGetNumberOfKeyAttributes(key_index);
 	TupleDesc	desc = CreateTemplateTupleDesc(nkeys);
@@ -97,7 +98,7 @@ rm_log_create(const RmMigration *m, Relation rel, Relation key_index)
 		TupleDescInitEntryCollation(desc, i + 1, att->attcollation);
 	}
 	ObjectAddressSet(log, RelationRelationId,
-					 heap_create_with_catalog(log_name(m->id), get_namespace_oid(RM_SCHEMA, false),
+					 heap_create_with_catalog(log_name(id, RelationGetRelid(rel)), get_namespace_oid(RM_SCHEMA, false),
 											  InvalidOid, InvalidOid, InvalidOid, InvalidOid,
 											  rel->rd_rel->relowner, HEAP_TABLE_AM_OID, desc, NIL,
 											  RELKIND_RELATION, rel->rd_rel->relpersistence,
@@ -170,7 +171,8 @@ begin_statement(TriggerData *trigdata, FmgrInfo *flinfo)
 				 errdetail("The trigger \"%s\" gives it %d.", trigger->tgname, trigger->tgnargs),
 				 errhint("Such triggers are made by rm_alter_type() and rm_start() only.")));
 	if (OidIsValid(nspid))
-		state->log = get_relname_relid(log_name(pg_strtoint64(trigger->tgargs[0])), nspid);
+		state->log = get_relname_relid(log_name(pg_strtoint64(trigger->tgargs[0]),
+												RelationGetRelid(trigdata->tg_relation)), nspid);
 	desc = CreateTupleDescCopyConstr(RelationGetDescr(trigdata->tg_relation));
 	state->slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);
 	state->new_slot = MakeSingleTupleTableSlot(desc, &TTSOpsHeapTuple);

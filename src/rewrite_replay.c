@@ -177,7 +177,7 @@ begin_round(Round *r, RmTransfer *t)
 	r->log = table_open(t->rw->log, RowExclusiveLock);
 	r->source = rm_lookup_begin(t->rel, t->rw->key_index, t->snapshot);
 	/* what this very transaction has stored and deleted counts */
-	r->target = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(t->m, t->rw), SnapshotSelf);
+	r->target = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(t->rw), SnapshotSelf);
 	r->log_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
 	r->last_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
 	r->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
@@ -295,7 +295,7 @@ make_target_key(Round *r, TupleTableSlot *key_row)
 
 		key_row->tts_values[attnum - 1] =
 			slot_getattr(r->log_slot, i + 1, &key_row->tts_isnull[attnum - 1]);
-		converts |= attnum == t->m->attnum;
+		converts |= attnum == t->rw->attnum;
 	}
 	if (converts)
 	{
@@ -306,7 +306,7 @@ make_target_key(Round *r, TupleTableSlot *key_row)
 	{
 		AttrNumber	attnum = rm_lookup_attnum(r->target, i);
 
-		r->target->keys[i].sk_argument = converts && attnum == t->m->attnum ? value :
+		r->target->keys[i].sk_argument = converts && attnum == t->rw->attnum ? value :
 			key_row->tts_values[attnum - 1];
 	}
 	return true;
@@ -443,25 +443,17 @@ rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 /* catching up; lives across transactions */
 typedef struct CatchUp
 {
+	Oid			relid;			/* of which table this is */
 	int64		last;			/* rows of the last round */
 	int			hopeless;		/* rounds in a row that did not find fewer */
 } CatchUp;
 
-/*
- * A round, with all that has to be looked at before.  *result is RM_STEP_BACK if
- * everything has to begin again; returns the rows that were replayed.
- */
+/* a round beside everybody, in a transaction of its own; returns the rows that were replayed */
 int64
-rm_replay_round(RmRun *run, RmRewrite *rw, int64 *counts, RmStepResult *result)
+rm_replay_round(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 {
-	Relation	rel = rm_rewrite_open(run, rw, AccessShareLock);
-	int64		n;
+	int64		n = rm_replay(run, rw, rel, counts);
 
-	*result = rel ? RM_STEP_AGAIN : RM_STEP_BACK;
-	if (rel == NULL)
-		return 0;
-	n = rm_replay(run, rw, rel, counts);
-	table_close(rel, NoLock);
 	rm_rewrite_save(rw);
 	run->async_commit = true;
 	run->may_hold = true;
@@ -471,19 +463,23 @@ rm_replay_round(RmRun *run, RmRewrite *rw, int64 *counts, RmStepResult *result)
 static RmStepResult
 catch_up_apply(RmRun *run)
 {
-	RmRewrite  *rw = rm_rewrite_load(run->m);
-	CatchUp    *c = run->work;
+	Relation	rel;
 	RmStepResult result;
+	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
+	CatchUp    *c = run->work;
 	int64		n;
 
+	if (rw == NULL)
+		return result;
 	if (c == NULL)
 		c = run->work = MemoryContextAllocZero(run->cxt, sizeof(CatchUp));
-	n = rm_replay_round(run, rw, NULL, &result);
-	if (result == RM_STEP_BACK)
-		return result;
+	if (c->relid != rw->relid)
+		*c = (CatchUp) {.relid = rw->relid};
+	n = rm_replay_round(run, rw, rel, NULL);
+	table_close(rel, NoLock);
 	run->progress.rows_done = run->rows_changed;
 	if (n <= FEW_ROWS)
-		return RM_STEP_DONE;
+		return rm_rewrite_table_done(run, rw);
 	c->hopeless = n >= c->last ? c->hopeless + 1 : 0;
 	c->last = n;
 	if (c->hopeless >= HOPELESS_ROUNDS)

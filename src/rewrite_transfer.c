@@ -127,8 +127,8 @@ fill_new_slot(RmTransfer *t, TupleTableSlot *row, Datum value, bool isnull)
 	for (int i = 0; i < desc->natts; i++)
 		if (TupleDescAttr(desc, i)->attisdropped)
 			t->new_slot->tts_isnull[i] = true;
-	t->new_slot->tts_values[t->m->attnum - 1] = value;
-	t->new_slot->tts_isnull[t->m->attnum - 1] = isnull;
+	t->new_slot->tts_values[t->rw->attnum - 1] = value;
+	t->new_slot->tts_isnull[t->rw->attnum - 1] = isnull;
 	ExecStoreVirtualTuple(t->new_slot);
 }
 
@@ -207,7 +207,7 @@ settle(RmTransfer *t, int i, ErrorData *error)
 {
 	TupleTableSlot *row = t->rows[i];
 	bool		isnull;
-	Datum		d = slot_getattr(row, t->m->attnum, &isnull);
+	Datum		d = slot_getattr(row, t->rw->attnum, &isnull);
 	char	   *value = NULL;
 
 	name_constraint(error);
@@ -221,7 +221,7 @@ settle(RmTransfer *t, int i, ErrorData *error)
 	}
 	rm_record_failure(t->m, rm_row_key(t->rel, row), &row->tts_tid, value, error);
 	if (t->m->null_on_error &&
-		!TupleDescAttr(RelationGetDescr(t->shadow), t->m->attnum - 1)->attnotnull)
+		!TupleDescAttr(RelationGetDescr(t->shadow), t->rw->attnum - 1)->attnotnull)
 	{
 		fill_new_slot(t, row, (Datum) 0, true);
 		t->made[i] = form_new_row(t);

@@ -38,6 +38,7 @@
 #include "access/tableam.h"
 #include "catalog/namespace.h"
 #include "executor/executor.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "replay.h"
 #include "rewrite.h"
@@ -342,12 +343,12 @@ verify_begin(RmRewrite *rw, RmTransfer *t)
 	ItemPointerData tid;
 
 	v->t = t;
-	v->shadow = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(t->m, rw), t->snapshot);
+	v->shadow = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(rw), t->snapshot);
 	v->source = rm_lookup_begin(t->rel, rw->key_index, t->snapshot);
 	for (int i = 0; i < v->source->nkeys; i++)
 		fmgr_info_copy(&v->compare[i], index_getprocinfo(v->source->index, i + 1, BTORDER_PROC),
 					   CurrentMemoryContext);
-	v->key_converts = rm_rewrite_key_converts(t->m, rw);
+	v->key_converts = rm_rewrite_key_converts(rw);
 	v->suspects_cxt = AllocSetContextCreate(CurrentMemoryContext, "rm suspects", ALLOCSET_DEFAULT_SIZES);
 	v->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
 	v->next = table_slot_create(t->shadow, NULL);
@@ -445,15 +446,12 @@ verify_rest(RmRun *run, RmRewrite *rw, Relation rel)
 }
 
 /* one round more, and with its snapshot both are counted */
-static RmStepResult
-verify_count(RmRun *run, RmRewrite *rw)
+static void
+verify_count(RmRun *run, RmRewrite *rw, Relation rel)
 {
 	int64		counts[2];
-	RmStepResult result;
 
-	(void) rm_replay_round(run, rw, counts, &result);
-	if (result == RM_STEP_BACK)
-		return result;
+	(void) rm_replay_round(run, rw, rel, counts);
 	if (counts[0] != counts[1])
 		ereport(ERROR,
 				(errcode(ERRCODE_DATA_CORRUPTED),
@@ -462,37 +460,40 @@ verify_count(RmRun *run, RmRewrite *rw)
 				 errdetail("Nothing has been exchanged."),
 				 errhint("Give the migration up with CALL rm_rollback(%lld), and report it.",
 						 (long long) run->migration_id)));
-	return RM_STEP_DONE;
 }
 
 static RmStepResult
 verify_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
-	RmRewrite  *rw = rm_rewrite_load(m);
 	Relation	rel;
+	RmStepResult result;
+	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
 	BlockNumber end;
-	RmStepResult result = RM_STEP_AGAIN;
+	bool		done = false;
 
-	if (m->phase == VERIFY_COUNT)
-		return verify_count(run, rw);
-	rel = rm_rewrite_open(run, rw, AccessShareLock);
-	if (rel == NULL)
-		return RM_STEP_BACK;
+	if (rw == NULL)
+		return result;
 	if (m->phase == VERIFY_BEGIN)
 	{
 		rm_backfill_fix_end(m, rel);
-		m->rows_done = 0;
+		if (!rm_is_parted(m))
+			m->rows_done = 0;
 		ItemPointerSet(&rw->verified, 0, FirstOffsetNumber);
 		m->phase = VERIFY_ROWS;
 	}
 	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
-	if (m->next_block < end)
+	if (m->phase == VERIFY_COUNT)
+	{
+		verify_count(run, rw, rel);
+		done = true;
+	}
+	else if (m->next_block < end)
 		m->rows_done += verify_range(run, rw, rel, end);
-	else if (!rm_rewrite_key_converts(m, rw))
+	else if (!rm_rewrite_key_converts(rw))
 	{
 		verify_rest(run, rw, rel);
-		result = RM_STEP_DONE;
+		done = true;
 	}
 	else
 		m->phase = VERIFY_COUNT;
@@ -501,8 +502,9 @@ verify_apply(RmRun *run)
 	run->progress.blocks_done = m->next_block;
 	run->progress.blocks_total = m->end_block;
 	run->progress.rows_done = m->rows_done;
+	rm_rewrite_progress(run, rw);
 	run->may_hold = true;
-	return result;
+	return done ? rm_rewrite_table_done(run, rw) : RM_STEP_AGAIN;
 }
 
 const RmStep rm_step_rewrite_verify = {
