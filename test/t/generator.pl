@@ -145,12 +145,13 @@ sub expression
 	return $text =~ s/\bC\b/$s->{c}/r;
 }
 
-# Makes up a round.  All statements speak of the current schema; those of "late"
+# Makes up a round; every fourth is of a partitioned table.  All statements speak of the current schema; those of "late"
 # are of things that forbid ALTER TABLE, and come after it on the twin.
 sub make_up
 {
+	my ($parted) = @_;
 	my $kind = pick(@kinds);
-	my %s = (%$kind, kind => "$kind->{old} to $kind->{new}");
+	my %s = (%$kind, kind => "$kind->{old} to $kind->{new}" . ($parted ? ', partitioned' : ''), parted => $parted);
 
 	$s{table} = pick('item', 'item', 'Mixed Case', q{it's "odd"}, 't' x 63);
 	$s{column} = pick('val', 'val', 'Some Value', 'user', 'c' x 63, q{o'"dd});
@@ -160,7 +161,7 @@ sub make_up
 	$s{reverse_sql} = expression(\%s, $s{reverse});
 	$s{rows} = pick(0, 1, 30, 300, 300, 1000, 1500);
 	$s{long} = $s{long} && chance(0.5);
-	$s{unlogged} = chance(0.1);
+	$s{unlogged} = chance(0.1) && !$parted;
 	$s{key} = 0 unless $s{cast};
 	$s{fk_from} = $s{key} && !$s{long} && chance(0.3);
 	my $is_key = $s{unique} && !$s{long} && !$s{fk_from};
@@ -168,10 +169,10 @@ sub make_up
 	$s{not_null} = chance(0.4);
 	$s{c_primary} = $s{c_unique} && chance(0.4);
 	$s{not_null} ||= $s{c_primary};
-	$s{identity} = $s{sequence} && chance(0.3);
+	$s{identity} = $s{sequence} && chance(0.3) && !$parted;
 	$s{serial} = $s{sequence} && !$s{identity} && chance(0.4);
 	$s{not_null} ||= $s{identity} || $s{serial};
-	$s{fk_to} = $s{key} && $s{c_unique} && chance(0.6);
+	$s{fk_to} = $s{key} && $s{c_unique} && chance(0.6) && !$parted;
 	$s{counted} = chance(0.6);
 	$s{garbage} = defined $s{bad} && !$s{long} && !$s{fk_from} && !$s{fk_to} && chance(0.6);
 	$s{on_error} = $s{garbage} && !$s{not_null} && chance(0.5) ? 'null' : 'stop';
@@ -208,9 +209,17 @@ sub make_table_sql
 	# the column's place is a random one
 	@columns = map { $_->[1] } sort { $a->[0] <=> $b->[0] } map { [ rand, $_ ] } @columns;
 	push @{ $s->{base} }, "CREATE ${logged}TABLE peer (id $s->{old} PRIMARY KEY)" if $s->{fk_from};
+	my $fillfactor = chance(0.3) ? ' WITH (fillfactor = ' . pick(50, 70, 90) . ')' : '';
 	push @{ $s->{base} },
-	  "CREATE ${logged}TABLE $s->{t} (" . join(', ', @columns) . ')' . (chance(0.3) ? ' WITH (fillfactor = ' . pick(50, 70, 90) . ')' : ''),
+	  "CREATE ${logged}TABLE $s->{t} (" . join(', ', @columns) . ')' . ($s->{parted} ? ' PARTITION BY RANGE (rid)' : $fillfactor),
 	  @gone;
+	if ($s->{parted})
+	{
+		push @{ $s->{base} }, "CREATE TABLE part_low PARTITION OF $s->{t} FOR VALUES FROM (MINVALUE) TO (100)$fillfactor";
+		push @{ $s->{base} }, "CREATE TABLE part_more PARTITION OF $s->{t} FOR VALUES FROM (100) TO (1000) PARTITION BY RANGE (rid)",
+		  'CREATE TABLE part_mid PARTITION OF part_more FOR VALUES FROM (100) TO (500)', 'CREATE TABLE part_high PARTITION OF part_more DEFAULT'
+		  if chance(0.5);
+	}
 	return;
 }
 
@@ -226,7 +235,8 @@ sub make_dependents_sql
 	if ($s->{c_unique})
 	{
 		push @$base, "ALTER TABLE $t ADD CONSTRAINT " . pick('once', '"Only Once"') . ' '
-		  . ($s->{c_primary} ? pick("PRIMARY KEY ($c)", "PRIMARY KEY ($c)", "PRIMARY KEY (rid, $c)") : pick("UNIQUE ($c)", "UNIQUE NULLS NOT DISTINCT ($c, rid)", "UNIQUE ($c)") );
+		  . ($s->{parted} ? ($s->{c_primary} ? "PRIMARY KEY ($c, rid)" : "UNIQUE ($c, rid)")
+			: $s->{c_primary} ? pick("PRIMARY KEY ($c)", "PRIMARY KEY ($c)", "PRIMARY KEY (rid, $c)") : pick("UNIQUE ($c)", "UNIQUE NULLS NOT DISTINCT ($c, rid)", "UNIQUE ($c)") );
 		# a foreign key needs the column alone
 		$s->{fk_to} = 0 if $base->[-1] =~ /rid/;
 	}
@@ -236,7 +246,7 @@ sub make_dependents_sql
 		push @$base, "CREATE INDEX ix_plain ON $t ($c)" if chance(0.4);
 		push @$base, qq{CREATE INDEX "Ix Desc" ON $t ($c DESC NULLS LAST, rid) INCLUDE (note) WITH (fillfactor = 70)} if chance(0.3);
 		push @$base, "CREATE UNIQUE INDEX ix_pair ON $t (rid, $c)" if chance(0.2);
-		push @$base, "CREATE INDEX ix_cluster ON $t (rid, $c)", "ALTER TABLE $t CLUSTER ON ix_cluster" and $s->{cluster} = 1 if chance(0.2);
+		push @$base, "CREATE INDEX ix_cluster ON $t (rid, $c)", "ALTER TABLE $t CLUSTER ON ix_cluster" and $s->{cluster} = 1 if chance(0.2) && !$s->{parted};
 		push @$base, "CREATE INDEX ix_lower ON $t (lower($c), rid)" if $s->{text} && chance(0.3);
 		push @$base, "CREATE INDEX ix_null ON $t (($c IS NULL), rid DESC)" if chance(0.2);
 		push @$base, "CREATE INDEX ix_two ON $t (($c + rid), $c)" if $s->{number} && chance(0.3);
@@ -253,7 +263,7 @@ sub make_dependents_sql
 	push @$base, "ALTER TABLE $t ADD CONSTRAINT ck_two CHECK ($c + rid > -1000 OR note = 'first')" if $s->{number} && chance(0.3);
 	push @$base, "ALTER TABLE $t ADD CHECK (length($c) < 100000)" if $s->{text} && chance(0.3);
 	push @$base, "ALTER TABLE $t ADD CONSTRAINT fk_peer FOREIGN KEY ($c) REFERENCES peer"
-	  . pick('', ' ON DELETE CASCADE', ' ON UPDATE CASCADE', ' DEFERRABLE INITIALLY DEFERRED', ' NOT VALID')
+	  . pick('', ' ON DELETE CASCADE', ' ON UPDATE CASCADE', ' DEFERRABLE INITIALLY DEFERRED', $s->{parted} ? '' : ' NOT VALID')
 	  if $s->{fk_from};
 	push @$base, "CREATE ${logged}TABLE child (n int, ref $s->{old})",
 	  "ALTER TABLE child ADD CONSTRAINT \"fk of child\" FOREIGN KEY (ref) REFERENCES $t ($c)"
@@ -271,6 +281,7 @@ sub make_dependents_sql
 		push @$base, "ALTER TABLE $t ALTER $c SET STORAGE EXTERNAL";
 		push @$lost, $base->[-1];
 	}
+	push @$base, "CREATE TABLE part_rest PARTITION OF $t DEFAULT" if $s->{parted};
 	# what ALTER TABLE refuses to take along
 	if ($s->{counted})
 	{
@@ -705,6 +716,13 @@ sub check_advice
 {
 	my ($s) = @_;
 	my $path = 'SET search_path = tw, public';
+	my $alter = "ALTER TABLE $s->{t} ALTER COLUMN $s->{c} TYPE $s->{new}" . ($s->{using} ? " USING $s->{using_sql}" : '');
+	if ($s->{parted})
+	{
+		# what is read and written of which partition is too much to count here
+		sql("SET ROLE keeper; $path; $alter");
+		return '';
+	}
 	my $arguments = join ', ', map { literal($_) } $s->{t}, $s->{column}, $s->{new}, $s->{using_sql};
 	my @read = map { "coalesce(bool_or(split_part(x, ': ', 1) = format('tw.%I', " . literal($_) . ')), false)' } $s->{table}, 'child';
 	my $advice = sql("$path; SELECT rewrites, (SELECT count(*) FROM unnest(indexes_rebuilt)), (SELECT string_agg(x, ', ' ORDER BY x COLLATE \"C\") FROM unnest(indexes_rebuilt) x),"
@@ -715,7 +733,7 @@ sub check_advice
 	my $truth = $node->safe_psql('postgres', join(";\n", 'SET ROLE keeper', $path,
 		q{CREATE TEMP TABLE was AS SELECT relname, relkind, pg_relation_filenode(oid) AS node FROM pg_class WHERE relnamespace = 'tw'::regnamespace AND relkind IN ('r', 'i')},
 		'BEGIN',
-		"ALTER TABLE $s->{t} ALTER COLUMN $s->{c} TYPE $s->{new}" . ($s->{using} ? " USING $s->{using_sql}" : ''),
+		$alter,
 		q{CREATE TEMP TABLE now AS SELECT c.relname, c.relkind, pg_relation_filenode(c.oid) <> w.node AS changed FROM pg_class c JOIN was w USING (relname) WHERE relnamespace = 'tw'::regnamespace},
 		q{SELECT bool_or(changed) FILTER (WHERE relkind = 'r'), count(*) FILTER (WHERE relkind = 'i' AND changed),}
 		  . q{ string_agg(format('tw.%I', relname), ', ' ORDER BY format('tw.%I', relname) COLLATE "C") FILTER (WHERE relkind = 'i' AND changed),}
@@ -797,7 +815,7 @@ SELECT string_agg(x, ', ') FROM (
 	my $err = '';
 	$node->psql('postgres', q{
 SELECT bt_index_check(c.oid, true) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid JOIN pg_am a ON a.oid = c.relam
-WHERE c.relnamespace = 'gen'::regnamespace AND a.amname = 'btree' AND i.indisvalid}, stderr => \$err);
+WHERE c.relnamespace = 'gen'::regnamespace AND c.relkind = 'i' AND a.amname = 'btree' AND i.indisvalid}, stderr => \$err);
 	return ($left ? "left: $left\n" : '') . ($err ? "index: $err\n" : '');
 }
 
@@ -819,7 +837,7 @@ sub try_misfit
 }
 
 # What online_rewrite says that it cannot do, and is right.
-my $needs_key = qr/It has no primary key, and no other unique index on columns that are NOT NULL|is part of its key, and the expression reads/;
+my $needs_key = qr/It has no primary key, and no other unique index on columns that are NOT NULL|is part of its key, and the expression reads|it is one of a partitioned table/;
 
 sub migrate
 {
@@ -871,7 +889,7 @@ sub one_round
 {
 	my ($seed) = @_;
 	srand($seed);
-	my $s = make_up();
+	my $s = make_up($seed % 4 == 0);
 	$s->{method} = pick('three_step', 'online_rewrite');
 	$s->{end} = pick('cleanup', 'cleanup', rewrites($s) ? () : 'rollback', 'rollback anywhere');
 	$s->{writers} = pick(1, 2, 2);
