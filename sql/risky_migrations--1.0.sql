@@ -137,13 +137,23 @@ CREATE TABLE risky_migrations.rewrite (
 	s0_running bigint[] NOT NULL DEFAULT '{}',
 	s0_overflowed boolean NOT NULL DEFAULT false,
 	shadow_storage oid NOT NULL,
-	shadow_blocks bigint NOT NULL DEFAULT 0,
-	verified tid NOT NULL DEFAULT '(0,1)',
 	rows_failed bigint NOT NULL DEFAULT 0,
 	fingerprint text,
 	PRIMARY KEY (migration_id, relid)
 );
 COMMENT ON TABLE risky_migrations.rewrite IS 'what online_rewrite keeps of a migration besides its row, for each table that holds rows: shadow table, change log, and how far they are';
+
+-- a row is a place in the table: number of its page * 65536 + number on the page
+CREATE TABLE risky_migrations.rewrite_chunk (
+	shadow oid NOT NULL,
+	first_block bigint NOT NULL,
+	end_block bigint NOT NULL,
+	first_row bigint NOT NULL,
+	end_row bigint NOT NULL,
+	copied boolean NOT NULL DEFAULT true,
+	PRIMARY KEY (shadow, first_block)
+);
+COMMENT ON TABLE risky_migrations.rewrite_chunk IS 'pages of a shadow table, and the rows of the table that they were copied from; pages that are in none are no good';
 
 CREATE TABLE risky_migrations.skipped_row (
 	migration_id bigint NOT NULL,

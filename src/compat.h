@@ -16,6 +16,7 @@
 #include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/tableam.h"
+#include "access/xloginsert.h"
 #include "catalog/index.h"
 #include "catalog/pg_authid.h"
 #include "catalog/pg_class.h"
@@ -290,19 +291,14 @@ rm_index_beginscan(Relation heap, Relation index, Snapshot snapshot, int nkeys)
 #endif
 }
 
-/* a new page at the end of a relation that nobody else extends, locked */
-static inline Buffer
-rm_extend(Relation rel, BufferAccessStrategy strategy)
+/* images of so many pages of the relation's main fork, into the WAL */
+static inline void
+rm_log_new_pages(Relation rel, int n, BlockNumber *blocks, Page *pages)
 {
 #if PG_VERSION_NUM < 160000
-	Buffer		buf;
-
-	LockRelationForExtension(rel, ExclusiveLock);
-	buf = ReadBufferExtended(rel, MAIN_FORKNUM, P_NEW, RBM_ZERO_AND_LOCK, strategy);
-	UnlockRelationForExtension(rel, ExclusiveLock);
-	return buf;
+	log_newpages(&rel->rd_node, MAIN_FORKNUM, n, blocks, pages, true);
 #else
-	return ExtendBufferedRel(BMR_REL(rel), MAIN_FORKNUM, strategy, EB_LOCK_FIRST);
+	log_newpages(&rel->rd_locator, MAIN_FORKNUM, n, blocks, pages, true);
 #endif
 }
 

@@ -44,7 +44,7 @@
  * but not across the short lock of begin and cut_over if they have touched the
  * table.  What a crash leaves between two commits: the state row, the row of
  * risky_migrations.rewrite and the shadow, written in the same transactions; the
- * copy appends pages of its own and forgets those that were not committed.
+ * copy appends pages of its own and knows those that were committed.
  *
  * Easy to get wrong:
  *
@@ -180,8 +180,8 @@ relfilenode_of(Oid relid)
  */
 
 #define REWRITE_COLUMNS "shadow::int8, log::int8, key_index::int8, trigger_mark, ground," \
-	" s0_next, s0_xmin, s0_running, s0_overflowed::int::int8, shadow_blocks, rows_failed," \
-	" shadow_storage::int8, verified, relid::int8, steps_done::int8, relfilenode::int8," \
+	" s0_next, s0_xmin, s0_running, s0_overflowed::int::int8, rows_failed," \
+	" shadow_storage::int8, relid::int8, steps_done::int8, relfilenode::int8," \
 	" end_block, fingerprint"
 
 /* the i-th that was found */
@@ -205,15 +205,13 @@ read_rewrite(const RmMigration *m, uint64 i)
 	for (int x = 0; x < rw->nrunning; x++)
 		rw->running[x] = (TransactionId) DatumGetInt64(xids[x]);
 	rw->overflowed = rm_result_int64(i, 9) != 0;
-	rw->shadow_blocks = rm_result_int64(i, 10);
-	rw->rows_failed = rm_result_int64(i, 11);
-	rw->shadow_storage = rm_result_int64(i, 12);
-	rw->verified = *(ItemPointer) DatumGetPointer(rm_result_datum(i, 13));
-	rw->relid = rm_result_int64(i, 14);
-	rw->steps_done = rm_result_int64(i, 15);
-	rw->relfilenode = rm_result_int64(i, 16);
-	rw->end_block = rm_result_int64(i, 17);
-	rw->fingerprint = rm_result_text(i, 18);
+	rw->rows_failed = rm_result_int64(i, 10);
+	rw->shadow_storage = rm_result_int64(i, 11);
+	rw->relid = rm_result_int64(i, 12);
+	rw->steps_done = rm_result_int64(i, 13);
+	rw->relfilenode = rm_result_int64(i, 14);
+	rw->end_block = rm_result_int64(i, 15);
+	rw->fingerprint = rm_result_text(i, 16);
 	return rw;
 }
 
@@ -240,8 +238,8 @@ rm_rewrite_load_all(const RmMigration *m)
 }
 
 /* of that one; NULL if nothing has begun */
-static RmRewrite *
-load_rewrite(const RmMigration *m, Oid relid)
+RmRewrite *
+rm_rewrite_load(const RmMigration *m, Oid relid)
 {
 	ListCell   *lc;
 
@@ -255,17 +253,16 @@ load_rewrite(const RmMigration *m, Oid relid)
 void
 rm_rewrite_save(const RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, OIDOID, INT8OID, INT8OID, OIDOID, TIDOID, INT8OID, TEXTOID};
+	Oid			types[] = {INT8OID, OIDOID, INT8OID, OIDOID, INT8OID, TEXTOID};
 	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->relid),
-		Int64GetDatum(rw->shadow_blocks), Int64GetDatum(rw->rows_failed),
-		ObjectIdGetDatum(rw->shadow_storage), PointerGetDatum(&rw->verified),
+		Int64GetDatum(rw->rows_failed), ObjectIdGetDatum(rw->shadow_storage),
 		Int64GetDatum(rw->steps_done),
 	rw->fingerprint ? CStringGetTextDatum(rw->fingerprint) : (Datum) 0};
 
-	rm_state_execute("UPDATE risky_migrations.rewrite SET shadow_blocks = $3,"
-					 " rows_failed = $4, shadow_storage = $5, verified = $6, steps_done = $7,"
-					 " fingerprint = $8 WHERE migration_id = $1 AND relid = $2",
-					 lengthof(types), types, v, rw->fingerprint ? NULL : "       n");
+	rm_state_execute("UPDATE risky_migrations.rewrite SET rows_failed = $3,"
+					 " shadow_storage = $4, steps_done = $5, fingerprint = $6"
+					 " WHERE migration_id = $1 AND relid = $2",
+					 lengthof(types), types, v, rw->fingerprint ? NULL : "     n");
 }
 
 /* the row without S0 */
@@ -710,6 +707,7 @@ choose_table(RmRun *run)
 
 	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
 	rm_check_owner(m->relid, m->relation);
+	rm_ranges_forget(m);		/* of one that is no partition any more */
 	if (!rm_rewrite_all(run, &list, &result))
 		return result;
 	foreach(lc, list)
@@ -754,11 +752,40 @@ rm_rewrite_next(RmRun *run, Relation *rel, RmStepResult *result)
 	*rel = rm_leaf_open(run, AccessShareLock);
 	if (*rel == NULL)
 		return NULL;			/* no partition any more: another is chosen */
-	rw = load_rewrite(m, RelationGetRelid(*rel));
+	rw = rm_rewrite_load(m, RelationGetRelid(*rel));
 	if (rw && rm_rewrite_stands(run, rw, *rel, result))
 		return rw;
 	if (rw == NULL)
 		*result = rm_rewrite_start_over(run, RelationGetRelid(*rel), "nothing is known of it");
+	table_close(*rel, NoLock);
+	return NULL;
+}
+
+/*
+ * The same in a helper: the table that run->range is of, with ACCESS SHARE.  NULL
+ * if something has changed, of which the runner takes care.
+ */
+RmRewrite *
+rm_rewrite_help(RmRun *run, Relation *rel)
+{
+	RmMigration *m = run->m;
+	RmRewrite  *rw;
+
+	run->pause_ms = RM_LOOK_AT_OTHERS;
+	m->leaf = run->range.relid == m->relid ? InvalidOid : run->range.relid;
+	*rel = rm_leaf_open(run, AccessShareLock);
+	if (*rel == NULL)
+		return NULL;
+	rw = rm_rewrite_load(m, run->range.relid);
+	if (rw && rw->steps_done == run->step_index && rw->relfilenode == run->range.relfilenode)
+	{
+		rm_rewrite_check_ground(m, rw, *rel);
+		if (rm_rewrite_missed(m, rw, *rel) == NULL)
+		{
+			run->pause_ms = 0;
+			return rw;
+		}
+	}
 	table_close(*rel, NoLock);
 	return NULL;
 }
@@ -1018,6 +1045,7 @@ drop_tables(const RmMigration *m, const RmRewrite *rw)
 	Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(rw->relid)};
 
 	rm_rewrite_drop(rw);
+	rm_chunks_forget(rw->shadow);
 	rm_state_execute("DELETE FROM risky_migrations.rewrite WHERE migration_id = $1 AND relid = $2",
 					 2, types, v, NULL);
 }
@@ -1104,6 +1132,7 @@ make_tables(RmRun *run, Oid relid)
 	key = index_open(rw.key_index, AccessShareLock);
 	rw.shadow = create_shadow(m->id, rel, &twin);
 	rw.shadow_storage = relfilenode_of(rw.shadow);
+	rm_chunks_forget(rw.shadow);	/* of another table that had this OID */
 	rw.log = rm_log_create(m->id, rel, key);
 	index_close(key, NoLock);
 	rw.ground = ground_of(relid);
@@ -1136,7 +1165,7 @@ begin_tables(RmRun *run)
 
 	if (m->phase == RM_BEGIN_ANEW && OidIsValid(m->leaf))
 	{
-		RmRewrite  *rw = load_rewrite(m, m->leaf);
+		RmRewrite  *rw = rm_rewrite_load(m, m->leaf);
 
 		if (rw)
 			drop_tables(m, rw);
@@ -1184,7 +1213,7 @@ begin_log_of_leaf(RmRun *run)
 	m->phase = RM_BEGIN_NOTHING;
 	if (rel == NULL)
 		return RM_STEP_DONE;
-	rw = load_rewrite(m, RelationGetRelid(rel));
+	rw = rm_rewrite_load(m, RelationGetRelid(rel));
 	table_close(rel, NoLock);
 	if (rw == NULL)
 	{
@@ -1259,6 +1288,7 @@ begin_revert(RmRun *run)
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
 	rm_rewrite_drop_trigger(m);
+	rm_ranges_forget(m);
 	forget_all(m);
 	return RM_STEP_DONE;
 }

@@ -64,11 +64,18 @@ typedef struct RmRewrite
 	int			nrunning;
 	bool		overflowed;		/* some subtransactions are not among them */
 	Oid			shadow_storage; /* its relfilenode */
-	int64		shadow_blocks;	/* pages of the shadow that are committed copies */
-	ItemPointerData verified;	/* the next row of the shadow to be looked at */
 	int64		rows_failed;	/* at the last catch-up: rows without a new version */
 	char	   *fingerprint;	/* of the catalogs when the indexes were built, or NULL */
 } RmRewrite;
+
+/* pages of the shadow in one chunk */
+#define RM_CHUNK_PAGES 128
+/* a step is shared out in multiples of so many pages */
+#define RM_REWRITE_RANGE_PAGES 1024
+
+/* a place in the table as the chunks have it, and the first one of a page */
+#define RM_ROW_PLACE(block, offset) (((int64) (block) << 16) | (offset))
+#define RM_PAGE_PLACE(block) RM_ROW_PLACE(block, 0)
 
 /* rows that are made at once */
 #define RM_TRANSFER_ROWS 128
@@ -104,6 +111,7 @@ typedef struct RmTransfer
 
 /* rewrite.c */
 extern List *rm_rewrite_load_all(const RmMigration *m);
+extern RmRewrite *rm_rewrite_load(const RmMigration *m, Oid relid);
 extern void rm_rewrite_save(const RmRewrite *rw);
 extern void rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel);
 extern void rm_rewrite_rehearse(RmMigration *m);
@@ -119,6 +127,7 @@ extern void rm_rewrite_drop_trigger(const RmMigration *m);
 extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);
 extern bool rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result);
 extern RmRewrite *rm_rewrite_next(RmRun *run, Relation *rel, RmStepResult *result);
+extern RmRewrite *rm_rewrite_help(RmRun *run, Relation *rel);
 extern bool rm_rewrite_all(RmRun *run, List **list, RmStepResult *result);
 extern RmStepResult rm_rewrite_table_done(RmRun *run, RmRewrite *rw);
 extern RmStepResult rm_rewrite_back_to(RmRun *run, RmRewrite *rw, RmRewriteStep step);
@@ -133,6 +142,9 @@ extern void rm_transfer_end(RmTransfer *t);
 extern TupleTableSlot *rm_transfer_next(RmTransfer *t);
 extern void rm_transfer_make(RmTransfer *t);
 extern void rm_transfer_clear(RmTransfer *t);
+
+/* rewrite_copy.c */
+extern void rm_chunks_forget(Oid shadow);
 
 /* rewrite_log.c */
 extern Oid	rm_log_create(int64 id, Relation rel, Relation key_index);

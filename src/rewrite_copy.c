@@ -15,10 +15,27 @@
  * (the cut-over waits for that), and nobody has to come back to them, neither
  * VACUUM nor the first reader with its hint bits.
  *
- * Frozen rows do not go away with the transaction that stored them.  How many
- * pages of the shadow are good is in the state row, written in the same
- * transaction; the next one cuts the shadow back to that before it appends.  So
- * an error or a crash at any point leaves no row twice.
+ * Several processes may copy, each of them disjoint ranges of the table (crew.c).
+ * Each appends chunks of RM_CHUNK_PAGES, which it has filled in its memory, so that
+ * the lock on the extension of the shadow is held for as long as it takes to hand
+ * them to the operating system.
+ *
+ * Frozen rows do not go away with the transaction that stored them.  So a page of
+ * the shadow is good only if it is in a chunk, a row of rewrite_chunk that was
+ * written in the same transaction; all others are what a transaction has left that
+ * failed, or was killed at whatever point.  Nobody reads the shadow before the copy
+ * is complete.  Then, when nobody copies any more, the runner cuts off what is no
+ * good at the end, and empties the rest of it.  (A process that goes on after a
+ * failure uses its own pages once more, and a run begins by cutting off the end, so
+ * there is not much of it.)
+ *
+ * A chunk says also which rows of the table it was made of, all those between two
+ * places: with that the verification reads both side by side.
+ *
+ * The pages are written past the buffers, before they are logged: a page that a
+ * crash leaves without its record is in no chunk either, and what comes to the disk
+ * for a checkpoint has been written before the record that the checkpoint skips.
+ * The visibility map is written at the end, whole pages of it.
  *
  * Which transactions may be open beside it does not matter: the copy locks
  * nothing but ACCESS SHARE on the table, for as long as a range of pages takes.
@@ -31,6 +48,9 @@
  *
  *	Page numbers mean something for one relfilenode only: with other storage all
  *	begins again (rm_rewrite_missed).
+ *
+ *	Pages that somebody may have read, since they are in the file, are in buffers
+ *	too, and must be changed there.  Only what is behind the end of the file is not.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -47,16 +67,23 @@
 #include "access/visibilitymap.h"
 #include "access/xact.h"
 #include "access/xloginsert.h"
+#include "catalog/pg_type.h"
 #include "catalog/storage.h"
 #include "compat.h"
+#include "crew.h"
+#include "executor/spi.h"
 #include "miscadmin.h"
 #include "rewrite.h"
 #include "rows.h"
 #include "risky_migrations.h"
+#include "state.h"
 #include "steps.h"
 #include "storage/bufmgr.h"
 #include "storage/bufpage.h"
+#include "storage/freespace.h"
 #include "storage/lmgr.h"
+#include "storage/smgr.h"
+#include "utils/array.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
@@ -64,18 +91,146 @@
 /* how long one transaction copies, milliseconds, and pages, at most */
 #define COPY_TIME 250
 #define COPY_PAGES 16384
+/* chunks of one transaction; with so many it is time to commit */
+#define COPY_CHUNKS 512
+
+/* pages of the visibility map, see visibilitymap.c */
+#define MAP_SIZE (BLCKSZ - MAXALIGN(SizeOfPageHeaderData))
+#define BLOCKS_PER_MAP_BYTE (BITS_PER_BYTE / BITS_PER_HEAPBLOCK)
+#define BLOCKS_PER_MAP_PAGE (MAP_SIZE * BLOCKS_PER_MAP_BYTE)
+
+typedef struct Chunk
+{
+	BlockNumber first;			/* pages of the shadow */
+	int			npages;
+	int64		first_row;		/* places in the table: from here */
+	int64		end_row;		/* to before there */
+} Chunk;
+
+/* copying; lives across transactions */
+typedef struct CopyWork
+{
+	char	   *pages;			/* RM_CHUNK_PAGES, under construction */
+	Oid			shadow;			/* to which the rest belongs */
+	/* what the last transaction has written */
+	int			nwritten;
+	Chunk		written[COPY_CHUNKS];
+	/* pages of this process from transactions that failed */
+	List	   *spare;			/* of Chunk * */
+} CopyWork;
 
 /* pages of the shadow under construction */
 typedef struct PageWriter
 {
 	Relation	rel;
-	PGAlignedBlock page;
-	bool		started;		/* the page has a row */
+	CopyWork   *work;
+	int			npages;			/* begun, the last one has room yet */
 	Size		keep_free;		/* fillfactor */
-	BlockNumber next;			/* number that it will have */
-	Buffer		vmbuf;
-	BufferAccessStrategy strategy;
+	int64		first_row;		/* of the table, that has gone into these pages */
 } PageWriter;
+
+/*-------------------------------------------------------------------------
+ * Chunks
+ *-------------------------------------------------------------------------
+ */
+
+/* nothing is known of the shadow's pages */
+void
+rm_chunks_forget(Oid shadow)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(shadow)};
+
+	rm_state_execute("DELETE FROM risky_migrations.rewrite_chunk WHERE shadow = $1",
+					 1, types, v, NULL);
+}
+
+/* pages of the shadow up to the end of the last chunk */
+static BlockNumber
+chunks_end(Oid shadow)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(shadow)};
+
+	rm_state_execute("SELECT max(end_block) FROM risky_migrations.rewrite_chunk WHERE shadow = $1",
+					 1, types, v, NULL);
+	return (BlockNumber) rm_result_int64(0, 1);
+}
+
+static bool
+is_chunk(Oid shadow, BlockNumber first)
+{
+	Oid			types[] = {OIDOID, INT8OID};
+	Datum		v[] = {ObjectIdGetDatum(shadow), Int64GetDatum(first)};
+
+	rm_state_execute("SELECT FROM risky_migrations.rewrite_chunk WHERE shadow = $1 AND first_block = $2",
+					 2, types, v, NULL);
+	return SPI_processed > 0;
+}
+
+/* makes good what this transaction has written */
+static void
+save_chunks(const CopyWork *work)
+{
+	Oid			types[] = {OIDOID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID, INT8ARRAYOID};
+	Datum		v[lengthof(types)];
+	Datum	   *fields = palloc(sizeof(Datum) * Max(work->nwritten, 1));
+
+	if (work->nwritten == 0)
+		return;
+	v[0] = ObjectIdGetDatum(work->shadow);
+	for (int field = 1; field < lengthof(types); field++)
+	{
+		for (int i = 0; i < work->nwritten; i++)
+		{
+			const Chunk *c = &work->written[i];
+
+			fields[i] = Int64GetDatum(field == 1 ? c->first : field == 2 ? c->first + c->npages :
+									  field == 3 ? c->first_row : c->end_row);
+		}
+		v[field] = PointerGetDatum(construct_array(fields, work->nwritten, INT8OID, sizeof(int64),
+												   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	}
+	rm_state_execute("INSERT INTO risky_migrations.rewrite_chunk"
+					 " SELECT $1, u.* FROM unnest($2, $3, $4, $5) u",
+					 lengthof(types), types, v, NULL);
+	pfree(fields);
+}
+
+/* at the start of a transaction: whatever the last one has left behind is spare */
+static CopyWork *
+begin_work(RmRun *run, const RmRewrite *rw)
+{
+	CopyWork   *work = run->work;
+	bool		failed;
+	MemoryContext oldcxt;
+
+	if (work == NULL)
+	{
+		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(CopyWork));
+		/* as direct I/O wants it, where it is in use */
+		work->pages = (char *) TYPEALIGN(4096, MemoryContextAlloc(run->cxt, RM_CHUNK_PAGES * BLCKSZ + 4096));
+	}
+	if (work->shadow != rw->shadow)
+	{
+		work->spare = NIL;
+		work->nwritten = 0;
+		work->shadow = rw->shadow;
+	}
+	/* all of it was committed, or nothing */
+	failed = work->nwritten > 0 && !is_chunk(work->shadow, work->written[0].first);
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	for (int i = 0; failed && i < work->nwritten; i++)
+	{
+		Chunk	   *c = palloc(sizeof(Chunk));
+
+		*c = work->written[i];
+		work->spare = lappend(work->spare, c);
+	}
+	work->nwritten = 0;
+	MemoryContextSwitchTo(oldcxt);
+	return work;
+}
 
 /*-------------------------------------------------------------------------
  * Pages
@@ -83,14 +238,19 @@ typedef struct PageWriter
  */
 
 static void
-writer_begin(PageWriter *w, Relation rel, BlockNumber next)
+writer_begin(PageWriter *w, Relation rel, CopyWork *work, int64 first_row)
 {
 	w->rel = rel;
-	w->started = false;
+	w->work = work;
+	w->npages = 0;
 	w->keep_free = RelationGetTargetPageFreeSpace(rel, HEAP_DEFAULT_FILLFACTOR);
-	w->next = next;
-	w->vmbuf = InvalidBuffer;
-	w->strategy = GetAccessStrategy(BAS_BULKWRITE);
+	w->first_row = first_row;
+}
+
+static Page
+writer_page(PageWriter *w, int i)
+{
+	return (Page) (w->work->pages + (Size) i * BLCKSZ);
 }
 
 /* the rows on the page know their place */
@@ -107,51 +267,116 @@ set_places(Page page, BlockNumber block)
 	}
 }
 
-/* appends the page to the shadow */
+/* puts one page, or an empty one, where there is one already */
 static void
-writer_flush(PageWriter *w)
+overwrite_page(Relation rel, BlockNumber block, Page page)
 {
-	Buffer		buf;
-
-	if (!w->started)
-		return;
-	visibilitymap_pin(w->rel, w->next, &w->vmbuf);
-	buf = rm_extend(w->rel, w->strategy);
-	if (BufferGetBlockNumber(buf) != w->next)
-		elog(ERROR, "page %u of the shadow was to be appended, it is %u", w->next,
-			 BufferGetBlockNumber(buf));
-	set_places(w->page.data, w->next);
-	PageSetAllVisible(w->page.data);
+	Buffer		buf = ReadBufferExtended(rel, MAIN_FORKNUM, block, RBM_ZERO_AND_LOCK, NULL);
 
 	START_CRIT_SECTION();
-	memcpy(BufferGetPage(buf), w->page.data, BLCKSZ);
+	if (page)
+		memcpy(BufferGetPage(buf), page, BLCKSZ);
+	else
+	{
+		PageInit(BufferGetPage(buf), BLCKSZ, 0);
+		PageSetAllVisible(BufferGetPage(buf));
+	}
 	MarkBufferDirty(buf);
-	if (RelationNeedsWAL(w->rel))
+	if (RelationNeedsWAL(rel))
 		log_newpage_buffer(buf, true);
 	END_CRIT_SECTION();
-
-	visibilitymap_set(w->rel, w->next, buf, InvalidXLogRecPtr, w->vmbuf, InvalidTransactionId,
-					  VISIBILITYMAP_ALL_VISIBLE | VISIBILITYMAP_ALL_FROZEN);
 	UnlockReleaseBuffer(buf);
-	w->next++;
-	w->started = false;
 }
 
-static void
-writer_end(PageWriter *w)
+/* puts the pages where a transaction of ours has failed; false if they do not fit */
+static bool
+use_spare(PageWriter *w, Chunk *chunk)
 {
-	writer_flush(w);
-	if (BufferIsValid(w->vmbuf))
-		ReleaseBuffer(w->vmbuf);
-	FreeAccessStrategy(w->strategy);
+	ListCell   *lc;
+
+	foreach(lc, w->work->spare)
+	{
+		Chunk	   *spare = lfirst(lc);
+
+		if (spare->npages < w->npages)
+			continue;
+		chunk->first = spare->first;
+		chunk->npages = w->npages;
+		spare->first += w->npages;
+		spare->npages -= w->npages;
+		w->work->nwritten++;
+		for (int i = 0; i < w->npages; i++)
+		{
+			set_places(writer_page(w, i), chunk->first + i);
+			overwrite_page(w->rel, chunk->first + i, writer_page(w, i));
+		}
+		return true;
+	}
+	return false;
 }
 
-/* adds a row, frozen; large values go into the TOAST table */
+/* appends the pages to the shadow */
 static void
-writer_add(PageWriter *w, HeapTuple tup)
+append_pages(PageWriter *w, Chunk *chunk)
+{
+	SMgrRelation smgr = RelationGetSmgr(w->rel);
+	BlockNumber blocks[RM_CHUNK_PAGES];
+	Page		pages[RM_CHUNK_PAGES];
+
+	LockRelationForExtension(w->rel, ExclusiveLock);
+	chunk->first = smgrnblocks(smgr, MAIN_FORKNUM);
+	if (chunk->first > MaxBlockNumber - w->npages)
+		ereport(ERROR,
+				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
+				 errmsg("the shadow table cannot have more than %u pages", MaxBlockNumber)));
+	/* the disk may be full before the last page */
+	chunk->npages = 0;
+	w->work->nwritten++;
+	for (int i = 0; i < w->npages; i++)
+	{
+		blocks[i] = chunk->first + i;
+		pages[i] = writer_page(w, i);
+		set_places(pages[i], blocks[i]);
+		PageSetChecksumInplace(pages[i], blocks[i]);
+		smgrextend(smgr, MAIN_FORKNUM, blocks[i], (char *) pages[i], false);
+		chunk->npages = i + 1;
+	}
+	UnlockRelationForExtension(w->rel, ExclusiveLock);
+	if (RelationNeedsWAL(w->rel))
+		rm_log_new_pages(w->rel, w->npages, blocks, pages);
+}
+
+/* the pages, made of the rows of the table before that place, become a chunk */
+static void
+writer_flush(PageWriter *w, int64 end_row)
+{
+	Chunk	   *chunk = &w->work->written[w->work->nwritten];
+
+	if (w->npages == 0)
+		return;
+	chunk->first_row = w->first_row;
+	chunk->end_row = end_row;
+	if (!use_spare(w, chunk))
+		append_pages(w, chunk);
+	w->first_row = end_row;
+	w->npages = 0;
+}
+
+/* is it time to commit? */
+static bool
+writer_full(const PageWriter *w)
+{
+	/* a page of the table may become several of the shadow, but not so many */
+	return w->work->nwritten >= COPY_CHUNKS / 2;
+}
+
+/* adds a row, frozen, from that place of the table; large values go into the TOAST table */
+static void
+writer_add(PageWriter *w, HeapTuple tup, ItemPointer from)
 {
 	HeapTupleHeader header;
 	Size		len;
+	Page		page;
 
 	if (HeapTupleHasExternal(tup) || tup->t_len > TOAST_TUPLE_THRESHOLD)
 		tup = heap_toast_insert_or_update(w->rel, tup, NULL, HEAP_INSERT_SKIP_FSM | HEAP_INSERT_NO_LOGICAL);
@@ -169,14 +394,20 @@ writer_add(PageWriter *w, HeapTuple tup)
 		ereport(ERROR,
 				(errcode(ERRCODE_PROGRAM_LIMIT_EXCEEDED),
 				 errmsg("row is too big: size %zu, maximum size %zu", len, MaxHeapTupleSize)));
-	if (w->started && len + w->keep_free > PageGetHeapFreeSpace(w->page.data))
-		writer_flush(w);
-	if (!w->started)
+	page = w->npages > 0 ? writer_page(w, w->npages - 1) : NULL;
+	if (page && len + w->keep_free > PageGetHeapFreeSpace(page))
 	{
-		PageInit(w->page.data, BLCKSZ, 0);
-		w->started = true;
+		if (w->npages == RM_CHUNK_PAGES)
+			writer_flush(w, RM_ROW_PLACE(ItemPointerGetBlockNumber(from), ItemPointerGetOffsetNumber(from)));
+		page = NULL;
 	}
-	if (PageAddItem(w->page.data, (Item) header, tup->t_len, InvalidOffsetNumber, false, true) ==
+	if (page == NULL)
+	{
+		page = writer_page(w, w->npages++);
+		PageInit(page, BLCKSZ, 0);
+		PageSetAllVisible(page);
+	}
+	if (PageAddItem(page, (Item) header, tup->t_len, InvalidOffsetNumber, false, true) ==
 		InvalidOffsetNumber)
 		elog(ERROR, "could not add a row to a page of the shadow");
 }
@@ -286,7 +517,7 @@ copy_rows(RmTransfer *t, PageWriter *w, Relation log)
 	for (int i = 0; i < t->nrows; i++)
 		if (t->made[i])
 		{
-			writer_add(w, t->made[i]);
+			writer_add(w, t->made[i], &t->rows[i]->tts_tid);
 			copied++;
 		}
 		else
@@ -328,61 +559,205 @@ copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf)
  *-------------------------------------------------------------------------
  */
 
-/*
- * What a failed transaction has appended goes.  False if the shadow lacks pages: an
- * unlogged table, and with it the shadow, is empty after a crash.
- */
-static bool
-cut_back(RmRewrite *rw)
+/* cuts off what failed transactions have left at the end of the shadow */
+static void
+cut_off(Relation shadow, BlockNumber good)
 {
-	Relation	shadow = table_open(rw->shadow, ShareUpdateExclusiveLock);
-	BlockNumber blocks = RelationGetNumberOfBlocks(shadow);
-
-	if (blocks > rw->shadow_blocks)
-	{
-		LockRelationOid(rw->shadow, AccessExclusiveLock);
-		RelationTruncate(shadow, (BlockNumber) rw->shadow_blocks);
-	}
-	table_close(shadow, NoLock);
-	return blocks >= rw->shadow_blocks;
+	if (RelationGetNumberOfBlocks(shadow) <= good)
+		return;
+	LockRelation(shadow, AccessExclusiveLock);
+	RelationTruncate(shadow, good);
 }
 
-/* a range of pages; moves next_block */
+/* empties what they have left in between; then all pages are in chunks */
 static void
-copy_range(RmRun *run, RmRewrite *rw, Relation rel, BlockNumber end)
+empty_gaps(Relation shadow)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(RelationGetRelid(shadow))};
+	uint64		n;
+
+	rm_state_execute("INSERT INTO risky_migrations.rewrite_chunk"
+					 " SELECT $1, before, first_block, 0, 0 FROM"
+					 " (SELECT lag(end_block, 1, 0::bigint) OVER (ORDER BY first_block) AS before, first_block"
+					 "  FROM risky_migrations.rewrite_chunk WHERE shadow = $1) c"
+					 " WHERE before < first_block RETURNING first_block, end_block",
+					 1, types, v, NULL);
+	n = SPI_processed;
+	for (uint64 i = 0; i < n; i++)
+	{
+		BlockNumber first = (BlockNumber) rm_result_int64(i, 1);
+		BlockNumber end = (BlockNumber) rm_result_int64(i, 2);
+
+		for (BlockNumber block = first; block < end; block++)
+		{
+			CHECK_FOR_INTERRUPTS();
+			overwrite_page(shadow, block, NULL);
+			RecordPageWithFreeSpace(shadow, block, BLCKSZ - SizeOfPageHeaderData - sizeof(ItemIdData));
+		}
+		FreeSpaceMapVacuumRange(shadow, first, end);
+	}
+}
+
+/* all rows on all pages are frozen: the visibility map is told, page by page */
+static void
+set_all_frozen(Relation shadow, BlockNumber blocks)
+{
+	Buffer		buf = InvalidBuffer;
+
+	for (int64 first = 0; first < blocks; first += BLOCKS_PER_MAP_PAGE)
+	{
+		int			n = (int) Min(BLOCKS_PER_MAP_PAGE, blocks - first);
+		uint8	   *map;
+
+		CHECK_FOR_INTERRUPTS();
+		visibilitymap_pin(shadow, (BlockNumber) first, &buf);
+		LockBuffer(buf, BUFFER_LOCK_EXCLUSIVE);
+		map = (uint8 *) PageGetContents(BufferGetPage(buf));
+		START_CRIT_SECTION();
+		memset(map, 0xFF, n / BLOCKS_PER_MAP_BYTE);
+		if (n % BLOCKS_PER_MAP_BYTE > 0)
+			map[n / BLOCKS_PER_MAP_BYTE] |= (1 << (n % BLOCKS_PER_MAP_BYTE * BITS_PER_HEAPBLOCK)) - 1;
+		MarkBufferDirty(buf);
+		if (RelationNeedsWAL(shadow))
+			log_newpage_buffer(buf, false);
+		END_CRIT_SECTION();
+		LockBuffer(buf, BUFFER_LOCK_UNLOCK);
+	}
+	if (BufferIsValid(buf))
+		ReleaseBuffer(buf);
+}
+
+/*
+ * All rows have been copied, and nobody copies any more: nothing that is no good
+ * is left in the shadow.
+ */
+static void
+clean_shadow(const RmRewrite *rw)
+{
+	Relation	shadow = table_open(rw->shadow, ShareUpdateExclusiveLock);
+	BlockNumber good = chunks_end(rw->shadow);
+
+	cut_off(shadow, good);
+	empty_gaps(shadow);
+	set_all_frozen(shadow, good);
+	table_close(shadow, NoLock);
+}
+
+/* at the start of a run */
+static void
+cut_off_rest(const RmRewrite *rw)
+{
+	Relation	shadow = table_open(rw->shadow, ShareUpdateExclusiveLock);
+
+	cut_off(shadow, chunks_end(rw->shadow));
+	table_close(shadow, NoLock);
+}
+
+/* an unlogged table, and with it the shadow, is empty after a crash */
+static bool
+lacks_pages(const RmRewrite *rw)
+{
+	/* in this order, since others append beside us */
+	BlockNumber good = chunks_end(rw->shadow);
+	Relation	shadow = table_open(rw->shadow, AccessShareLock);
+	bool		result = RelationGetNumberOfBlocks(shadow) < good;
+
+	table_close(shadow, NoLock);
+	return result;
+}
+
+/* one transaction's worth of the range under way; returns the rows that were copied */
+static int64
+copy_range(RmRun *run, RmRewrite *rw, Relation rel)
 {
 	RmMigration *m = run->m;
-	RmTransfer *t = rm_transfer_begin(m, rw, rel, ShareUpdateExclusiveLock, false);
+	RmRange    *range = &run->range;
+	CopyWork   *work = begin_work(run, rw);
+	RmTransfer *t = rm_transfer_begin(m, rw, rel, RowExclusiveLock, false);
 	Relation	log = table_open(rw->log, RowExclusiveLock);
-	BlockNumber block = m->next_block;
-	BlockNumber stop = Min((int64) end, m->next_block + COPY_PAGES);
+	BlockNumber end = Min(range->end_block, RelationGetNumberOfBlocks(rel));
+	BlockNumber block = range->next_block;
+	BlockNumber stop = Min((int64) end, range->next_block + COPY_PAGES);
 	BufferAccessStrategy strategy = GetAccessStrategy(BAS_BULKREAD);
-	PageWriter *w = palloc(sizeof(PageWriter));
+	PageWriter	w;
 	int64		copied = 0;
 	instr_time	started;
 
-	writer_begin(w, t->shadow, (BlockNumber) rw->shadow_blocks);
+	writer_begin(&w, t->shadow, work, RM_PAGE_PLACE(block));
 	INSTR_TIME_SET_CURRENT(started);
-	while (block < stop && copied < run->batch)
+	while (block < stop && copied < run->batch && !writer_full(&w))
 	{
 		Buffer		buf;
 
 		CHECK_FOR_INTERRUPTS();
 		buf = ReadBufferExtended(rel, MAIN_FORKNUM, block++, RBM_NORMAL, strategy);
-		copied += copy_page(t, w, log, buf);
+		copied += copy_page(t, &w, log, buf);
 		ReleaseBuffer(buf);
 		if (block % 64 == 0 && rm_elapsed_ms(started) > COPY_TIME)
 			break;
 	}
-	writer_end(w);
-	rw->shadow_blocks = w->next;
-	pfree(w);
+	writer_flush(&w, RM_PAGE_PLACE(block));
 	FreeAccessStrategy(strategy);
 	table_close(log, NoLock);
 	rm_transfer_end(t);
-	m->next_block = block;
-	m->rows_done += copied;
+	save_chunks(work);
+	range->next_block = block >= end ? range->end_block : block;
 	run->rows_changed += copied;
+	run->batches++;
+	run->async_commit = true;
+	run->may_hold = true;
+	run->batch_ended = true;
+	return copied;
+}
+
+/* one transaction's worth of the pages, alone or beside helpers */
+static void
+copy_pages(RmRun *run, RmRewrite *rw, Relation rel)
+{
+	RmMigration *m = run->m;
+	CopyWork   *work = run->work;
+	int			workers = rm_workers_for(m->end_block - m->next_block, RM_REWRITE_RANGE_PAGES);
+
+	run->helpers = workers - 1;
+	if (m->ranges == 0)
+	{
+		/* nobody is at work on this shadow, nor of an earlier run any more */
+		if (work == NULL || work->shadow != rw->shadow)
+			cut_off_rest(rw);
+		if (workers > 1)
+		{
+			/* no more in this transaction: helpers can begin with the next one */
+			(void) begin_work(run, rw);
+			rm_ranges_cut(run, rw->relid, workers, RM_REWRITE_RANGE_PAGES);
+			return;
+		}
+		rm_range_whole(run);
+		m->rows_done += copy_range(run, rw, rel);
+		m->next_block = run->range.next_block;
+		return;
+	}
+	switch (rm_range_take(run))
+	{
+		case RM_RANGE_TAKEN:
+			run->range.rows_changed += copy_range(run, rw, rel);
+			rm_range_save(run);
+			break;
+		case RM_RANGE_NONE_FREE:
+			/* a new run that has just made the ranges its own */
+			if (work == NULL)
+			{
+				cut_off_rest(rw);
+				(void) begin_work(run, rw);
+			}
+			rm_range_wait(run);
+			break;
+		case RM_RANGE_ALL_DONE:
+			m->rows_done += rm_ranges_sum(run, true)->rows_changed;
+			m->next_block = m->end_block;
+			rm_ranges_forget(m);
+			break;
+	}
 }
 
 static RmStepResult
@@ -391,8 +766,8 @@ copy_apply(RmRun *run)
 	RmMigration *m = run->m;
 	RmRewrite  *rw;
 	Relation	rel;
-	BlockNumber end;
 	RmStepResult result;
+	bool		done;
 
 	if (m->phase != RM_BEGIN_NOTHING)
 	{
@@ -401,28 +776,44 @@ copy_apply(RmRun *run)
 	}
 	rw = rm_rewrite_next(run, &rel, &result);
 	if (rw == NULL)
+	{
+		run->helpers = 0;
 		return result;
-	if (!cut_back(rw))
+	}
+	if (lacks_pages(rw))
 	{
 		table_close(rel, NoLock);
 		return rm_rewrite_start_over(run, rw->relid, "the shadow was emptied by a crash");
 	}
-	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
-	if (m->next_block < end)
-		copy_range(run, rw, rel, end);
+	done = m->next_block >= m->end_block;
+	if (done)
+		clean_shadow(rw);
+	else
+		copy_pages(run, rw, rel);
 	table_close(rel, NoLock);
-	rm_rewrite_save(rw);
-
-	run->progress.blocks_done = m->next_block;
+	/* they have gone when the next transaction begins */
+	if (m->next_block >= m->end_block)
+		run->helpers = 0;
+	(void) rm_ranges_sum(run, false);
+	run->progress.blocks_done = m->next_block + run->range_sums.blocks_done;
 	run->progress.blocks_total = m->end_block;
-	run->progress.rows_done = m->rows_done;
-	run->progress.rows_total = Max(m->rows_estimated, m->rows_done);
+	run->progress.rows_done = m->rows_done + run->range_sums.rows_changed;
+	run->progress.rows_total = Max(m->rows_estimated, run->progress.rows_done);
 	rm_rewrite_progress(run, rw);
-	run->async_commit = true;
-	run->may_hold = true;
-	run->batch_ended = true;
-	run->batches++;
-	return m->next_block < end ? RM_STEP_AGAIN : rm_rewrite_table_done(run, rw);
+	return done ? rm_rewrite_table_done(run, rw) : RM_STEP_AGAIN;
+}
+
+/* one transaction's worth of a range, in a helper */
+static void
+copy_help(RmRun *run)
+{
+	Relation	rel;
+	RmRewrite  *rw = rm_rewrite_help(run, &rel);
+
+	if (rw == NULL)
+		return;
+	run->range.rows_changed += copy_range(run, rw, rel);
+	table_close(rel, NoLock);
 }
 
 static void
@@ -430,7 +821,7 @@ copy_committed(RmRun *run, RmStepResult result)
 {
 	char		rows[32];
 
-	if (result == RM_STEP_BACK || (result == RM_STEP_AGAIN && !rm_notice_due(run)))
+	if (run->helper > 0 || result == RM_STEP_BACK || (result == RM_STEP_AGAIN && !rm_notice_due(run)))
 		return;
 	rm_format_count(rows, sizeof(rows), run->progress.rows_done);
 	ereport(NOTICE,
@@ -447,4 +838,5 @@ const RmStep rm_step_rewrite_copy = {
 	.apply = copy_apply,
 	.revert = rm_rewrite_nothing,
 	.committed = copy_committed,
+	.help = copy_help,
 };

@@ -10,11 +10,13 @@
  * Otherwise the shadow is wrong, and nothing is exchanged.
  *
  * Nothing is replayed meanwhile, so the shadow stands still, and most of its rows
- * lie in the order of the table's.  So both are read in that order, side by side:
- * as long as the next row of the shadow is what the next row of the table
- * becomes, nothing has to be looked up.  Where it is not (one of the two was
- * changed, and lies somewhere else) the row is looked up by its key, and the
- * reading of the shadow goes on behind it if that is near.
+ * lie in the order of the table's: the chunks in which they were copied (see
+ * rewrite_copy.c) say which pages of the shadow were made of which rows of the
+ * table.  So both are read chunk by chunk, in that order, side by side: as long as the
+ * next row of the shadow is what the next row of the table becomes, nothing has to
+ * be looked up.  Where it is not (one of the two was changed, and lies somewhere
+ * else) the row is looked up by its key, and the reading of the shadow goes on
+ * behind it if that is near.
  *
  * A row of the shadow that was passed over on the way has the key of a row of the
  * table, which is or was looked up, or it is in the log; else it is one too many.
@@ -22,9 +24,17 @@
  * the shadow's, the rows are counted instead: those of the table, after a round
  * and with its snapshot.
  *
- * Easy to get wrong: a row of the shadow has to be looked at once, also by a run
- * that goes on where another was interrupted.  So how far the shadow was read
- * is in the state row, as how far the table was.
+ * For what is in no chunk (pages that table and shadow have got since, pages of which no
+ * row was copied) chunks are made up when the verification begins, of some pages of
+ * either.  Then each row of the table as of now is in just one chunk, and so is each
+ * of the shadow.  It does not matter for the result which rows of the two are in a
+ * chunk together.  A chunk is done in one transaction or not at all, and several processes
+ * work on chunks side by side (crew.c): what is cut into ranges here are the pages of
+ * the shadow, with some behind its end that do not exist for chunks that have none,
+ * and a chunk is in the range in which it begins.
+ *
+ * Easy to get wrong: rows of the table that come on pages behind those that it has
+ * when the verification begins need not be looked at.  They are in the log.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -37,7 +47,10 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_type.h"
+#include "crew.h"
 #include "executor/executor.h"
+#include "executor/spi.h"
 #include "leaves.h"
 #include "miscadmin.h"
 #include "replay.h"
@@ -54,7 +67,8 @@
 
 /* how long one transaction compares, milliseconds */
 #define VERIFY_TIME 250
-#define PAGES_AT_ONCE 64
+/* chunks that are looked up at once */
+#define MANY_CHUNKS 64
 /* reading goes on behind a row that is found within so many pages, */
 #define NEAR_PAGES 8
 /* or after so many, one after the other, that were not */
@@ -102,6 +116,15 @@ typedef struct Suspect
 	bool		logged;
 } Suspect;
 
+/* see risky_migrations.rewrite_chunk */
+typedef struct Chunk
+{
+	int64		first_block;
+	int64		end_block;
+	int64		first_row;
+	int64		end_row;
+} Chunk;
+
 /* one transaction of verifying */
 typedef struct Verify
 {
@@ -110,7 +133,9 @@ typedef struct Verify
 	RmLookup   *source;			/* the table, by key */
 	bool		key_converts;	/* the column is part of the key */
 	TupleTableSlot *made_slot;	/* what a row should be */
-	/* the next row of the shadow, in the order of its pages */
+	/* the next row of the shadow's pages that belong to the chunk, in their order */
+	BlockNumber end_block;
+	BlockNumber shadow_blocks;
 	TableScanDesc scan;
 	TupleTableSlot *next;
 	bool		at_end;
@@ -235,16 +260,21 @@ suspect(Verify *v, TupleTableSlot *row, bool surplus)
  * The shadow, in the order of its pages
  */
 
-/* the first row at tid or behind it becomes the next one */
+/* of the rows on these pages the first becomes the next one */
 static void
-read_from(Verify *v, ItemPointer tid)
+read_from(Verify *v, const Chunk *c)
 {
-	ItemPointerData end;
+	ItemPointerData first;
+	ItemPointerData last;
 
-	if (v->scan)
-		table_endscan(v->scan);
-	ItemPointerSet(&end, InvalidBlockNumber - 1, MaxOffsetNumber);
-	v->scan = table_beginscan_tidrange(v->t->shadow, v->t->snapshot, tid, &end);
+	v->end_block = (BlockNumber) Min(c->end_block, v->shadow_blocks);
+	v->at_end = c->first_block >= v->end_block;
+	v->astray = 0;
+	if (v->at_end)
+		return;
+	ItemPointerSet(&first, (BlockNumber) c->first_block, FirstOffsetNumber);
+	ItemPointerSet(&last, v->end_block - 1, MaxOffsetNumber);
+	v->scan = table_beginscan_tidrange(v->t->shadow, v->t->snapshot, &first, &last);
 	v->at_end = !table_scan_getnextslot_tidrange(v->scan, ForwardScanDirection, v->next);
 }
 
@@ -264,6 +294,21 @@ check_passed_over(Verify *v)
 	rm_lookup_key_of(v->source, v->next);
 	if (!rm_lookup(v->source))
 		suspect(v, v->next, true);
+}
+
+/* to the end of the chunk's pages */
+static void
+pass_over_rest(Verify *v)
+{
+	while (!v->at_end)
+	{
+		CHECK_FOR_INTERRUPTS();
+		check_passed_over(v);
+		read_on(v);
+	}
+	if (v->scan)
+		table_endscan(v->scan);
+	v->scan = NULL;
 }
 
 /* reads on until the row at tid is behind us */
@@ -287,7 +332,7 @@ follow(Verify *v, ItemPointer tid)
 	BlockNumber found = ItemPointerGetBlockNumber(tid);
 	BlockNumber here;
 
-	if (v->at_end || ItemPointerCompare(tid, &v->next->tts_tid) < 0)
+	if (v->at_end || found >= v->end_block || ItemPointerCompare(tid, &v->next->tts_tid) < 0)
 		return;
 	here = ItemPointerGetBlockNumber(&v->next->tts_tid);
 	if (found - here > NEAR_PAGES && ++v->astray < MANY_ASTRAY)
@@ -340,9 +385,9 @@ static Verify *
 verify_begin(RmRewrite *rw, RmTransfer *t)
 {
 	Verify	   *v = palloc0(sizeof(Verify));
-	ItemPointerData tid;
 
 	v->t = t;
+	v->shadow_blocks = RelationGetNumberOfBlocks(t->shadow);
 	v->shadow = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(rw), t->snapshot);
 	v->source = rm_lookup_begin(t->rel, rw->key_index, t->snapshot);
 	for (int i = 0; i < v->source->nkeys; i++)
@@ -352,22 +397,13 @@ verify_begin(RmRewrite *rw, RmTransfer *t)
 	v->suspects_cxt = AllocSetContextCreate(CurrentMemoryContext, "rm suspects", ALLOCSET_DEFAULT_SIZES);
 	v->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
 	v->next = table_slot_create(t->shadow, NULL);
-	ItemPointerSet(&tid, ItemPointerGetBlockNumberNoCheck(&rw->verified),
-				   ItemPointerGetOffsetNumberNoCheck(&rw->verified));
-	read_from(v, &tid);
 	return v;
 }
 
-/* judges, and puts into the state row how far the shadow was read */
 static void
 verify_end(Verify *v)
 {
 	judge_suspects(v);
-	if (v->at_end)
-		ItemPointerSet(&v->t->rw->verified, InvalidBlockNumber - 1, FirstOffsetNumber);
-	else
-		v->t->rw->verified = v->next->tts_tid;
-	table_endscan(v->scan);
 	ExecDropSingleTupleTableSlot(v->next);
 	ExecDropSingleTupleTableSlot(v->made_slot);
 	rm_lookup_end(v->shadow);
@@ -383,66 +419,177 @@ verify_end(Verify *v)
  *-------------------------------------------------------------------------
  */
 
-/* a range of pages; moves next_block.  Returns the rows that were compared */
-static int64
-verify_range(RmRun *run, RmRewrite *rw, Relation rel, BlockNumber end)
+/* the rows of the table from that place to before the other */
+static TableScanDesc
+begin_scan(Relation rel, Snapshot snapshot, int64 first_row, int64 end_row)
 {
-	RmMigration *m = run->m;
-	RmTransfer *t = rm_transfer_begin(m, rw, rel, ShareUpdateExclusiveLock, false);
-	Verify	   *v = verify_begin(rw, t);
-	TupleTableSlot *slot = table_slot_create(rel, NULL);
-	BlockNumber block = m->next_block;
-	instr_time	started;
+	ItemPointerData first;
+	ItemPointerData last;
+	int64		last_row = end_row - 1;
+
+	ItemPointerSet(&first, (BlockNumber) (first_row >> 16), (OffsetNumber) first_row);
+	if ((end_row & 0xFFFF) == 0)
+		last_row = RM_ROW_PLACE((end_row >> 16) - 1, MaxOffsetNumber);
+	ItemPointerSet(&last, (BlockNumber) (last_row >> 16), (OffsetNumber) last_row);
+	return table_beginscan_tidrange(rel, snapshot, &first, &last);
+}
+
+/* all rows of a chunk, of both sides; returns how many of the table there were */
+static int64
+verify_chunk(Verify *v, const Chunk *c, TupleTableSlot *slot)
+{
+	RmTransfer *t = v->t;
 	int64		checked = 0;
 
-	INSTR_TIME_SET_CURRENT(started);
-	while (block < end && rm_elapsed_ms(started) < VERIFY_TIME)
+	read_from(v, c);
+	if (c->first_row < c->end_row)
 	{
-		ItemPointerData low;
-		ItemPointerData high;
-		TableScanDesc scan;
+		TableScanDesc scan = begin_scan(t->rel, t->snapshot, c->first_row, c->end_row);
 
-		CHECK_FOR_INTERRUPTS();
-		ItemPointerSet(&low, block, FirstOffsetNumber);
-		block = Min(end, block + PAGES_AT_ONCE);
-		ItemPointerSet(&high, block - 1, MaxOffsetNumber);
-		scan = table_beginscan_tidrange(rel, t->snapshot, &low, &high);
 		while (table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
 		{
 			TupleTableSlot *row = rm_transfer_next(t);
 
 			if (row == NULL)
 			{
+				CHECK_FOR_INTERRUPTS();
 				checked += verify_rows(v);
 				row = rm_transfer_next(t);
 			}
 			ExecCopySlot(row, slot);
 		}
 		table_endscan(scan);
+		checked += verify_rows(v);
 	}
-	checked += verify_rows(v);
-	m->next_block = block;
-	ExecDropSingleTupleTableSlot(slot);
-	verify_end(v);
-	rm_transfer_end(t);
+	pass_over_rest(v);
 	return checked;
 }
 
-/* what the shadow has behind the last row that was looked at */
-static void
-verify_rest(RmRun *run, RmRewrite *rw, Relation rel)
+/* the next chunks of the range; returns how many there are, at most MANY_CHUNKS */
+static int
+next_chunks(const RmRewrite *rw, const RmRange *range, Chunk *chunks)
 {
-	RmTransfer *t = rm_transfer_begin(run->m, rw, rel, ShareUpdateExclusiveLock, false);
-	Verify	   *v = verify_begin(rw, t);
+	Oid			types[] = {OIDOID, INT8OID, INT8OID, INT8OID};
+	Datum		v[] = {ObjectIdGetDatum(rw->shadow), Int64GetDatum(range->next_block),
+	Int64GetDatum(range->end_block), Int64GetDatum(MANY_CHUNKS)};
+	int			n;
 
-	while (!v->at_end)
+	rm_state_execute("SELECT first_block, end_block, first_row, end_row"
+					 " FROM risky_migrations.rewrite_chunk WHERE shadow = $1"
+					 " AND first_block >= $2 AND first_block < $3 ORDER BY first_block LIMIT $4",
+					 lengthof(types), types, v, NULL);
+	n = (int) SPI_processed;
+	for (int i = 0; i < n; i++)
 	{
-		CHECK_FOR_INTERRUPTS();
-		check_passed_over(v);
-		read_on(v);
+		chunks[i].first_block = rm_result_int64(i, 1);
+		chunks[i].end_block = rm_result_int64(i, 2);
+		chunks[i].first_row = rm_result_int64(i, 3);
+		chunks[i].end_row = rm_result_int64(i, 4);
 	}
+	return n;
+}
+
+/* one transaction's worth of the range under way; returns the rows that were compared */
+static int64
+verify_range(RmRun *run, RmRewrite *rw, Relation rel)
+{
+	RmRange    *range = &run->range;
+	Chunk		chunks[MANY_CHUNKS];
+	int			n = next_chunks(rw, range, chunks);
+	RmTransfer *t = rm_transfer_begin(run->m, rw, rel, AccessShareLock, false);
+	Verify	   *v = verify_begin(rw, t);
+	TupleTableSlot *slot = table_slot_create(rel, NULL);
+	instr_time	started;
+	int64		checked = 0;
+	int			i = 0;
+
+	INSTR_TIME_SET_CURRENT(started);
+	while (i < n && (i == 0 || rm_elapsed_ms(started) < VERIFY_TIME))
+		checked += verify_chunk(v, &chunks[i++], slot);
+	range->next_block = i < n || n == MANY_CHUNKS ? chunks[i - 1].end_block : range->end_block;
+	ExecDropSingleTupleTableSlot(slot);
 	verify_end(v);
 	rm_transfer_end(t);
+	run->async_commit = true;	/* nothing but how far it is */
+	run->may_hold = true;
+	return checked;
+}
+
+/*
+ * Fixes what is to be verified, and makes up chunks for what is in none.  The shadow's
+ * pages behind the last one that was copied go together with rows of the table
+ * that were not.
+ */
+static void
+begin_verification(RmMigration *m, RmRewrite *rw, Relation rel)
+{
+	Oid			types[] = {OIDOID, INT8OID, INT8OID, INT8OID};
+	Relation	shadow = table_open(rw->shadow, AccessShareLock);
+	Datum		v[] = {ObjectIdGetDatum(rw->shadow), Int64GetDatum(RelationGetNumberOfBlocks(shadow)),
+	Int64GetDatum(RM_PAGE_PLACE(RelationGetNumberOfBlocks(rel))), Int64GetDatum(RM_CHUNK_PAGES)};
+
+	table_close(shadow, NoLock);
+	rm_backfill_fix_end(m, rel);
+	if (!rm_is_parted(m))
+		m->rows_done = 0;
+	rm_state_execute("DELETE FROM risky_migrations.rewrite_chunk WHERE shadow = $1 AND NOT copied",
+					 1, types, v, NULL);
+	rm_state_execute("WITH chunk AS (SELECT * FROM risky_migrations.rewrite_chunk WHERE shadow = $1),"
+					 " behind AS (SELECT coalesce(max(end_block), 0) AS block FROM chunk),"
+					 " gap AS (SELECT end_row AS first_row, lead(first_row, 1, $3) OVER (ORDER BY first_row, end_row) AS end_row"
+					 "  FROM (SELECT first_row, end_row FROM chunk WHERE first_row < end_row"
+					 "   UNION ALL SELECT 0, 0) c),"
+					 " rows AS (SELECT pg_catalog.row_number() OVER (ORDER BY r) AS n, r AS first_row,"
+					 "  least(r + ($4 << 16), gap.end_row, $3) AS end_row"
+					 "  FROM gap, pg_catalog.generate_series(gap.first_row, least(gap.end_row, $3) - 1, $4 << 16) r),"
+					 " pages AS (SELECT pg_catalog.row_number() OVER (ORDER BY b) AS n"
+					 "  FROM behind, pg_catalog.generate_series(behind.block, $2 - 1, $4) b)"
+					 " INSERT INTO risky_migrations.rewrite_chunk"
+					 " SELECT $1, block + $4 * (n - 1), block + $4 * n,"
+					 "  coalesce(first_row, 0), coalesce(end_row, 0), false"
+					 " FROM behind, rows FULL JOIN pages USING (n)",
+					 lengthof(types), types, v, NULL);
+	rm_state_execute("SELECT coalesce(max(end_block), 0) FROM risky_migrations.rewrite_chunk WHERE shadow = $1",
+					 1, types, v, NULL);
+	m->end_block = rm_result_int64(0, 1);
+}
+
+/* one transaction's worth of the chunks, alone or beside helpers */
+static void
+verify_chunks(RmRun *run, RmRewrite *rw, Relation rel)
+{
+	RmMigration *m = run->m;
+	int			workers = rm_workers_for(m->end_block - m->next_block, RM_REWRITE_RANGE_PAGES);
+
+	run->helpers = workers - 1;
+	if (m->ranges == 0 && workers > 1)
+	{
+		/* no more in this transaction: helpers can begin with the next one */
+		rm_ranges_cut(run, rw->relid, workers, RM_REWRITE_RANGE_PAGES);
+		return;
+	}
+	if (m->ranges == 0)
+	{
+		rm_range_whole(run);
+		m->rows_done += verify_range(run, rw, rel);
+		m->next_block = run->range.next_block;
+		return;
+	}
+	switch (rm_range_take(run))
+	{
+		case RM_RANGE_TAKEN:
+			run->range.rows_checked += verify_range(run, rw, rel);
+			rm_range_save(run);
+			break;
+		case RM_RANGE_NONE_FREE:
+			rm_range_wait(run);
+			break;
+		case RM_RANGE_ALL_DONE:
+			m->rows_done += rm_ranges_sum(run, true)->rows_checked;
+			m->next_block = m->end_block;
+			rm_ranges_forget(m);
+			break;
+	}
 }
 
 /* one round more, and with its snapshot both are counted */
@@ -469,42 +616,52 @@ verify_apply(RmRun *run)
 	Relation	rel;
 	RmStepResult result;
 	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
-	BlockNumber end;
 	bool		done = false;
 
 	if (rw == NULL)
+	{
+		run->helpers = 0;
 		return result;
+	}
 	if (m->phase == VERIFY_BEGIN)
 	{
-		rm_backfill_fix_end(m, rel);
-		if (!rm_is_parted(m))
-			m->rows_done = 0;
-		ItemPointerSet(&rw->verified, 0, FirstOffsetNumber);
+		begin_verification(m, rw, rel);
 		m->phase = VERIFY_ROWS;
 	}
-	end = Min(m->end_block, RelationGetNumberOfBlocks(rel));
 	if (m->phase == VERIFY_COUNT)
 	{
 		verify_count(run, rw, rel);
 		done = true;
 	}
-	else if (m->next_block < end)
-		m->rows_done += verify_range(run, rw, rel, end);
+	else if (m->next_block < m->end_block)
+		verify_chunks(run, rw, rel);
 	else if (!rm_rewrite_key_converts(rw))
-	{
-		verify_rest(run, rw, rel);
 		done = true;
-	}
 	else
 		m->phase = VERIFY_COUNT;
 	table_close(rel, NoLock);
-	rm_rewrite_save(rw);
-	run->progress.blocks_done = m->next_block;
+	/* they have gone when the next transaction begins */
+	if (m->next_block >= m->end_block)
+		run->helpers = 0;
+	(void) rm_ranges_sum(run, false);
+	run->progress.blocks_done = m->next_block + run->range_sums.blocks_done;
 	run->progress.blocks_total = m->end_block;
-	run->progress.rows_done = m->rows_done;
+	run->progress.rows_done = m->rows_done + run->range_sums.rows_checked;
 	rm_rewrite_progress(run, rw);
-	run->may_hold = true;
 	return done ? rm_rewrite_table_done(run, rw) : RM_STEP_AGAIN;
+}
+
+/* one transaction's worth of a range, in a helper */
+static void
+verify_help(RmRun *run)
+{
+	Relation	rel;
+	RmRewrite  *rw = rm_rewrite_help(run, &rel);
+
+	if (rw == NULL)
+		return;
+	run->range.rows_checked += verify_range(run, rw, rel);
+	table_close(rel, NoLock);
 }
 
 const RmStep rm_step_rewrite_verify = {
@@ -512,4 +669,5 @@ const RmStep rm_step_rewrite_verify = {
 	.throttled = true,
 	.apply = verify_apply,
 	.revert = rm_rewrite_nothing,
+	.help = verify_help,
 };

@@ -95,7 +95,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 
 SELECT bag_eq($$SELECT format('%s %s.%s', type, schema, name) FROM member WHERE type IN ('table', 'view', 'index')$$, ARRAY[
 	'table risky_migrations.migration', 'table risky_migrations.steering', 'table risky_migrations.skipped_row', 'table risky_migrations.range', 'table risky_migrations.leaf', 'table risky_migrations.conversion_error',
-	'table risky_migrations.dependent', 'table risky_migrations.rewrite',
+	'table risky_migrations.dependent', 'table risky_migrations.rewrite', 'table risky_migrations.rewrite_chunk',
 	'table risky_migrations.step_log', 'table risky_migrations.step_lock', 'table risky_migrations.lab',
 	'table risky_migrations.probe', 'table risky_migrations.probe_sample', 'table risky_migrations.comparison',
 	'view risky_migrations.lock_report', 'view risky_migrations.lab_shown', 'view risky_migrations.lab_step', 'view risky_migrations.comparison_step',
