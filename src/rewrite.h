@@ -93,9 +93,12 @@ typedef struct RmTransfer
 	Snapshot	snapshot;
 	int64		failed;			/* rows that could not be made */
 
-	/* the rows under way; each slot holds a pin */
+	/* the rows under way, where they lie in buffers, which are pinned once each */
 	int			nrows;
 	TupleTableSlot *rows[RM_TRANSFER_ROWS];
+	HeapTupleData tuples[RM_TRANSFER_ROWS];
+	int			npins;
+	Buffer		pins[RM_TRANSFER_ROWS];
 	/* what they become, NULL what cannot be made; good until they are cleared */
 	HeapTuple	made[RM_TRANSFER_ROWS];
 
@@ -139,7 +142,8 @@ extern bool rm_rewrite_indexes_complete(const RmRewrite *rw);
 extern RmTransfer *rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel,
 									 LOCKMODE shadow_lock, bool indexes);
 extern void rm_transfer_end(RmTransfer *t);
-extern TupleTableSlot *rm_transfer_next(RmTransfer *t);
+extern bool rm_transfer_add(RmTransfer *t, HeapTuple tup, Buffer buf);
+extern bool rm_transfer_add_slot(RmTransfer *t, TupleTableSlot *slot);
 extern void rm_transfer_make(RmTransfer *t);
 extern void rm_transfer_clear(RmTransfer *t);
 

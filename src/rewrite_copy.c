@@ -84,6 +84,7 @@
 #include "storage/lmgr.h"
 #include "storage/smgr.h"
 #include "utils/array.h"
+#include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
@@ -315,6 +316,21 @@ use_spare(PageWriter *w, Chunk *chunk)
 	return false;
 }
 
+/*
+ * Whoever has this lock hands pages to the operating system, and waits for nobody:
+ * not to have it in time, where the disk is slow, is no reason to do all again.
+ */
+static void
+lock_extension(Relation rel)
+{
+	int			save_nestlevel = NewGUCNestLevel();
+
+	(void) set_config_option("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
+	LockRelationForExtension(rel, ExclusiveLock);
+	AtEOXact_GUC(false, save_nestlevel);
+}
+
 /* appends the pages to the shadow */
 static void
 append_pages(PageWriter *w, Chunk *chunk)
@@ -323,7 +339,7 @@ append_pages(PageWriter *w, Chunk *chunk)
 	BlockNumber blocks[RM_CHUNK_PAGES];
 	Page		pages[RM_CHUNK_PAGES];
 
-	LockRelationForExtension(w->rel, ExclusiveLock);
+	lock_extension(w->rel);
 	chunk->first = smgrnblocks(smgr, MAIN_FORKNUM);
 	if (chunk->first > MaxBlockNumber - w->npages)
 		ereport(ERROR,
@@ -492,21 +508,6 @@ rows_on_page(RmTransfer *t, Buffer buf, OffsetNumber *offsets, bool *unknown)
 	return n;
 }
 
-/* the slot gets the row of that place on a pinned page, and a pin of its own */
-static void
-store_in_slot(TupleTableSlot *slot, Oid relid, Buffer buf, OffsetNumber off)
-{
-	Page		page = BufferGetPage(buf);
-	ItemId		lp = PageGetItemId(page, off);
-	HeapTuple	tup = &((BufferHeapTupleTableSlot *) slot)->base.tupdata;
-
-	tup->t_data = (HeapTupleHeader) PageGetItem(page, lp);
-	tup->t_len = ItemIdGetLength(lp);
-	tup->t_tableOid = relid;
-	ItemPointerSet(&tup->t_self, BufferGetBlockNumber(buf), off);
-	ExecStoreBufferHeapTuple(tup, slot, buf);
-}
-
 /* makes and appends the rows under way; returns how many could be made */
 static int
 copy_rows(RmTransfer *t, PageWriter *w, Relation log)
@@ -537,19 +538,20 @@ copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf)
 
 	for (int i = 0; i < n; i++)
 	{
-		TupleTableSlot *slot = rm_transfer_next(t);
+		ItemId		lp = PageGetItemId(BufferGetPage(buf), offsets[i]);
+		HeapTupleData tup;
 
-		if (slot == NULL)
+		tup.t_data = (HeapTupleHeader) PageGetItem(BufferGetPage(buf), lp);
+		tup.t_len = ItemIdGetLength(lp);
+		tup.t_tableOid = RelationGetRelid(t->rel);
+		ItemPointerSet(&tup.t_self, BufferGetBlockNumber(buf), offsets[i]);
+		if (!rm_transfer_add(t, &tup, buf))
 		{
 			copied += copy_rows(t, w, log);
-			slot = rm_transfer_next(t);
+			(void) rm_transfer_add(t, &tup, buf);
 		}
-		store_in_slot(slot, RelationGetRelid(t->rel), buf, offsets[i]);
 		if (unknown[i])
-		{
-			rm_log_key(log, slot);
-			t->nrows--;
-		}
+			rm_log_key(log, t->rows[--t->nrows]);
 	}
 	return copied + copy_rows(t, w, log);
 }

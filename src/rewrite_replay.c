@@ -369,18 +369,13 @@ insert_rows(Round *r)
 
 	while (next_key(r))
 	{
-		TupleTableSlot *slot;
-
 		set_source_key(r);
 		if (!rm_lookup(r->source))
 			continue;			/* deleted */
-		slot = rm_transfer_next(t);
-		if (slot == NULL)
-		{
-			store_rows(r);
-			slot = rm_transfer_next(t);
-		}
-		ExecCopySlot(slot, r->source->slot);
+		if (rm_transfer_add_slot(t, r->source->slot))
+			continue;
+		store_rows(r);
+		(void) rm_transfer_add_slot(t, r->source->slot);
 	}
 	store_rows(r);
 }

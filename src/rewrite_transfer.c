@@ -7,7 +7,7 @@
  * takes a number of them, has them made all at once, and does with the new rows
  * what it wants:
  *
- *	rm_transfer_next()		a free slot to put a row of the table into
+ *	rm_transfer_add()		one more row of the table, where it lies in a buffer
  *	rm_transfer_make()		t->made[] are the new rows of t->rows[]
  *	rm_transfer_clear()
  *
@@ -21,8 +21,8 @@
  * From rm_transfer_begin() on we are the table's owner, in a security-restricted
  * operation, with the settings of the migration.
  *
- * Easy to get wrong: the slots pin buffers, and outlive the subtransaction.  So
- * they are filled outside of it.
+ * Easy to get wrong: the buffers are pinned for longer than the subtransaction.  So
+ * rows are added outside of it.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -37,6 +37,7 @@
 #include "miscadmin.h"
 #include "rewrite.h"
 #include "rows.h"
+#include "storage/bufmgr.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -94,15 +95,35 @@ rm_transfer_end(RmTransfer *t)
 	table_close(t->shadow, NoLock);
 }
 
-/* a slot for one more row of the table, as it is in a buffer; NULL: first make them */
-TupleTableSlot *
-rm_transfer_next(RmTransfer *t)
+/* one more row of the table, in a pinned buffer; false: first make those that there are */
+bool
+rm_transfer_add(RmTransfer *t, HeapTuple tup, Buffer buf)
 {
-	if (t->nrows == RM_TRANSFER_ROWS)
-		return NULL;
-	if (t->rows[t->nrows] == NULL)
-		t->rows[t->nrows] = MakeSingleTupleTableSlot(RelationGetDescr(t->rel), &TTSOpsBufferHeapTuple);
-	return t->rows[t->nrows++];
+	int			n = t->nrows;
+
+	if (n == RM_TRANSFER_ROWS)
+		return false;
+	if (t->npins == 0 || t->pins[t->npins - 1] != buf)
+	{
+		IncrBufferRefCount(buf);
+		t->pins[t->npins++] = buf;
+	}
+	if (t->rows[n] == NULL)
+		t->rows[n] = MakeSingleTupleTableSlot(RelationGetDescr(t->rel), &TTSOpsHeapTuple);
+	t->tuples[n] = *tup;
+	ExecStoreHeapTuple(&t->tuples[n], t->rows[n], false);
+	t->nrows++;
+	return true;
+}
+
+/* the same from the slot of a scan */
+bool
+rm_transfer_add_slot(RmTransfer *t, TupleTableSlot *slot)
+{
+	BufferHeapTupleTableSlot *b = (BufferHeapTupleTableSlot *) slot;
+
+	Assert(TTS_IS_BUFFERTUPLE(slot));
+	return rm_transfer_add(t, b->base.tuple, b->buffer);
 }
 
 void
@@ -110,7 +131,9 @@ rm_transfer_clear(RmTransfer *t)
 {
 	for (int i = 0; i < t->nrows; i++)
 		ExecClearTuple(t->rows[i]);
-	t->nrows = 0;
+	for (int i = 0; i < t->npins; i++)
+		ReleaseBuffer(t->pins[i]);
+	t->nrows = t->npins = 0;
 	MemoryContextReset(t->made_cxt);
 }
 
