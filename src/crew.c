@@ -217,6 +217,8 @@ static uint32 news_seen = 0;
 int
 rm_workers_for(int64 blocks, int multiple_of)
 {
+	if (rm_range_pages > 0)
+		multiple_of = rm_range_pages;
 	return (int) Max(1, Min(rm_workers, blocks / multiple_of));
 }
 
@@ -233,6 +235,8 @@ rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of)
 	int64		blocks = m->end_block - m->next_block;
 	int64		pages = blocks / ((int64) workers * RANGES_PER_WORKER);
 
+	if (rm_range_pages > 0)
+		multiple_of = rm_range_pages;
 	pages = Min(pages, MAX_RANGE_PAGES);
 	pages = Max(1, pages / multiple_of) * multiple_of;
 	v[0] = Int64GetDatum(m->id);

@@ -61,6 +61,7 @@ int			rm_lock_retries = 50;
 int			rm_lock_retry_max_delay = 10000;
 int			rm_max_row_lock_time = 25;
 int			rm_workers = 1;
+int			rm_range_pages = 0;
 int			rm_snapshot_timeout = 3600000;
 bool		rm_accept_publications = false;
 bool		rm_compress_wal = true;
@@ -108,9 +109,17 @@ _PG_init(void)
 	 * max_worker_processes; so more than one only where somebody asks for it.
 	 */
 	DefineCustomIntVariable("risky_migrations.workers",
-							"Processes that work on the backfill and the verification.",
+							"Processes that work on the backfill, the copy and the verification.",
 							"With more than one, helpers are background workers, as many as are free.",
 							&rm_workers, 1, 1, RM_MAX_WORKERS, PGC_USERSET, 0,
+							NULL, NULL, NULL);
+
+	/* for tests, so that small tables are shared out too */
+	DefineCustomIntVariable("risky_migrations.range_pages",
+							"Pages that each range of several workers has a multiple of.",
+							"0 is what the step finds worth while.",
+							&rm_range_pages, 0, 0, INT_MAX, PGC_USERSET,
+							GUC_NO_SHOW_ALL | GUC_NOT_IN_SAMPLE,
 							NULL, NULL, NULL);
 
 	/*

@@ -16,6 +16,7 @@ extern int	rm_lock_retries;
 extern int	rm_lock_retry_max_delay;	/* milliseconds */
 extern int	rm_max_row_lock_time;	/* milliseconds */
 extern int	rm_workers;		/* processes for one step, the runner included */
+extern int	rm_range_pages; /* of a range of them; 0: as the step wants it */
 extern int	rm_snapshot_timeout;	/* milliseconds */
 extern bool rm_accept_publications;
 extern bool rm_compress_wal;

@@ -894,7 +894,11 @@ sub one_round
 	$s->{end} = pick('cleanup', 'cleanup', rewrites($s) ? () : 'rollback', 'rollback anywhere');
 	$s->{writers} = pick(1, 2, 2);
 	$s->{writer_settings} = [ map { chance(0.5) ? other_settings($s) : [] } 1 .. $s->{writers} ];
-	$s->{settings} = [ 'SET risky_migrations.max_row_lock_time = ' . pick(1, 25) ];
+	# every other round by two workers, however few pages there are
+	$s->{settings} = [
+		'SET risky_migrations.max_row_lock_time = ' . pick(1, 25),
+		'SET risky_migrations.workers = ' . (1 + ($seed + int($seed / 4)) % 2), 'SET risky_migrations.range_pages = 1'
+	];
 	my @t = (time);
 	my $amiss = eval { set_up($s); '' } // "died: $@";
 	push @t, time - $t[0];
