@@ -64,6 +64,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'function sync() trigger volatile',
 	'function log_change() trigger volatile',
 	'function rewrite_ground(relid oid) text volatile',
+	'function rewrite_obstacles(relid oid, attnum smallint) TABLE(kind text, name text, reason text, hint text) stable',
 	'function column_foreign_keys(relid oid, attnum smallint) TABLE(relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text) volatile',
 	'function steady_text(value text) text immutable strict parallel safe',
 	'function column_dependents(relid oid, attnum smallint) TABLE(classid oid, objid oid, relation oid, depth integer) stable',
