@@ -453,7 +453,8 @@ COMMENT ON PROCEDURE rm_rollback(bigint) IS
 --   them (clones of its triggers) goes and comes with the parent's.
 
 CREATE FUNCTION risky_migrations.members(root oid) RETURNS SETOF oid
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+-- few, so that catalogs are searched by index for each
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH RECURSIVE member (oid) AS (
 		SELECT members.root
@@ -514,7 +515,17 @@ BEGIN ATOMIC
 	JOIN pg_constraint k ON k.conrelid = f.relid AND k.confrelid = f.peer AND k.contype = 'f' AND k.conparentid = 0
 	WHERE EXISTS (SELECT FROM risky_migrations.member_columns(rewrite_obstacles.relid, rewrite_obstacles.attnum) m
 		WHERE k.conrelid = m.member AND m.number = ANY (k.conkey)
-			OR k.confrelid = m.member AND m.number = ANY (k.confkey));
+			OR k.confrelid = m.member AND m.number = ANY (k.confkey))
+	UNION ALL
+	SELECT 'index', (pg_identify_object('pg_class'::regclass, i.indexrelid, 0)).identity,
+		'not all partitions have their part of it, and ALTER TABLE would make what is missing',
+		'Attach what it lacks, or drop it.'
+	FROM risky_migrations.member_columns(rewrite_obstacles.relid, rewrite_obstacles.attnum) m
+	JOIN pg_index i ON i.indrelid = m.member AND NOT i.indisvalid
+	JOIN pg_class c ON c.oid = i.indexrelid AND c.relkind = 'I'
+	WHERE m.number = ANY (i.indkey)
+		OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+			AND d.refclassid = 'pg_class'::regclass AND d.refobjid = m.member AND d.refobjsubid = m.number);
 END;
 COMMENT ON FUNCTION risky_migrations.rewrite_obstacles(oid, smallint) IS
 	'what keeps online_rewrite from changing a column, besides column_obstacles(), which see';

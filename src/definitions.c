@@ -34,17 +34,13 @@ typedef struct Definition
 List *
 rm_definitions_on(const RmMigration *m, AttrNumber attnum)
 {
-	Oid			types[] = {OIDOID, INT2OID, BOOLOID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum),
-	BoolGetDatum(m->method == &rm_method_online_rewrite)};
+	Oid			types[] = {OIDOID, INT2OID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
 	List	   *list = NIL;
 
-	/* a list of columns, which is one of numbers, is left alone where they stay */
 	rm_catalog_query("SELECT drop_sql, make_sql, coalesce(relation, 0)"
-					 " FROM risky_migrations.column_objects($1, $2)"
-					 " WHERE NOT ($3 AND kind OPERATOR(pg_catalog.=) 'publication column list')"
-					 " ORDER BY ord",
-					 3, types, v);
+					 " FROM risky_migrations.column_objects($1, $2) ORDER BY ord",
+					 2, types, v);
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		Definition *d = palloc(sizeof(Definition));

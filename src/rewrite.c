@@ -442,8 +442,8 @@ refuse_key(Relation rel, AttrNumber attnum, Node *expr)
 }
 
 /* what hangs on the column and ALTER TABLE would refuse, or we could not make again */
-static void
-refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
+void
+rm_rewrite_refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
 {
 	Oid			types[] = {OIDOID, INT2OID, OIDOID};
 	Datum		v[] = {ObjectIdGetDatum(RelationGetRelid(rel)), Int16GetDatum(attnum), ObjectIdGetDatum(new_type)};
@@ -451,8 +451,8 @@ refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
 	rm_catalog_query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
 					 /* the column keeps its place, its number and its constraints */
 					 " WHERE kind OPERATOR(pg_catalog.<>) ALL (ARRAY['exclusion constraint',"
-					 " 'deferrable constraint', 'publication', 'publication column list',"
-					 " 'security label', 'column alias list', 'row constructor'])"
+					 " 'deferrable constraint', 'publication', 'security label',"
+					 " 'column alias list', 'row constructor'])"
 					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.rewrite_obstacles($1, $2)"
 					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $3)",
 					 3, types, v);
@@ -470,9 +470,32 @@ refuse_table(Relation rel, Oid root, AttrNumber root_attnum, const char *tree)
 	refuse_key(rel, attnum, rm_leaf_expression(stringToNode(tree), root, rel));
 }
 
+/* the same of one below a partitioned table */
+static void
+refuse_partition(Relation part, Oid root, AttrNumber root_attnum, const char *tree)
+{
+	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(root));
+	Form_pg_class form;
+
+	if (!HeapTupleIsValid(tup))
+		elog(ERROR, "cache lookup failed for relation %u", root);
+	form = (Form_pg_class) GETSTRUCT(tup);
+	if (part->rd_rel->relowner != form->relowner)
+		refuse(part, psprintf("It is a partition of \"%s\", and has another owner.",
+							  NameStr(form->relname)),
+			   "Give both the same owner.");
+	if (part->rd_rel->relkind == RELKIND_RELATION)
+		refuse_table(part, root, root_attnum, tree);
+	else if (part->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
+		refuse(part, psprintf("It is a partition of \"%s\", and no ordinary table.",
+							  NameStr(form->relname)),
+			   "Detach it first; its column is changed where it is stored.");
+	ReleaseSysCache(tup);
+}
+
 /*
- * The same of all below a partitioned table.  They are opened with a lock that
- * whoever refuses before anything begins may wait for.
+ * And of all of them.  They are opened with a lock that whoever refuses before
+ * anything begins may wait for.
  */
 static void
 refuse_partitions(Relation root, const RmConversionDef *def)
@@ -486,16 +509,7 @@ refuse_partitions(Relation root, const RmConversionDef *def)
 		if (lfirst_oid(lc) == RelationGetRelid(root))
 			continue;
 		part = relation_open(lfirst_oid(lc), AccessShareLock);
-		if (part->rd_rel->relowner != root->rd_rel->relowner)
-			refuse(part, psprintf("It is a partition of \"%s\", and has another owner.",
-								  RelationGetRelationName(root)),
-				   "Give both the same owner.");
-		if (part->rd_rel->relkind == RELKIND_RELATION)
-			refuse_table(part, RelationGetRelid(root), def->attnum, def->tree);
-		else if (part->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
-			refuse(part, psprintf("It is a partition of \"%s\", and no ordinary table.",
-								  RelationGetRelationName(root)),
-				   "Detach it first; its column is changed where it is stored.");
+		refuse_partition(part, RelationGetRelid(root), def->attnum, def->tree);
 		relation_close(part, NoLock);
 	}
 }
@@ -512,7 +526,7 @@ rm_rewrite_refuse(Relation rel, const RmConversionDef *def)
 		refuse_partitions(rel, def);
 	else
 		refuse_table(rel, RelationGetRelid(rel), def->attnum, def->tree);
-	refuse_obstacles(rel, def->attnum, def->type);
+	rm_rewrite_refuse_obstacles(rel, def->attnum, def->type);
 }
 
 /*-------------------------------------------------------------------------
@@ -557,22 +571,31 @@ ground_of(Oid relid)
 }
 
 /*
- * 55000 if somebody's DDL has changed what the shadow was made for: columns,
- * CHECK constraints, persistence.  The caller holds a lock on rel, rw's table.
+ * What somebody's DDL has changed of that what the shadow was made for: columns,
+ * CHECK constraints, persistence.  NULL: nothing.
  */
-void
-rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel)
+static const char *
+changed_ground(const RmRewrite *rw)
 {
-	const char *what = NULL;
-
-	rm_check_owner(rw->relid, m->relation);
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->shadow)) ||
 		!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->log)))
-		what = "The shadow table or the change log has been dropped.";
-	else if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->key_index)))
-		what = "The index of its key has been dropped.";
-	else if (strcmp(rw->ground, ground_of(rw->relid)) != 0)
-		what = "Its columns or its CHECK constraints are not what they were.";
+		return "The shadow table or the change log has been dropped.";
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(rw->key_index)))
+		return "The index of its key has been dropped.";
+	if (strcmp(rw->ground, ground_of(rw->relid)) != 0)
+		return "Its columns or its CHECK constraints are not what they were.";
+	return NULL;
+}
+
+/*
+ * 55000 if what is changed (a partition begins again instead, see
+ * rm_rewrite_stands()), or the migration is too old.  The caller holds a lock on rw's
+ * table.
+ */
+static void
+check_ground(RmMigration *m, RmRewrite *rw, const char *what)
+{
+	rm_check_owner(rw->relid, m->relation);
 	if (what)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
@@ -634,14 +657,22 @@ rm_rewrite_start_over(RmRun *run, Oid relid, const char *why)
 
 /*
  * Is everything as "begin" has left it?  If not, *result is what the step
- * returns.  The caller holds a lock on rel, rw's table.
+ * returns.  A partition that was detached and attached again has CHECK constraints
+ * that are not the same ones any more, so it is no error there.  The caller holds a
+ * lock on rel, rw's table.
  */
 bool
 rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result)
 {
 	const char *missed;
+	const char *changed = changed_ground(rw);
 
-	rm_rewrite_check_ground(run->m, rw, rel);
+	if (changed && rw->relid != run->m->relid)
+	{
+		*result = rm_rewrite_start_over(run, rw->relid, "it has been changed");
+		return false;
+	}
+	check_ground(run->m, rw, changed);
 	missed = rm_rewrite_missed(run->m, rw, rel);
 	if (missed == NULL)
 		return true;
@@ -777,14 +808,12 @@ rm_rewrite_help(RmRun *run, Relation *rel)
 	if (*rel == NULL)
 		return NULL;
 	rw = rm_rewrite_load(m, run->range.relid);
-	if (rw && rw->steps_done == run->step_index && rw->relfilenode == run->range.relfilenode)
+	if (rw && rw->steps_done == run->step_index && rw->relfilenode == run->range.relfilenode &&
+		changed_ground(rw) == NULL && rm_rewrite_missed(m, rw, *rel) == NULL)
 	{
-		rm_rewrite_check_ground(m, rw, *rel);
-		if (rm_rewrite_missed(m, rw, *rel) == NULL)
-		{
-			run->pause_ms = 0;
-			return rw;
-		}
+		check_ground(m, rw, NULL);
+		run->pause_ms = 0;
+		return rw;
 	}
 	table_close(*rel, NoLock);
 	return NULL;
@@ -1017,6 +1046,9 @@ drop_relation(Oid relid)
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
 		return;
 	LockRelationOid(relid, AccessExclusiveLock);
+	/* a partition that is dropped meanwhile takes it along */
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		return;
 	ObjectAddressSet(object, RelationRelationId, relid);
 	performDeletion(&object, DROP_RESTRICT, PERFORM_DELETION_INTERNAL);
 }
@@ -1120,7 +1152,7 @@ make_tables(RmRun *run, Oid relid)
 		rm_rewrite_refuse(rel, &def);
 	}
 	else if (rm_is_leaf_of(rel, m->relid))
-		refuse_table(rel, m->relid, m->attnum, m->tree);
+		refuse_partition(rel, m->relid, m->attnum, m->tree);
 	else
 	{
 		table_close(rel, NoLock);
@@ -1215,14 +1247,14 @@ begin_log_of_leaf(RmRun *run)
 		return RM_STEP_DONE;
 	rw = rm_rewrite_load(m, RelationGetRelid(rel));
 	table_close(rel, NoLock);
-	if (rw == NULL)
+	if (rw == NULL || changed_ground(rw) != NULL)
 	{
-		m->phase = RM_BEGIN_TABLES;
+		m->phase = RM_BEGIN_ANEW;
 		return RM_STEP_AGAIN;
 	}
 	enable_trigger(m, rw->relid);
 	rel = table_open(rw->relid, NoLock);
-	rm_rewrite_check_ground(m, rw, rel);
+	check_ground(m, rw, changed_ground(rw));
 	begin_log(m, rw, rel);
 	table_close(rel, NoLock);
 	return RM_STEP_DONE;
@@ -1236,6 +1268,13 @@ begin_logs(RmRun *run)
 	ListCell   *lc;
 
 	rm_lock_tree(run, ShareRowExclusiveLock);
+	foreach(lc, rm_rewrite_load_all(m))
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		if (rw->relid != m->relid && changed_ground(rw) != NULL)
+			drop_tables(m, rw);	/* or gone */
+	}
 	if (OidIsValid(table_without_shadow(m)))
 	{
 		m->phase = RM_BEGIN_TABLES; /* a partition that has come meanwhile */
@@ -1251,7 +1290,7 @@ begin_logs(RmRun *run)
 		if (!list_member_oid(rm_leaves(m->relid), rw->relid))
 			continue;			/* no partition any more */
 		rel = table_open(rw->relid, NoLock);
-		rm_rewrite_check_ground(m, rw, rel);
+		check_ground(m, rw, changed_ground(rw));
 		m->rows_estimated += rel->rd_rel->reltuples > 0 ? (int64) rel->rd_rel->reltuples : 0;
 		begin_log(m, rw, rel);
 		table_close(rel, NoLock);

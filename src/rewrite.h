@@ -66,6 +66,7 @@ typedef struct RmRewrite
 	Oid			shadow_storage; /* its relfilenode */
 	int64		rows_failed;	/* at the last catch-up: rows without a new version */
 	char	   *fingerprint;	/* of the catalogs when the indexes were built, or NULL */
+	Snapshot	snapshot;		/* to be read with, or NULL: a new one each time */
 } RmRewrite;
 
 /* pages of the shadow in one chunk */
@@ -116,9 +117,9 @@ typedef struct RmTransfer
 extern List *rm_rewrite_load_all(const RmMigration *m);
 extern RmRewrite *rm_rewrite_load(const RmMigration *m, Oid relid);
 extern void rm_rewrite_save(const RmRewrite *rw);
-extern void rm_rewrite_check_ground(RmMigration *m, RmRewrite *rw, Relation rel);
 extern void rm_rewrite_rehearse(RmMigration *m);
 extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
+extern void rm_rewrite_refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type);
 extern Oid	rm_rewrite_shadow_index(const RmRewrite *rw, Oid original);
 extern Oid	rm_rewrite_shadow_key(const RmRewrite *rw);
 extern bool rm_rewrite_key_converts(const RmRewrite *rw);

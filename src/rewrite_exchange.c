@@ -581,6 +581,14 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 	plan->tables = tables_now;
 	if (!tables_stand(run, plan->tables, result) || !indexes_complete(run, plan->tables, result))
 		return NULL;
+	if (rm_is_parted(m))
+	{
+		/* such as have come since it began */
+		Relation	rel = table_open(m->relid, NoLock);
+
+		rm_rewrite_refuse_obstacles(rel, m->attnum, m->new_type_id);
+		table_close(rel, NoLock);
+	}
 	plan->definitions = rm_definitions_on(m, m->attnum);
 	plan->keys = foreign_keys(m);
 	foreach(lc, plan->tables)
@@ -657,12 +665,15 @@ refuse_failed_rows(RmRun *run, List *tables)
 }
 
 /*
- * A round for each table, all with one snapshot.  False if something has to be
- * done before: *result is what the step returns.
+ * A round for each table, all with one snapshot: who sees nothing of what comes
+ * later (see the top of the file) must not find a row that has moved from one
+ * partition to another in both, or in none.  False if something has to be done
+ * before: *result is what the step returns.
  */
 static bool
 replay_all(RmRun *run, List *tables, RmStepResult *result)
 {
+	Snapshot	snapshot;
 	List	   *relids = NIL;
 	ListCell   *lc;
 
@@ -673,14 +684,18 @@ replay_all(RmRun *run, List *tables, RmStepResult *result)
 	rm_lock_relations(&run->locks, relids, AccessShareLock, run->tries);
 	if (!tables_stand(run, tables, result))
 		return false;
+	snapshot = RegisterSnapshot(GetTransactionSnapshot());
 	foreach(lc, tables)
 	{
 		RmRewrite  *rw = lfirst(lc);
 		Relation	rel = table_open(rw->relid, NoLock);
 
+		rw->snapshot = snapshot;
 		(void) rm_replay_round(run, rw, rel, NULL);
+		rw->snapshot = NULL;
 		table_close(rel, NoLock);
 	}
+	UnregisterSnapshot(snapshot);
 	return true;
 }
 
@@ -800,18 +815,26 @@ cut_over_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	RmStepResult result = RM_STEP_AGAIN;
+	bool		begun = false;
 	List	   *tables;
 	ListCell   *lc;
 
 	if (!rm_rewrite_all(run, &tables, &result))
 		return result;
 	if (run->work == NULL)
+	{
 		begin_run(run, tables);
+		begun = true;
+	}
 	foreach(lc, tables)
 		if (((RmRewrite *) lfirst(lc))->steps_done < RM_REWRITE_CUT_OVER)
 			return rm_rewrite_back_to(run, lfirst(lc), ((RmRewrite *) lfirst(lc))->steps_done);
-	if (m->phase != CUT_EXCHANGE && !indexes_complete(run, tables, &result))
+	/* not each time: there may be many, and each look takes milliseconds */
+	if ((begun || m->phase == CUT_ROUND) && !indexes_complete(run, tables, &result))
 		return result;
+	/* what a failure would take back is not done by those who try again */
+	if (begun)
+		return RM_STEP_AGAIN;
 	switch (m->phase)
 	{
 		case CUT_ANALYZE:
@@ -851,6 +874,24 @@ cut_over_committed(RmRun *run, RmStepResult result)
 						(long long) run->migration_id)));
 }
 
+/*
+ * ALTER TABLE gives the indexes that belong to one of the partitioned table new
+ * names, and these may be those of others that it makes afterwards.
+ */
+static void
+cut_over_explain(RmRun *run, ErrorData *error)
+{
+	MemoryContext oldcxt;
+
+	if (error->sqlerrcode != ERRCODE_DUPLICATE_TABLE)
+		return;
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	error->detail = pstrdup("ALTER TABLE gives a new name to each index that belongs to one of the partitioned table: here it is the name of another index of the partition. Nothing has been exchanged.");
+	error->hint = psprintf("Rename that index, then SELECT rm_resume(%lld).",
+						   (long long) run->migration_id);
+	MemoryContextSwitchTo(oldcxt);
+}
+
 /* after the exchange there is nothing to go back to */
 static RmStepResult
 cut_over_revert(RmRun *run)
@@ -871,6 +912,7 @@ const RmStep rm_step_rewrite_cut_over = {
 	.apply = cut_over_apply,
 	.revert = cut_over_revert,
 	.committed = cut_over_committed,
+	.explain = cut_over_explain,
 };
 
 /*-------------------------------------------------------------------------

@@ -62,7 +62,7 @@ rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel, LOCKMODE shadow_l
 	GetUserIdAndSecContext(&t->save_userid, &t->save_sec_context);
 	SetUserIdAndSecContext(rel->rd_rel->relowner,
 						   t->save_sec_context | SECURITY_RESTRICTED_OPERATION);
-	PushActiveSnapshot(GetTransactionSnapshot());
+	PushActiveSnapshot(rw->snapshot ? rw->snapshot : GetTransactionSnapshot());
 	t->snapshot = GetActiveSnapshot();
 	rm_settings_apply(m->settings, GUC_ACTION_LOCAL);
 	t->conv = rm_migration_conversion(m, rel, CurrentMemoryContext);

@@ -671,6 +671,8 @@ close_migration(void *arg)
 	if ((m->steps_done > 0 || m->phase != 0) && SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
 		refuse_wrong_state(m, "the rollback",
 						   "Another session has gone on with it meanwhile; call it again.");
+	/* those of partitions that were detached have not gone with the table */
+	rm_rewrite_forget(m);
 	m->state = "rolled back";
 	m->steps_done = 0;
 	rm_migration_save(m);

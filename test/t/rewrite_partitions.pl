@@ -172,6 +172,8 @@ sql('DROP TABLE busy1');
 for (
 	[ 'a partition is rewritten', 'VACUUM FULL busy1', 'busy1' ],
 	[ 'a partition is emptied', 'TRUNCATE busy2a', 'busy2a' ],
+	[ 'a partition is taken out and put back', q{ALTER TABLE busy DETACH PARTITION busy0; UPDATE busy0 SET v = '6', want = 6 WHERE id % 7 = 0;
+		ALTER TABLE busy ATTACH PARTITION busy0 FOR VALUES FROM (0) TO (10)}, 'busy0' ],
 	[ 'the trigger of a partition is switched off', q{DO $$ BEGIN EXECUTE (SELECT format('ALTER TABLE busy0 DISABLE TRIGGER %I', tgname)
 		FROM pg_trigger WHERE tgrelid = 'busy0'::regclass AND tgname ~ '^~rm_'); END $$; UPDATE busy0 SET v = '8', want = 8 WHERE id % 7 = 0}, 'busy0' ])
 {
@@ -197,6 +199,75 @@ sql('CREATE INDEX busy_more ON busy (v, day DESC); CREATE INDEX busy_one ON busy
 sql("CALL rm_cut_over($id)");
 is(sql("SELECT count(*) FROM pg_indexes WHERE tablename ~ '^busy' AND indexname ~ 'busy_one|busy_more|v_day_idx'"), 7, 'indexes that were made meanwhile are there');
 check_rows('busy', 'with other indexes') if sql('DROP INDEX busy_one') eq '';
+
+# what stands in the way of ALTER TABLE, as long as it does
+my ($status, $out, $err);
+sub refused
+{
+	my ($do, $like, $undo, $what) = @_;
+	sql($do);
+	($status, $out, $err) = $node->psql('postgres', "CALL rm_cut_over($id)");
+	like($err, $like, $what);
+	sql($undo);
+	return;
+}
+
+up_to_cut_over();
+sql('CREATE PUBLICATION listed FOR TABLE busy2a (day, id, v)');
+refused('CREATE INDEX busy_half ON ONLY busy (v)', qr/index public\.busy_half: not all partitions have their part/, 'DROP INDEX busy_half',
+	'an index that only the partitioned table has');
+refused('ALTER INDEX busy0_v_want_idx RENAME TO busy0_other; CREATE INDEX busy0_v_want_idx ON busy0 (v) WHERE id > 7',
+	qr/relation "busy0_v_want_idx" already exists.*HINT:  Rename that index, then/s, 'ALTER INDEX busy0_v_want_idx RENAME TO "busy0 only"',
+	'an index whose name ALTER TABLE gives to another');
+refused(q{CREATE ROLE somebody; CREATE TABLE busy4 PARTITION OF busy FOR VALUES FROM (50) TO (60); ALTER TABLE busy4 OWNER TO somebody},
+	qr/cannot change table "busy4".*has another owner/s, 'ALTER TABLE busy4 OWNER TO CURRENT_USER', 'a partition of another owner that has come since');
+sql("SELECT rm_resume($id)");
+wait_for("(SELECT state FROM risky_migrations.migration WHERE id = $id) = 'done'", 'it does not end');
+check_rows('busy', 'when nothing is in the way any more');
+is(sql(q{SELECT string_agg(tablename || attnames::text, ' ' ORDER BY tablename) FROM pg_publication_tables WHERE pubname = 'listed'}),
+	'busy2a{id,day,v}', 'a publication that lists the column does so still');
+sql('DROP PUBLICATION listed');
+
+# a row that moves between the rounds of two partitions, seen by a snapshot of just before the exchange
+sub end_session { my ($name) = @_; return sql("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE application_name = '$name'") }
+sub session_in { my ($name, $event) = @_; wait_for("EXISTS (SELECT FROM pg_stat_activity WHERE application_name = '$name' AND wait_event = '$event')", "$name is not in $event"); return }
+
+sql(q{CREATE FUNCTION slowly(v varchar) RETURNS bigint LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
+	IF v = '777' THEN PERFORM pg_sleep(1); END IF; RETURN v::bigint; END $$});
+sql('DROP TABLE busy CASCADE');
+make_table('busy');
+sql(q{CALL rm_alter_type('busy', 'v', 'bigint', 'slowly(v)', method => 'online_rewrite', cut_over => 'manual')});
+$id = sql('SELECT max(id) FROM risky_migrations.migration');
+my $old = start_call('old', 'BEGIN ISOLATION LEVEL REPEATABLE READ', 'SELECT pg_sleep(60)');
+session_in('old', 'PgSleep');
+my $cut = start_call('cut', "CALL rm_cut_over($id)");
+wait_for("EXISTS (SELECT FROM rm_progress WHERE migration = $id AND waiting_for IS NOT NULL)", 'nobody is waited for');
+sql(q{UPDATE busy SET v = '777', want = 777 WHERE id = 30 AND day = 0});
+end_session('old');
+session_in('cut', 'PgSleep');
+sql('UPDATE busy SET day = 15 WHERE id = 60 AND day = 0');
+my $holder = start_call('holder', 'BEGIN', 'LOCK TABLE busy1 IN ACCESS SHARE MODE', 'SELECT pg_advisory_lock(8)', 'SELECT pg_sleep(60)');
+session_in('holder', 'PgSleep');
+wait_for("(SELECT phase FROM risky_migrations.migration WHERE id = $id) = 3", 'the last round does not end');
+my $keeper = start_call('keeper', 'SELECT pg_advisory_lock(9)', 'SELECT pg_sleep(60)');
+session_in('keeper', 'PgSleep');
+my $reader = start_call('reader', 'BEGIN ISOLATION LEVEL REPEATABLE READ', 'SELECT 1', 'SELECT pg_advisory_lock(9)', 'SELECT count(*) FROM busy WHERE id = 60');
+session_in('reader', 'advisory');
+end_session('holder');
+ends_well($cut, 'it is exchanged');
+end_session('keeper');
+finish_call($reader);
+is($reader->{out}, "1\n\n1\n", 'a row that has moved is seen once');
+finish_call($_) for $old, $holder, $keeper;
+check_rows('busy', 'after a row has moved');
+
+# without the table
+up_to_cut_over();
+sql("ALTER TABLE busy DETACH PARTITION busy1; DROP TABLE busy CASCADE; CALL rm_rollback($id)");
+is(sql(q{SELECT (SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d'), (SELECT count(*) FROM risky_migrations.rewrite)}), '0|0',
+	'a migration whose table is gone leaves nothing in what was detached');
+sql('DROP TABLE busy1');
+make_table('busy');
 
 # the way back
 up_to_cut_over();
@@ -241,7 +312,7 @@ sql(q{CALL rm_alter_type('k', 'id', 'bigint', method => 'online_rewrite')});
 is(sql(q{SELECT string_agg(DISTINCT format_type(atttypid, NULL), ', ') FROM pg_attribute WHERE attrelid IN ('k'::regclass, 'k1'::regclass, 'k2'::regclass) AND attname = 'id'}),
 	'bigint', 'a key that others refer to is changed');
 is(sql(q{SELECT bool_and(convalidated), count(*) FROM pg_constraint WHERE conrelid = 'of_k'::regclass AND contype = 'f' AND conparentid = 0}), 't|1', 'the foreign key is proven');
-my ($status, $out, $err) = $node->psql('postgres', 'INSERT INTO of_k VALUES (1, 100000)');
+($status, $out, $err) = $node->psql('postgres', 'INSERT INTO of_k VALUES (1, 100000)');
 like($err, qr/violates foreign key constraint/, 'and at work');
 
 ($status, $out, $err) = $node->psql('postgres', q{
