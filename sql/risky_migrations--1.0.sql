@@ -47,6 +47,7 @@ CREATE TABLE risky_migrations.migration (
 	server_version integer NOT NULL,
 	enforced boolean NOT NULL DEFAULT false,
 	trigger_xmin bigint NOT NULL DEFAULT 0,
+	by_leaf boolean NOT NULL DEFAULT false,
 	leaf oid NOT NULL DEFAULT 0,
 	relfilenode oid NOT NULL DEFAULT 0,
 	next_block bigint NOT NULL DEFAULT 0,
@@ -95,7 +96,7 @@ CREATE TABLE risky_migrations.leaf (
 	done boolean NOT NULL DEFAULT false,
 	PRIMARY KEY (migration_id, relid)
 );
-COMMENT ON TABLE risky_migrations.leaf IS 'partitions of a partitioned table that are filled or verified, one row each; the one under way is in the migration''s row';
+COMMENT ON TABLE risky_migrations.leaf IS 'partitions of a partitioned table, or a table and its children, that are filled or verified, one row each; the one under way is in the migration''s row';
 
 -- locked by whoever works on it, for one transaction at a time
 CREATE TABLE risky_migrations.range (
@@ -448,9 +449,9 @@ COMMENT ON PROCEDURE rm_rollback(bigint) IS
 --   nobody may change these: lock column_relations() first.
 -- * What a new type does to a definition (an operator that does not exist, a
 --   default that does not fit) shows only when it is made.
--- * Of a partitioned table all partitions are meant, each with its own number
---   for the column: see member_columns().  What the parent has passed on to
---   them (clones of its triggers) goes and comes with the parent's.
+-- * All that inherit the column are meant, partitions or children, each with its own
+--   number for it: see member_columns().  What a partitioned table has passed on
+--   to its partitions (clones of its triggers) goes and comes with the parent's.
 
 CREATE FUNCTION risky_migrations.members(root oid) RETURNS SETOF oid
 -- few, so that catalogs are searched by index for each
@@ -460,13 +461,37 @@ BEGIN ATOMIC
 		SELECT members.root
 		UNION
 		SELECT h.inhrelid FROM member m
-		JOIN pg_catalog.pg_class c ON c.oid = m.oid AND c.relkind = 'p'
 		JOIN pg_catalog.pg_inherits h ON h.inhparent = m.oid AND NOT h.inhdetachpending
 	)
 	SELECT m.oid FROM member m;
 END;
 COMMENT ON FUNCTION risky_migrations.members(oid) IS
-	'the table and, if it is partitioned, all that is below it';
+	'the table and all that is below it, partitions or children';
+
+CREATE FUNCTION risky_migrations.ancestors(relid oid) RETURNS SETOF oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH RECURSIVE ancestor (oid) AS (
+		SELECT ancestors.relid
+		UNION
+		SELECT h.inhparent FROM ancestor a JOIN pg_catalog.pg_inherits h ON h.inhrelid = a.oid
+	)
+	SELECT a.oid FROM ancestor a;
+END;
+COMMENT ON FUNCTION risky_migrations.ancestors(oid) IS
+	'the table and all that it inherits from, or is a partition of';
+
+CREATE FUNCTION risky_migrations.column_origin(relid oid, column_name text) RETURNS oid
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	SELECT a.attrelid
+	FROM risky_migrations.ancestors(column_origin.relid) p (oid)
+	JOIN pg_catalog.pg_attribute a ON a.attrelid = p.oid AND a.attname = column_origin.column_name::name
+	WHERE a.attinhcount = 0
+	ORDER BY a.attrelid LIMIT 1;
+END;
+COMMENT ON FUNCTION risky_migrations.column_origin(oid, text) IS
+	'the table from which a column is inherited, at the top; one of them, if there are several';
 
 CREATE FUNCTION risky_migrations.member_columns(relid oid, attnum smallint)
 RETURNS TABLE (member oid, number smallint)
@@ -1162,12 +1187,21 @@ BEGIN ATOMIC
 			WHERE d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = t.oid AND d.objsubid = t.attnum
 				AND d.refclassid = 'pg_catalog.pg_class'::regclass AND d.refobjid = t.oid AND d.refobjsubid = 0 AND d.deptype = 'i')
 		UNION ALL
-		SELECT 'inheritance', 'pg_catalog.pg_class'::regclass, x.relid, 0, x.reason
-		FROM target t CROSS JOIN LATERAL (
-			SELECT h.inhrelid, 'it inherits from the table' FROM pg_catalog.pg_inherits h WHERE h.inhparent = t.oid
-			UNION ALL
-			SELECT h.inhparent, 'the table inherits from it' FROM pg_catalog.pg_inherits h WHERE h.inhrelid = t.oid) x (relid, reason)
-		WHERE NOT t.relispartition AND t.relkind <> 'p'
+		SELECT 'inherited column', 'pg_catalog.pg_class'::regclass, h.inhparent, 0, 'the column is inherited from it'
+		FROM target t JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = t.attnum
+		JOIN pg_catalog.pg_inherits h ON h.inhrelid = t.oid
+		JOIN pg_catalog.pg_attribute b ON b.attrelid = h.inhparent AND b.attname = a.attname
+		WHERE t.oid = column_obstacles.relid AND NOT t.relispartition
+		UNION ALL
+		SELECT 'child table', 'pg_catalog.pg_class'::regclass, t.oid, 0, x.reason
+		FROM target t JOIN pg_catalog.pg_attribute a ON a.attrelid = t.oid AND a.attnum = t.attnum
+		JOIN pg_catalog.pg_class c ON c.oid = t.oid
+		JOIN pg_catalog.pg_class r ON r.oid = column_obstacles.relid AND r.relkind = 'r'
+		CROSS JOIN LATERAL (VALUES (t.relkind <> 'r', 'it is no ordinary table'),
+			(t.relpersistence = 't' AND r.relpersistence <> 't', 'it belongs to a session'),
+			(c.relowner <> r.relowner, 'it has another owner'),
+			(a.attinhcount > 1, 'it inherits the column from several tables')) x (applies, reason)
+		WHERE t.oid <> column_obstacles.relid AND x.applies
 		UNION ALL
 		SELECT 'row type', d.classid, d.objid, d.objsubid, 'it is of the row type of the table'
 		FROM target t JOIN pg_catalog.pg_depend d ON d.refclassid = 'pg_catalog.pg_type'::regclass AND d.refobjid IN (t.reltype, t.typarray)
@@ -1198,7 +1232,8 @@ BEGIN ATOMIC
 			(k.confrelid = t.oid AND t.relkind = 'p' AND k.conrelid = c.oid AND c.oid = t.oid,
 				'the partitioned table refers to itself'),
 			(k.conrelid <> k.confrelid AND c.oid = k.conrelid AND t.oid = k.confrelid
-				AND k.conrelid IN (SELECT m.oid FROM target m), 'it refers to a partition of the same table'),
+				AND k.conrelid IN (SELECT m.oid FROM target m), CASE WHEN c.relispartition
+					THEN 'it refers to a partition of the same table' ELSE 'it refers to another table of the same tree' END),
 			(NOT pg_catalog.pg_has_role(c.relowner, 'USAGE'),
 				pg_catalog.format('role %I is not an owner of the table at its other end', current_user))) x (applies, reason)
 		WHERE x.applies
@@ -1306,7 +1341,8 @@ BEGIN ATOMIC
 		('typed table', 'Make it an ordinary table with ALTER TABLE ... NOT OF.'),
 		('partition', 'Name the partitioned table that it belongs to.'),
 		('partition key', 'Copy the rows into a table that is partitioned by the new type.'),
-		('inheritance', 'Inheritance is not supported yet.'),
+		('inherited column', 'Name the table that the column is inherited from.'),
+		('child table', 'Take it away from its parent with ALTER TABLE ... NO INHERIT, or make it like the others.'),
 		('row type', 'Drop it, or give it a type of its own.'),
 		('exclusion constraint', 'Drop it, and add it again after the migration.'),
 		('deferrable constraint', 'Drop it, and add it again after the migration.'),
@@ -1436,6 +1472,9 @@ BEGIN ATOMIC
 		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 	), me AS (
 		SELECT r.*, c.relkind = 'p' AS parted, c.relispartition AS part,
+			-- has it parents or children?
+			NOT c.relispartition AND c.relkind <> 'p' AND EXISTS (SELECT FROM pg_inherits h
+				WHERE h.inhparent = c.oid OR h.inhrelid = c.oid) AS related,
 			-- ALTER TABLE of a partitioned table is for all that is below it
 			format('ALTER TABLE %s%s', CASE c.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, r.sql) AS alter
 		FROM rel r JOIN pg_class c ON c.oid = r.oid WHERE r.oid = dependents.relid
@@ -1576,28 +1615,39 @@ BEGIN ATOMIC
 			ARRAY[format('ALTER TABLE ONLY %s REPLICA IDENTITY USING INDEX %I', me.sql, u.relname)], NULL
 		FROM used u CROSS JOIN me WHERE u.indisreplident AND me.parted
 		UNION ALL
-		-- CHECK constraints: validated before they are needed.  A partition has
-		-- its parent's: it is added, renamed and dropped there, but proven here
+		-- CHECK constraints: validated before they are needed.  A partition or
+		-- child has its parent's: it is added, renamed and dropped there, but
+		-- proven here.  A child may have defined it too: then it is made here first,
+		-- for the parent's to be merged into, and stays when the parent's goes.  The
+		-- parent comes last of all, so what it gives to its children is named by then
 		SELECT 5, k.oid::bigint, 'check constraint', k.conname::text, me.oid, NULL, dependents.prefix || i.top,
-			format('%s ADD CONSTRAINT %I %s%s', me.alter, dependents.prefix || i.top, t.def,
-				CASE WHEN t.def ~ ' NOT (VALID|ENFORCED)$' THEN '' ELSE ' NOT VALID' END),
+			CASE WHEN me.related AND i.top <> k.oid AND NOT k.conislocal THEN ''
+				ELSE format('ALTER TABLE %s ADD CONSTRAINT %I %s%s', me.sql, dependents.prefix || i.top, t.def,
+					CASE WHEN t.def ~ ' NOT (VALID|ENFORCED)$' THEN '' ELSE ' NOT VALID' END) END,
 			false,
 			CASE WHEN k.convalidated AND NOT me.parted
-				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || i.top) END,
+				THEN format('ALTER TABLE %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || i.top) END,
 			NULL,
 			array_remove(ARRAY[
 				CASE WHEN k.convalidated AND me.parted AND i.top = k.oid
 					THEN format('ALTER TABLE %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || i.top) END,
 				CASE WHEN i.top = k.oid
-					THEN format('%s RENAME CONSTRAINT %I TO %I', me.alter, dependents.prefix || i.top, k.conname) END,
-				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL
-					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, me.sql, obj_description(k.oid, 'pg_constraint')) END], NULL),
-			CASE WHEN i.top = k.oid THEN format('%s DROP CONSTRAINT IF EXISTS %I', me.alter, k.conname) END
+					THEN format('ALTER TABLE %s RENAME CONSTRAINT %I TO %I', me.sql, dependents.prefix || i.top, k.conname) END,
+				CASE WHEN obj_description(k.oid, 'pg_constraint') IS NOT NULL AND (i.top = k.oid OR NOT me.related)
+					THEN format('COMMENT ON CONSTRAINT %I ON %s IS %L', k.conname, me.sql, obj_description(k.oid, 'pg_constraint')) END], NULL)
+			|| CASE WHEN me.related AND i.top = k.oid AND NOT k.connoinherit
+				THEN ARRAY(SELECT format('COMMENT ON CONSTRAINT %I ON %s IS %L', x.conname, r.sql, obj_description(x.oid, 'pg_constraint'))
+					FROM risky_migrations.members(me.oid) h (oid) JOIN rel r ON r.oid = h.oid
+					JOIN pg_constraint x ON x.conrelid = h.oid AND x.contype = 'c' AND x.conname = k.conname
+					WHERE x.coninhcount > 0 AND obj_description(x.oid, 'pg_constraint') IS NOT NULL ORDER BY x.oid) END,
+			CASE WHEN i.top = k.oid OR me.related AND k.conislocal
+				THEN format('ALTER TABLE %s DROP CONSTRAINT IF EXISTS %I', me.sql, k.conname) END
 		FROM me
 		JOIN pg_constraint k ON k.conrelid = me.oid AND k.contype = 'c' AND dependents.attnum = ANY (k.conkey)
-		CROSS JOIN LATERAL (SELECT coalesce((SELECT x.oid FROM pg_partition_ancestors(me.oid) a (relid)
-			JOIN pg_constraint x ON x.conrelid = a.relid AND x.contype = 'c' AND x.conname = k.conname AND x.coninhcount = 0
-			WHERE k.coninhcount > 0 AND me.part LIMIT 1), k.oid) AS top) i
+		CROSS JOIN LATERAL (SELECT coalesce((SELECT x.oid FROM risky_migrations.ancestors(me.oid) a (relid)
+			JOIN pg_constraint x ON x.conrelid = a.relid AND x.contype = 'c' AND x.conname = k.conname
+				AND x.coninhcount = 0 AND NOT x.connoinherit
+			WHERE k.coninhcount > 0 LIMIT 1), k.oid) AS top) i
 		LEFT JOIN LATERAL (SELECT pg_get_constraintdef(x.oid) AS def FROM pg_constraint x
 			WHERE x.conrelid = dependents.twin AND x.contype = 'c' AND x.conname = k.conname) t ON true
 		WHERE k.conname !~ '^rm_(not_null|[no])_[0-9]+'
@@ -1699,12 +1749,16 @@ BEGIN ATOMIC
 		UNION ALL
 		-- NOT NULL, which is a constraint with a name from 18 on 0: the
 		-- first in force, the last to go); the shadow column has it already.
-		-- In a partition it is proven only
+		-- In a partition it is proven only.  Of a table with parents or children it
+		-- is proven for that one alone, so that who comes later is not held to it;
+		-- then the parent's is set in all below it, and where a child has it of
+		-- its own too it is told so
 		SELECT 0, 0, 'not null', coalesce(k.conname, a.attname)::text, me.oid, NULL,
 			CASE WHEN z.missing THEN dependents.prefix || '0' END,
 			CASE WHEN z.missing
-				THEN format('%s ADD CONSTRAINT %I CHECK (%I IS NOT NULL) NOT VALID', me.alter,
-					dependents.prefix || '0', dependents.build_column) END,
+				THEN format('%s ADD CONSTRAINT %I CHECK (%I IS NOT NULL)%s NOT VALID', me.alter,
+					dependents.prefix || '0', dependents.build_column,
+					CASE WHEN me.parted OR me.part THEN '' ELSE ' NO INHERIT' END) END,
 			false,
 			CASE WHEN z.missing AND NOT me.parted
 				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || '0') END,
@@ -1715,13 +1769,18 @@ BEGIN ATOMIC
 				WHEN z.missing
 				THEN array_remove(ARRAY[CASE WHEN me.parted THEN NULL WHEN k.conname IS NULL
 						THEN format('ALTER TABLE ONLY %s ALTER COLUMN %I SET NOT NULL', me.sql, dependents.final_column)
-						ELSE format('ALTER TABLE ONLY %s ADD CONSTRAINT %I NOT NULL %I', me.sql, k.conname, dependents.final_column) END,
+						WHEN me.related AND NOT k.conislocal THEN NULL
+						WHEN me.related AND NOT k.connoinherit
+						THEN format('ALTER TABLE %s ALTER COLUMN %I SET NOT NULL', me.sql, dependents.final_column)
+						ELSE format('ALTER TABLE %s%s ADD CONSTRAINT %I NOT NULL %I%s',
+							CASE WHEN k.connoinherit THEN 'ONLY ' ELSE '' END, me.sql, k.conname, dependents.final_column,
+							CASE WHEN k.connoinherit THEN ' NO INHERIT' ELSE '' END) END,
 					format('%s DROP CONSTRAINT %I', me.alter, dependents.prefix || '0')], NULL)
 				-- members may have other names: see rm_name_not_null()
-				WHEN k.conname IS NOT NULL AND kb.conname IS NOT NULL AND NOT me.parted
+				WHEN k.conname IS NOT NULL AND kb.conname IS NOT NULL AND NOT me.parted AND NOT me.related
 				THEN ARRAY[format('%s RENAME CONSTRAINT %I TO %I', me.alter, kb.conname, k.conname)]
 				ELSE '{}' END,
-			format('%s ALTER COLUMN %I DROP NOT NULL', me.alter, a.attname)
+			format('ALTER TABLE %s ALTER COLUMN %I DROP NOT NULL', me.sql, a.attname)
 		FROM me
 		JOIN pg_attribute a ON a.attrelid = me.oid AND a.attnum = dependents.attnum AND a.attnotnull
 		LEFT JOIN pg_attribute b ON b.attrelid = me.oid AND b.attnum = dependents.shadow AND b.attnotnull
@@ -1744,30 +1803,30 @@ BEGIN ATOMIC
 	WITH m AS MATERIALIZED (SELECT x.oid FROM risky_migrations.members(leftovers.relid) x (oid))
 	-- constraints before the indexes that they may need
 	SELECT f.sql FROM (
-		SELECT 0, y.ord::oid, y.drop_sql FROM risky_migrations.copies_there(leftovers.relid, leftovers.prefix) y
+		SELECT 0, 0, y.ord::oid, y.drop_sql FROM risky_migrations.copies_there(leftovers.relid, leftovers.prefix) y
 		UNION ALL
-		SELECT 1, k.oid, format('ALTER TABLE %s%I.%I DROP CONSTRAINT %I',
-			CASE c.relkind WHEN 'p' THEN '' ELSE 'ONLY ' END, n.nspname, c.relname, k.conname)
+		SELECT 1, (SELECT count(*) FROM risky_migrations.ancestors(k.conrelid)), k.oid, format('ALTER TABLE %I.%I DROP CONSTRAINT %I', n.nspname, c.relname, k.conname)
 		FROM pg_constraint k
 		JOIN pg_class c ON c.oid = k.conrelid
 		JOIN pg_namespace n ON n.oid = c.relnamespace
 		WHERE (k.conrelid IN (SELECT m.oid FROM m) OR k.confrelid IN (SELECT m.oid FROM m)) AND k.contype IN ('c', 'f')
-			-- the parent's goes from its partitions too
-			AND k.conparentid = 0 AND k.coninhcount = 0
+			-- the parent's goes from its partitions too, and from children that have
+			-- not made it themselves; these follow
+			AND k.conparentid = 0 AND (k.coninhcount = 0 OR k.conislocal AND NOT c.relispartition)
 			AND starts_with(k.conname, leftovers.prefix) AND k.conname <> ALL (leftovers.wanted)
 		UNION ALL
-		SELECT 2, x.oid, format('DROP STATISTICS %I.%I', n.nspname, x.stxname)
+		SELECT 2, 0, x.oid, format('DROP STATISTICS %I.%I', n.nspname, x.stxname)
 		FROM pg_statistic_ext x JOIN pg_namespace n ON n.oid = x.stxnamespace
 		WHERE x.stxrelid IN (SELECT m.oid FROM m)
 			AND starts_with(x.stxname, leftovers.prefix) AND x.stxname <> ALL (leftovers.wanted)
 		UNION ALL
-		SELECT 3, c.oid, format('DROP INDEX %I.%I', n.nspname, c.relname)
+		SELECT 3, 0, c.oid, format('DROP INDEX %I.%I', n.nspname, c.relname)
 		FROM pg_index i
 		JOIN pg_class c ON c.oid = i.indexrelid
 		JOIN pg_namespace n ON n.oid = c.relnamespace
 		WHERE i.indrelid IN (SELECT m.oid FROM m)
-			AND starts_with(c.relname, leftovers.prefix) AND c.relname <> ALL (leftovers.wanted)) f (rank, oid, sql)
-	ORDER BY f.rank, f.oid;
+			AND starts_with(c.relname, leftovers.prefix) AND c.relname <> ALL (leftovers.wanted)) f (rank, depth, oid, sql)
+	ORDER BY f.rank, f.depth, f.oid;
 END;
 COMMENT ON FUNCTION risky_migrations.leftovers(oid, text, text[]) IS
 	'commands that drop what was built for a migration and is not wanted';
@@ -1811,7 +1870,7 @@ BEGIN ATOMIC
 			OR e.classoid = 'pg_statistic_ext'::regclass AND e.objoid IN (SELECT s.oid FROM s)) f (line);
 END;
 COMMENT ON FUNCTION risky_migrations.catalog_fingerprint(oid) IS
-	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers, their names, options and comments, and of its partitions''';
+	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers, their names, options and comments, and of its partitions'' or children''s';
 
 -- The twin that shows what ALTER TABLE does has no foreign keys.  Those of the
 -- column are tried one by one, with an empty table of ours at the other end.

@@ -49,8 +49,8 @@
  *	When a transaction fails, the pages are as they were but our memory of
  *	them is not: everything remembered about a window is thrown away then.
  *
- *	A partitioned table is filled leaf by leaf, each like a table of its own,
- *	with its own last page and its own locked rows; see leaves.c.
+ *	A partitioned table, or one with children, is filled leaf by leaf, each like a
+ *	table of its own, with its own last page and its own locked rows; see leaves.c.
  *
  *	Page numbers mean something for one relfilenode only.  After VACUUM FULL,
  *	CLUSTER or TRUNCATE we begin again at page 0.
@@ -105,7 +105,7 @@ typedef struct PageState
 /* the window, and the batch it is counted in; lives across transactions */
 typedef struct Backfill
 {
-	Oid			leaf;			/* of a partitioned table: whose window it is */
+	Oid			leaf;			/* if there are any: whose window it is */
 	int			range;			/* likewise of a range; 0: of no range */
 	BlockNumber start;			/* window, [start, end) */
 	BlockNumber end;
@@ -642,7 +642,7 @@ note_progress(RmRun *run)
 	RmMigration *m = run->m;
 	int64		done = m->phase == 0 ? m->next_block + run->range_sums.blocks_done : m->end_block;
 
-	if (rm_is_parted(m) && !OidIsValid(m->leaf))
+	if (m->by_leaf && !OidIsValid(m->leaf))
 		return;					/* between two leaves */
 	for (int i = 0; m->phase == 0 && i < WINDOW_PAGES; i++)
 		done += b->pages[i].done;
@@ -717,7 +717,7 @@ change_range(RmRun *run)
 	reset_window(b, run->range.next_block, run->range.end_block);
 }
 
-/* has a partitioned table another leaf to be filled? */
+/* is there another leaf to be filled? */
 static RmStepResult
 next_leaf(RmRun *run)
 {
@@ -728,7 +728,7 @@ next_leaf(RmRun *run)
 	(void) begin_work(run);
 	forget_skipped_rows(m);		/* of a leaf that is none any more */
 	m->phase = 0;
-	if (rm_leaves_choose(run))
+	if (rm_leaves_arm(run) || rm_leaves_choose(run))
 		return end_transaction(run, RM_STEP_AGAIN);
 	if (dismiss_helpers(run))
 		return RM_STEP_AGAIN;
@@ -822,7 +822,7 @@ backfill_apply(RmRun *run)
 	Backfill   *b;
 	Relation	rel;
 
-	if (rm_is_parted(m) && !OidIsValid(m->leaf))
+	if (m->by_leaf && !OidIsValid(m->leaf))
 		return next_leaf(run);
 	rel = rm_leaf_open(run, RowExclusiveLock);
 	if (m->ranges == 0)

@@ -314,6 +314,9 @@ rm_swap_all_frozen(Form_pg_class a, Form_pg_class b)
 #endif
 }
 
+/* does ANALYZE of a table also analyze those that inherit from it? */
+#define RM_ANALYZE_DESCENDS		(PG_VERSION_NUM >= 180000)
+
 /* does a partition's column have its parent's identity? */
 #define RM_IDENTITY_IS_INHERITED	(PG_VERSION_NUM >= 170000)
 

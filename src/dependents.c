@@ -29,6 +29,12 @@
  * where the rows are, and comes into force with the parent's.  All members'
  * things make one list.
  *
+ * So it is with a table and its children, where nothing but CHECK and NOT NULL is the
+ * parent's.  A child that has defined such a thing itself, besides inheriting it, keeps
+ * it when it is taken away, and pg_dump writes it down for the child: so it has to be
+ * made there too, before the parent's is merged into it.  That a child has defined the
+ * column itself is marked in pg_attribute alone (rm_swap_definers).
+ *
  * Easy to get wrong: what has been built is told by the catalogs alone, by
  * name, never by what we remember, for a crash or somebody else's DDL may come
  * between any two commits.
@@ -52,6 +58,7 @@
 #include "catalog/pg_statistic_ext.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
+#include "definitions.h"
 #include "dependents.h"
 #include "executor/spi.h"
 #include "leaves.h"
@@ -212,10 +219,12 @@ derive_member(Twin *twin)
 /*
  * What lists of things, from the root downwards, make together: in the order in
  * which they come into force, by kind, the root's first.  But foreign keys from the
- * leaves to the root, for what is proven in a leaf becomes the root's.
+ * leaves to the root, for what is proven in a leaf becomes the root's; and so the
+ * CHECKs of a parent and its children, where one that a child has defined too is to be
+ * there when it inherits the same.
  */
 static List *
-in_order(List *things, MemoryContext cxt)
+in_order(const RmMigration *m, List *things, MemoryContext cxt)
 {
 	MemoryContext oldcxt = MemoryContextSwitchTo(cxt);
 	List	   *result = NIL;
@@ -224,14 +233,37 @@ in_order(List *things, MemoryContext cxt)
 	ListCell   *lc;
 
 	for (int kind = 0; kind < lengthof(kinds); kind++)
+	{
+		bool		upwards = strcmp(kinds[kind], "foreign key") == 0 ||
+			(strcmp(kinds[kind], "check constraint") == 0 && !rm_is_parted(m));
+
 		for (int i = 0; i < n; i++)
-			foreach(lc, list_nth(things, strcmp(kinds[kind], "foreign key") == 0 ? n - 1 - i : i))
+			foreach(lc, list_nth(things, upwards ? n - 1 - i : i))
 				if (is_kind(lfirst(lc), kinds[kind]))
 					result = lappend(result, lfirst(lc));
+	}
 	foreach(lc, result)
 		((RmDependent *) lfirst(lc))->ord = ++ord;
 	MemoryContextSwitchTo(oldcxt);
 	return result;
+}
+
+/*
+ * The table and all below it, each with a lock that keeps others from dropping it:
+ * one that has come since the caller locked them too.  55P03 where it is just being
+ * dropped.
+ */
+static List *
+locked_members(const RmMigration *m)
+{
+	List	   *members = rm_tree(m->relid);
+	ListCell   *lc;
+
+	foreach(lc, members)
+		if (!ConditionalLockRelationOid(lfirst_oid(lc), AccessShareLock) ||
+			!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(lfirst_oid(lc))))
+			rm_refuse_just_changed(m);
+	return members;
 }
 
 /*
@@ -246,7 +278,7 @@ rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
 	List	   *things = NIL;
 	ListCell   *lc;
 
-	foreach(lc, rm_members(m->relid))
+	foreach(lc, locked_members(m))
 	{
 		Twin		twin = {.m = m,.relid = lfirst_oid(lc),.new_side = new_side,.cxt = cxt};
 
@@ -256,7 +288,7 @@ rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
 		twin.type = new_side ? m->new_type : NULL;
 		things = lappend(things, derive_member(&twin));
 	}
-	return in_order(things, cxt);
+	return in_order(m, things, cxt);
 }
 
 /*
@@ -273,7 +305,7 @@ rm_dependents_add_members(const RmMigration *m, List *list, MemoryContext cxt)
 	foreach(lc, list)
 		if (is_kind(lfirst(lc), "column"))
 			known = lappend_oid(known, ((RmDependent *) lfirst(lc))->relid);
-	foreach(lc, rm_members(m->relid))
+	foreach(lc, locked_members(m))
 	{
 		Twin		twin = {.m = m,.relid = lfirst_oid(lc),.cxt = cxt};
 
@@ -284,7 +316,7 @@ rm_dependents_add_members(const RmMigration *m, List *list, MemoryContext cxt)
 		twin.type = m->old_type;
 		things = lappend(things, derive_member(&twin));
 	}
-	return list_length(things) == 1 ? list : in_order(things, cxt);
+	return list_length(things) == 1 ? list : in_order(m, things, cxt);
 }
 
 /*-------------------------------------------------------------------------
@@ -506,13 +538,13 @@ rm_dependents_copies(const RmMigration *m, bool new_side)
 
 /*
  * OIDs of the relations whose definition changes when these things come into
- * force: the table and its partitions first, then those at the other end of
+ * force: the table and all below it first, then those at the other end of
  * foreign keys.
  */
 List *
 rm_dependents_relations(const RmMigration *m, List *list)
 {
-	List	   *members = rm_members(m->relid);
+	List	   *members = rm_tree(m->relid);
 	List	   *peers = NIL;
 	ListCell   *lc;
 
@@ -615,9 +647,48 @@ rm_name_not_null(const RmDependent *d, AttrNumber attnum)
 }
 
 /*-------------------------------------------------------------------------
- * Identity
+ * What ALTER TABLE cannot move to another column
  *-------------------------------------------------------------------------
  */
+
+/* exchanges attislocal of two columns */
+static void
+swap_islocal(Oid relid, AttrNumber a, AttrNumber b)
+{
+	Relation	rel = table_open(AttributeRelationId, RowExclusiveLock);
+	HeapTuple	tups[2] = {SearchSysCacheCopyAttNum(relid, a), SearchSysCacheCopyAttNum(relid, b)};
+	bool		first;
+
+	if (!HeapTupleIsValid(tups[0]) || !HeapTupleIsValid(tups[1]))
+		elog(ERROR, "cache lookup failed for attribute %d or %d of relation %u", a, b, relid);
+	first = ((Form_pg_attribute) GETSTRUCT(tups[0]))->attislocal;
+	((Form_pg_attribute) GETSTRUCT(tups[0]))->attislocal =
+		((Form_pg_attribute) GETSTRUCT(tups[1]))->attislocal;
+	((Form_pg_attribute) GETSTRUCT(tups[1]))->attislocal = first;
+	for (int i = 0; i < lengthof(tups); i++)
+		CatalogTupleUpdate(rel, &tups[i]->t_self, tups[i]);
+	table_close(rel, RowExclusiveLock);
+}
+
+/*
+ * In children of the table the two columns change places also in whether the child
+ * has defined them itself, besides inheriting them: whether it keeps the column when
+ * it is taken away tells pg_dump to write it down.  The caller holds ACCESS EXCLUSIVE.
+ */
+void
+rm_swap_definers(const RmMigration *m)
+{
+	ListCell   *lc;
+
+	if (rm_is_parted(m))
+		return;
+	foreach(lc, rm_tree(m->relid))
+		if (lfirst_oid(lc) != m->relid)
+			swap_islocal(lfirst_oid(lc),
+						 rm_leaf_attnum(m->relid, m->attnum, lfirst_oid(lc)),
+						 rm_leaf_attnum(m->relid, m->new_attnum, lfirst_oid(lc)));
+	CommandCounterIncrement();
+}
 
 /* writes attidentity of one column; returns what it was */
 static char

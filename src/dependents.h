@@ -21,7 +21,7 @@ typedef struct RmDependent
 	Oid			relid;			/* whose it is: the table, or one that refers to it */
 	Oid			peer;			/* another relation that is concerned, or 0 */
 	char	   *build_name;		/* while it waits; NULL: nothing is built */
-	char	   *build_sql;		/* without a build_name: gives a row if it cannot be */
+	char	   *build_sql;		/* without a build_name: gives a row if it cannot be; "": comes with the parent's */
 	bool		by_worker;		/* build_sql must be top-level */
 	char	   *validate_sql;	/* NULL: not to be validated; likewise: when in force */
 	char	   *make_sql;		/* in the exchange, before columns are renamed */
@@ -48,6 +48,7 @@ extern List *rm_dependents_leftovers(const RmMigration *m, bool new_side,
 extern List *rm_dependents_copies(const RmMigration *m, bool new_side);
 extern List *rm_dependents_relations(const RmMigration *m, List *list);
 extern void rm_name_not_null(const RmDependent *d, AttrNumber attnum);
+extern void rm_swap_definers(const RmMigration *m);
 extern void rm_move_identity(Oid relid, AttrNumber from, AttrNumber to, Oid sequence);
 extern char *rm_catalog_fingerprint(Oid relid, MemoryContext cxt);
 

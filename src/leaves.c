@@ -1,20 +1,40 @@
 /*-------------------------------------------------------------------------
  *
  * leaves.c
- *	  The tables that hold a table's rows: itself, or its partitions.
+ *	  The tables that hold a table's rows: itself, its children, or its partitions.
  *
- * A migration is one of one table, the root.  Where that is partitioned, the
- * statements that change its definition go to the root, and PostgreSQL takes
- * them down to everything below; all of that is locked first, at once.  Rows
- * are another matter: they are filled and verified leaf by leaf, each with a
- * lock on that leaf only.
+ * A migration is one of one table, the root.  Where that is partitioned, or others
+ * inherit from it, the statements that change its definition go to the root, and
+ * PostgreSQL takes them down to everything below; all of that is locked first, at
+ * once.  Rows are another matter: they are filled and verified leaf by leaf, each
+ * with a lock on that leaf only.  A table with children is a leaf itself, beside
+ * them.
  *
  * The row of state says where the leaf under way stands (leaf, relfilenode,
  * next_block, end_block), as it does for a plain table, which has no leaf but
  * itself.  The table risky_migrations.leaf says which leaves there are, and
- * which are done.  It is compared with the catalogs each time that another one
- * is chosen: a leaf that was attached meanwhile is added, one that was detached
- * or dropped is left out.
+ * which are done (m->by_leaf: it is used).  It is compared with the catalogs each
+ * time that another one is chosen: a leaf that was attached meanwhile is added, one
+ * that was detached or dropped is left out.
+ *
+ * What PostgreSQL does for a partition it does not do for a child:
+ *
+ *	A row trigger is not passed on.  Each child gets its own, and one that comes later
+ *	has none: it is made by whoever comes to choose the next leaf, to build, or to go
+ *	back (rm_leaves_arm).  What was written before that is found by the
+ *	verification, to which the build goes back for it (rm_leaves_are_late); and
+ *	after the swap by the look at the way back.  Until then nobody is held to the shadow
+ *	column: it is not NOT NULL before the exchange.
+ *
+ *	A child that was taken away and put back has its trigger still, which did nothing
+ *	meanwhile.  So the mark by which a verified leaf is known has the rows of
+ *	pg_inherits in it (rm_leaf_mark).
+ *
+ *	Indexes, keys and foreign keys are each table's own, and are built, renamed and
+ *	dropped for that one alone.  CHECK and (from 18 on) NOT NULL are inherited, and may
+ *	be a child's own besides, as its columns may: see dependents.c.
+ *
+ *	A table may get its first child in the middle (rm_leaves_discover).
  *
  * Easy to get wrong: a leaf's columns have other numbers than the root's, and
  * so the migration that is known to whoever works on its rows is a copy with
@@ -30,19 +50,24 @@
 #include "postgres.h"
 
 #include "access/attmap.h"
+#include "access/genam.h"
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "catalog/partition.h"
 #include "catalog/pg_inherits.h"
 #include "catalog/pg_type.h"
+#include "common/hashfn.h"
+#include "crew.h"
 #include "executor/spi.h"
 #include "leaves.h"
 #include "rewrite/rewriteManip.h"
 #include "state.h"
 #include "steps.h"
 #include "storage/bufmgr.h"
+#include "storage/lmgr.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
+#include "utils/fmgroids.h"
 #include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/rel.h"
@@ -59,54 +84,72 @@ rm_is_parted(const RmMigration *m)
 	return get_rel_relkind(m->relid) == RELKIND_PARTITIONED_TABLE;
 }
 
-/* OIDs of the table and, if it is partitioned, of all below it; no locks */
+/* OIDs of the table and of all below it, parents before their children; no locks */
+List *
+rm_tree(Oid relid)
+{
+	return find_all_inheritors(relid, NoLock, NULL);
+}
+
+/* the same, but not what inherits from an ordinary table */
 List *
 rm_members(Oid relid)
 {
 	if (get_rel_relkind(relid) != RELKIND_PARTITIONED_TABLE)
 		return list_make1_oid(relid);
-	return find_all_inheritors(relid, NoLock, NULL);
+	return rm_tree(relid);
 }
 
-/* OIDs of those that hold rows, likewise */
-List *
-rm_leaves(Oid relid)
+/* of these tables those that hold rows */
+static List *
+that_hold_rows(List *relids)
 {
 	List	   *leaves = NIL;
 	ListCell   *lc;
 
-	foreach(lc, rm_members(relid))
+	foreach(lc, relids)
 		if (get_rel_relkind(lfirst_oid(lc)) != RELKIND_PARTITIONED_TABLE)
 			leaves = lappend_oid(leaves, lfirst_oid(lc));
 	return leaves;
 }
 
-/*
- * The beginning of an ALTER TABLE that concerns the table and its partitions,
- * but not what inherits from an ordinary table.
- */
+List *
+rm_tree_leaves(Oid relid)
+{
+	return that_hold_rows(rm_tree(relid));
+}
+
+/* for a method that knows partitions only */
+List *
+rm_leaves(Oid relid)
+{
+	return that_hold_rows(rm_members(relid));
+}
+
+/* the beginning of an ALTER TABLE that concerns the table and all below it */
 const char *
 rm_alter_sql(const RmMigration *m)
 {
-	return psprintf("ALTER TABLE %s%s", rm_is_parted(m) ? "" : "ONLY ",
-					rm_relation_sql(m->relid));
+	return psprintf("ALTER TABLE %s", rm_relation_sql(m->relid));
 }
 
 /*
- * Locks the table and all its partitions, as rm_lock_relations() does.  After
- * that the tree stays as it is: whoever attaches or detaches locks the parent.
+ * Locks the table and all below it, as rm_lock_relations() does.  After that the
+ * tree stays as it is: whoever attaches locks the parent, whoever takes away the
+ * child.
  */
 void
 rm_lock_tree(RmRun *run, LOCKMODE mode)
 {
 	RmMigration *m = run->m;
-	List	   *relids = rm_members(m->relid);
+	List	   *relids = rm_tree(m->relid);
 
 	rm_lock_relations(&run->locks, relids, mode, run->tries);
-	if (rm_is_parted(m) && list_difference_oid(rm_members(m->relid), relids) != NIL)
+	if (list_difference_oid(rm_tree(m->relid), relids) != NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
-				 errmsg("%s has just got another partition", m->relation)));
+				 errmsg("%s has just got another %s", m->relation,
+						rm_is_parted(m) ? "partition" : "child")));
 }
 
 /* the sync trigger of every session must read the migration again */
@@ -115,7 +158,7 @@ rm_invalidate_tree(const RmMigration *m)
 {
 	ListCell   *lc;
 
-	foreach(lc, rm_members(m->relid))
+	foreach(lc, rm_tree(m->relid))
 		CacheInvalidateRelcacheByRelid(lfirst_oid(lc));
 }
 
@@ -124,14 +167,62 @@ rm_invalidate_tree(const RmMigration *m)
  *-------------------------------------------------------------------------
  */
 
+/*
+ * Does relid inherit from root, through whatever tables?  *mark is combined with
+ * the transactions that have made the links between: another one when a child has
+ * been away for a while.
+ */
+static bool
+inherits_from(Oid relid, Oid root, uint64 *mark)
+{
+	Relation	pg_inherits;
+	ScanKeyData key;
+	SysScanDesc scan;
+	HeapTuple	tup;
+	bool		found = false;
+
+	if (relid == root)
+		return true;
+	pg_inherits = table_open(InheritsRelationId, AccessShareLock);
+	ScanKeyInit(&key, Anum_pg_inherits_inhrelid, BTEqualStrategyNumber, F_OIDEQ,
+				ObjectIdGetDatum(relid));
+	scan = systable_beginscan(pg_inherits, InheritsRelidSeqnoIndexId, true, NULL, 1, &key);
+	while (HeapTupleIsValid(tup = systable_getnext(scan)))
+		if (inherits_from(((Form_pg_inherits) GETSTRUCT(tup))->inhparent, root, mark))
+		{
+			*mark = hash_combine64(*mark, HeapTupleHeaderGetRawXmin(tup->t_data));
+			found = true;
+		}
+	systable_endscan(scan);
+	table_close(pg_inherits, AccessShareLock);
+	return found;
+}
+
 /* does rel, which is locked, hold rows of the table root? */
 bool
 rm_is_leaf_of(Relation rel, Oid root)
 {
+	uint64		mark = 0;
+
 	if (RelationGetRelid(rel) == root)
 		return true;
-	return rel->rd_rel->relispartition &&
-		list_member_oid(get_partition_ancestors(RelationGetRelid(rel)), root);
+	if (rel->rd_rel->relispartition)
+		return list_member_oid(get_partition_ancestors(RelationGetRelid(rel)), root);
+	return inherits_from(RelationGetRelid(rel), root, &mark);
+}
+
+/*
+ * A mark that changes when relid has been taken out of the tree and put back; of
+ * partitions always the same, for they get another trigger then.
+ */
+uint64
+rm_leaf_mark(Oid relid, Oid root)
+{
+	uint64		mark = 0;
+
+	if (relid != root && get_rel_relkind(root) != RELKIND_PARTITIONED_TABLE)
+		(void) inherits_from(relid, root, &mark);
+	return mark;
 }
 
 /*
@@ -260,7 +351,8 @@ rm_leaves_begin(RmMigration *m)
 	ListCell   *lc;
 
 	rm_leaves_forget(m);
-	foreach(lc, rm_leaves(m->relid))
+	m->by_leaf = true;
+	foreach(lc, rm_tree_leaves(m->relid))
 	{
 		Relation	rel = table_open(lfirst_oid(lc), NoLock);
 		Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(lfirst_oid(lc)),
@@ -273,15 +365,46 @@ rm_leaves_begin(RmMigration *m)
 	}
 }
 
-/* tells that a table with the shadow column is not a partition any more */
+/*
+ * The table has got its first child after the migration began: from now on its
+ * rows are one leaf's.  What was verified of them keeps its worth.  True if so.
+ */
+bool
+rm_leaves_discover(RmMigration *m)
+{
+	Oid			types[] = {INT8OID, OIDOID, OIDOID, INT8OID, BOOLOID};
+	Datum		v[5];
+
+	if (m->by_leaf || list_length(rm_tree(m->relid)) == 1)
+		return false;
+	v[0] = Int64GetDatum(m->id);
+	v[1] = ObjectIdGetDatum(m->relid);
+	v[2] = ObjectIdGetDatum(m->relfilenode);
+	v[3] = Int64GetDatum(m->trigger_xmin);
+	v[4] = BoolGetDatum(m->steps_done > RM_ENFORCE_NOT_NULL && m->trigger_xmin != 0);
+	rm_state_execute("INSERT INTO risky_migrations.leaf (migration_id, relid, relfilenode, trigger_xmin, done)"
+					 " VALUES ($1, $2, $3, $4, $5)", 5, types, v, NULL);
+	m->by_leaf = true;
+	rm_ranges_forget(m);
+	return true;
+}
+
+/* tells that a table with the shadow column does not belong to the tree any more */
 static void
 notice_left_out(const RmMigration *m, Oid relid)
 {
-	if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		return;
+	if (rm_is_parted(m))
 		ereport(NOTICE,
 				(errmsg("migration %lld: %s is no partition of %s any more, it is left as it is now",
 						(long long) m->id, rm_relation_sql(relid), m->relation),
 				 errhint("It may have a column of the migration, which is yours to drop.")));
+	else
+		ereport(NOTICE,
+				(errmsg("migration %lld: %s does not inherit from %s any more, it is left as it is now",
+						(long long) m->id, rm_relation_sql(relid), m->relation),
+				 errhint("It may have a column, a trigger and constraints of the migration, which are yours to drop.")));
 }
 
 /* compares the list with the catalogs: what is new is to be done */
@@ -289,7 +412,7 @@ static void
 refresh(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID, OIDARRAYOID};
-	Datum		v[] = {Int64GetDatum(m->id), oid_array(rm_leaves(m->relid))};
+	Datum		v[] = {Int64GetDatum(m->id), oid_array(rm_tree_leaves(m->relid))};
 
 	rm_state_execute("DELETE FROM risky_migrations.leaf"
 					 " WHERE migration_id = $1 AND relid <> ALL ($2) RETURNING relid",
@@ -303,7 +426,7 @@ refresh(const RmMigration *m)
 
 /*
  * Of the verification: a leaf whose trigger was switched off, dropped or made
- * again since it was verified is to be done again.
+ * again since it was verified, or that has none, is to be done again.
  */
 void
 rm_leaves_check_again(RmMigration *m)
@@ -319,7 +442,7 @@ rm_leaves_check_again(RmMigration *m)
 	{
 		Oid			relid = DatumGetObjectId(rm_result_datum(i, 1));
 
-		if (rm_result_int64(i, 2) != rm_trigger_xmin_of(m, relid))
+		if (rm_result_int64(i, 2) == 0 || rm_result_int64(i, 2) != rm_trigger_xmin_of(m, relid))
 			again = lappend_oid(again, relid);
 	}
 	if (again == NIL)
@@ -355,12 +478,31 @@ rm_leaves_done(RmMigration *m)
 	return SPI_processed == 0;
 }
 
+/*
+ * Of the build: are children all that is to be verified (again)?  They have come
+ * since, or have been away for a while; whoever makes one and writes it meets the
+ * migration by chance, and need not be told.  The list is as it was at the last look.
+ */
+bool
+rm_leaves_are_late(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID, OIDOID};
+	Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(m->relid)};
+
+	if (!m->by_leaf || rm_is_parted(m) || m->trigger_xmin == 0 ||
+		m->trigger_xmin == rm_trigger_xmin(m))
+		return false;
+	rm_state_execute("SELECT FROM risky_migrations.leaf WHERE migration_id = $1"
+					 " AND relid = $2 AND done", 2, types, v, NULL);
+	return SPI_processed > 0;
+}
+
 /* has each leaf that was verified, and is one still, the trigger that it had then? */
 bool
 rm_leaves_watched(RmMigration *m)
 {
 	Oid			types[] = {INT8OID, OIDARRAYOID};
-	Datum		v[] = {Int64GetDatum(m->id), oid_array(rm_leaves(m->relid))};
+	Datum		v[] = {Int64GetDatum(m->id), oid_array(rm_tree_leaves(m->relid))};
 
 	rm_state_execute("SELECT relid, trigger_xmin FROM risky_migrations.leaf"
 					 " WHERE migration_id = $1 AND done AND relid = ANY ($2)", 2, types, v, NULL);
@@ -377,7 +519,7 @@ rm_leaves_watched(RmMigration *m)
 void
 rm_leaf_adopt(RmMigration *m, Relation rel)
 {
-	if (!rm_is_parted(m) || !rm_leaves_watched(m))
+	if (!m->by_leaf || !rm_leaves_watched(m))
 		return;
 	refresh(m);
 	if (rel)
@@ -388,9 +530,9 @@ rm_leaf_adopt(RmMigration *m, Relation rel)
 
 /*
  * Of the build: a leaf that has come since all were verified, and holds nothing,
- * needs no verification, for its trigger came with it.  The caller holds locks
- * that keep the leaves from being dropped.  Where that was all that was missing
- * the table is as good as verified.
+ * needs no verification, since it has its trigger: a partition from the beginning, a
+ * child by rm_leaves_arm().  The caller holds locks that keep the leaves from being
+ * dropped.  Where that was all that was missing the table is as good as verified.
  */
 void
 rm_leaves_accept_empty(RmRun *run)
@@ -410,9 +552,13 @@ rm_leaves_accept_empty(RmRun *run)
 		open = lappend_oid(open, DatumGetObjectId(rm_result_datum(i, 1)));
 	foreach(lc, open)
 	{
-		Relation	rel = table_open(lfirst_oid(lc), AccessShareLock);
+		Relation	rel;
 
-		if (RelationGetNumberOfBlocks(rel) == 0)
+		/* one that has come since the caller locked the others may be going again */
+		if (!ConditionalLockRelationOid(lfirst_oid(lc), AccessShareLock) ||
+			(rel = try_table_open(lfirst_oid(lc), NoLock)) == NULL)
+			continue;
+		if (rm_trigger_xmin_of(m, lfirst_oid(lc)) != 0 && RelationGetNumberOfBlocks(rel) == 0)
 		{
 			rm_check_ground(rm_migration_on(m, rel), rel);
 			adopt(m, rel);
@@ -423,9 +569,61 @@ rm_leaves_accept_empty(RmRun *run)
 		m->trigger_xmin = rm_trigger_xmin(m);
 }
 
+/* is it a child that has come without the trigger? */
+bool
+rm_leaf_is_unarmed(const RmMigration *m, Oid relid)
+{
+	return relid != m->relid && !rm_is_parted(m) && rm_trigger_xmin_of(m, relid) == 0;
+}
+
+/* one of them, InvalidOid if there is none */
+static Oid
+find_unarmed(const RmMigration *m)
+{
+	ListCell   *lc;
+
+	foreach(lc, rm_tree_leaves(m->relid))
+		if (rm_leaf_is_unarmed(m, lfirst_oid(lc)))
+			return lfirst_oid(lc);
+	return InvalidOid;
+}
+
+/*
+ * A child that has come since the migration began has the shadow column, but no
+ * sync trigger, as a partition would have: it is made now, in a transaction that
+ * is for this alone (true), with a lock on the child that keeps its writers away,
+ * so that whoever has written it before is looked at afterwards.  Nothing may be
+ * locked yet.
+ */
+bool
+rm_leaves_arm(RmRun *run)
+{
+	RmMigration *m = run->m;
+	Oid			relid;
+	Relation	rel;
+
+	if (rm_is_parted(m) || (!m->by_leaf && !rm_leaves_discover(m)))
+		return false;
+	relid = find_unarmed(m);
+	if (!OidIsValid(relid))
+		return false;
+	if (!rm_lock_relation_if_there(&run->locks, relid, ShareRowExclusiveLock))
+		return true;
+	rel = table_open(relid, NoLock);
+	if (rm_is_leaf_of(rel, m->relid) && rm_leaf_is_unarmed(m, relid))
+	{
+		rm_refuse_child(rel, m->relid, m->column);
+		table_close(rel, NoLock);
+		rm_sync_trigger_make(m, relid);
+	}
+	else
+		table_close(rel, NoLock);
+	return true;
+}
+
 /*
  * Chooses the next leaf to be done; false if there is none.  It is begun when
- * it is opened.
+ * it is opened.  m->leaf stays 0 where that is a child to be armed first.
  */
 bool
 rm_leaves_choose(RmRun *run)
@@ -452,6 +650,8 @@ rm_leaves_choose(RmRun *run)
 	m->relfilenode = DatumGetObjectId(rm_result_datum(0, 2));
 	m->end_block = rm_result_int64(0, 3);
 	m->trigger_xmin = rm_trigger_xmin_of(m, m->leaf);
+	if (rm_leaf_is_unarmed(m, m->leaf))
+		m->leaf = m->relfilenode = InvalidOid;
 	return true;
 }
 

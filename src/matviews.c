@@ -170,7 +170,7 @@ rm_copies_lock(RmRun *run, bool forward)
 	RmMigration *m = run->m;
 	List	   *old = rm_copies_there(m, forward);
 	List	   *wanted = rm_copies_wanted(m, forward);
-	List	   *relids = list_concat_unique_oid(rm_members(m->relid), old);
+	List	   *relids = list_concat_unique_oid(rm_tree(m->relid), old);
 	ListCell   *lc;
 
 	if (wanted == NIL && old == NIL)

@@ -88,7 +88,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 					 " new_attnum::int8, new_column, using_expr,"
 					 " reverse_expr, exact_check, reverse_check, settings, conversion_tree,"
 					 " server_version::int8, enforced::int::int8, trigger_xmin,"
-					 " leaf::int8, relfilenode::int8,"
+					 " by_leaf::int::int8, leaf::int8, relfilenode::int8,"
 					 " next_block, end_block, rows_done, rows_estimated, inexact_rows,"
 					 " old_column, swapped::int::int8, reverse_tree, fingerprint,"
 					 " null_on_error::int::int8, ranges::int8,"
@@ -134,6 +134,7 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 	m->server_version = rm_result_int64(0, ++col);
 	m->enforced = rm_result_int64(0, ++col) != 0;
 	m->trigger_xmin = rm_result_int64(0, ++col);
+	m->by_leaf = rm_result_int64(0, ++col) != 0;
 	m->leaf = rm_result_int64(0, ++col);
 	m->relfilenode = rm_result_int64(0, ++col);
 	m->next_block = rm_result_int64(0, ++col);
@@ -220,7 +221,7 @@ rm_migration_save(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID, TEXTOID, INT8OID, INT8OID, INT8OID, BOOLOID,
 	INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, BOOLOID,
-	TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, OIDOID, INT8OID};
+	TEXTOID, TEXTOID, TEXTOID, TEXTOID, TEXTOID, OIDOID, INT8OID, BOOLOID};
 	Datum		v[lengthof(types)];
 	char		n[lengthof(types)];
 	int			i = 0;
@@ -248,13 +249,14 @@ rm_migration_save(const RmMigration *m)
 	v[i] = text_or_null(m->new_column, &n[i]), i++;
 	v[i++] = ObjectIdGetDatum(m->leaf);
 	v[i++] = Int64GetDatum(m->ranges);
+	v[i++] = BoolGetDatum(m->by_leaf);
 	rm_state_execute("UPDATE risky_migrations.migration SET state = $2,"
 					 " steps_done = $3, phase = $4, new_attnum = $5, enforced = $6,"
 					 " relfilenode = $7::oid, next_block = $8, end_block = $9,"
 					 " rows_done = $10, rows_estimated = $11, inexact_rows = $12,"
 					 " trigger_xmin = $13, swapped = $14, reverse_tree = $15,"
 					 " fingerprint = $16, relation = $17, column_name = $18,"
-					 " new_column = $19, leaf = $20, ranges = $21"
+					 " new_column = $19, leaf = $20, ranges = $21, by_leaf = $22"
 					 " WHERE id = $1",
 					 lengthof(types), types, v, n);
 }
@@ -436,8 +438,8 @@ rm_expression_mark(const RmMigration *m)
 /*
  * A mark of what gives a row of a leaf its new value: the transactions that have
  * last written the sync trigger's row in pg_trigger (another one after every
- * DISABLE, ENABLE and re-creation) and the functions that the expression calls.
- * 0 if there is no such trigger.
+ * DISABLE, ENABLE and re-creation) and the functions that the expression calls; of
+ * a child also those that have made it one.  0 if there is no such trigger.
  */
 int64
 rm_trigger_xmin_of(const RmMigration *m, Oid relid)
@@ -445,12 +447,13 @@ rm_trigger_xmin_of(const RmMigration *m, Oid relid)
 	TransactionId xmin = rm_trigger_row_xmin(relid, rm_trigger_name(m->id));
 
 	return xmin == InvalidTransactionId ? 0 :
-		(int64) hash_combine64(xmin, rm_expression_mark(m));
+		(int64) hash_combine64(hash_combine64(xmin, rm_expression_mark(m)),
+							   rm_leaf_mark(relid, m->relid));
 }
 
 /*
- * The same for all rows of the table.  Of a partitioned one it also changes when
- * a partition comes or goes.
+ * The same for all rows of the table.  Where there are leaves it also changes when
+ * one of them comes or goes.
  */
 int64
 rm_trigger_xmin(const RmMigration *m)
@@ -458,9 +461,9 @@ rm_trigger_xmin(const RmMigration *m)
 	uint64		mark = 0;
 	ListCell   *lc;
 
-	if (!rm_is_parted(m))
+	if (!m->by_leaf)
 		return rm_trigger_xmin_of(m, m->relid);
-	foreach(lc, rm_leaves(m->relid))
+	foreach(lc, rm_tree_leaves(m->relid))
 	{
 		mark = hash_combine64(mark, lfirst_oid(lc));
 		mark = hash_combine64(mark, (uint64) rm_trigger_xmin_of(m, lfirst_oid(lc)));
@@ -531,6 +534,33 @@ rm_refuse_entangled(Oid relid, AttrNumber attnum, const char *tree)
 							 (long long) rm_result_int64(i, 1),
 							 (long long) rm_result_int64(i, 1))));
 	}
+}
+
+/*
+ * Refuses (55006) a table if another one from which it inherits, or that inherits
+ * from it, has an open migration: the shadow column of a parent is one of the child's
+ * too, and may be what the child's expression reads.  Needs SPI.
+ */
+void
+rm_refuse_relatives(Oid relid)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(relid)};
+
+	rm_state_execute("SELECT m.id, m.relation FROM risky_migrations.migration m"
+					 " WHERE m.state = 'open' AND m.method = 'three_step' AND m.steps_done > 0"
+					 " AND m.relid <> $1 AND (m.relid IN (SELECT risky_migrations.members($1))"
+					 " OR $1 IN (SELECT risky_migrations.members(m.relid))) ORDER BY m.id LIMIT 1",
+					 1, types, v, NULL);
+	if (SPI_processed > 0)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_IN_USE),
+				 errmsg("migration %lld of a table of the same tree is open",
+						(long long) rm_result_int64(0, 1)),
+				 errdetail("It is of %s; one of the two tables inherits from the other.",
+						   rm_result_text(0, 2)),
+				 errhint("Take that one to its end first, with CALL rm_cleanup(%lld) or CALL rm_rollback(%lld).",
+						 (long long) rm_result_int64(0, 1), (long long) rm_result_int64(0, 1))));
 }
 
 /*

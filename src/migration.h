@@ -61,6 +61,7 @@ typedef struct RmMigration
 	int			server_version;
 	bool		enforced;		/* the new column's constraints hold */
 	int64		trigger_xmin;	/* rm_trigger_xmin() when verification began */
+	bool		by_leaf;		/* partitioned, or has children: see leaves.c */
 	Oid			leaf;			/* whose rows are under way; 0: the table's own */
 	Oid			relfilenode;	/* to which block numbers belong */
 	int64		next_block;		/* below it everything is done */
@@ -258,6 +259,7 @@ extern const char *rm_relation_sql(Oid relid);
 extern TransactionId rm_trigger_row_xmin(Oid relid, const char *name);
 extern uint64 rm_expression_mark(const RmMigration *m);
 extern int64 rm_trigger_xmin(const RmMigration *m);
+extern void rm_refuse_relatives(Oid relid);
 extern int64 rm_trigger_xmin_of(const RmMigration *m, Oid relid);
 extern char *rm_check_name(const RmMigration *m);
 extern char *rm_built_prefix(const RmMigration *m, bool new_side);

@@ -35,6 +35,7 @@
 #include "access/visibilitymap.h"
 #include "access/xact.h"
 #include "catalog/index.h"
+#include "catalog/pg_inherits.h"
 #include "compat.h"
 #include "executor/executor.h"
 #include "leaves.h"
@@ -318,7 +319,8 @@ column_text(Relation rel, TupleTableSlot *slot, AttrNumber attnum)
 
 /*
  * The row's primary key as "(id)=(17)", or its place if it has none; of a
- * partition with that one's name.
+ * partition with that one's name.  Of a table that inherits from another one the key
+ * has the name too: the same key may be in both.
  */
 char *
 rm_row_key(Relation rel, TupleTableSlot *slot)
@@ -326,12 +328,14 @@ rm_row_key(Relation rel, TupleTableSlot *slot)
 	StringInfoData names;
 	StringInfoData values;
 	Relation	pk;
+	const char *table = "";
 
 	list_free(RelationGetIndexList(rel));
+	if (has_superclass(RelationGetRelid(rel)) &&
+		!(rel->rd_rel->relispartition && OidIsValid(rel->rd_pkindex)))
+		table = psprintf("%s ", rm_relation_sql(RelationGetRelid(rel)));
 	if (!OidIsValid(rel->rd_pkindex))
-		return psprintf("%s%sctid=(%u,%u)",
-						rel->rd_rel->relispartition ? rm_relation_sql(RelationGetRelid(rel)) : "",
-						rel->rd_rel->relispartition ? " " : "",
+		return psprintf("%sctid=(%u,%u)", table,
 						ItemPointerGetBlockNumberNoCheck(&slot->tts_tid),
 						ItemPointerGetOffsetNumberNoCheck(&slot->tts_tid));
 	initStringInfo(&names);
@@ -347,7 +351,7 @@ rm_row_key(Relation rel, TupleTableSlot *slot)
 		appendStringInfo(&values, "%s%s", i ? ", " : "", value ? value : "null");
 	}
 	index_close(pk, AccessShareLock);
-	return psprintf("(%s)=(%s)", names.data, values.data);
+	return psprintf("%s(%s)=(%s)", table, names.data, values.data);
 }
 
 /* the column that is converted, as text; NULL if it is */

@@ -27,9 +27,16 @@ extern void rm_direct_refuse_inexact(const RmMigration *m);
 extern void rm_backfill_fix_end(RmMigration *m, Relation rel);
 
 /* three_step.c */
+/* enforce_not_null: leaves have come since all were verified; a phase in the state row */
+#define RM_PHASE_LATE_LEAVES	5
+
 extern RmStepResult rm_backfill_revert(RmRun *run);
 extern void rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 								 const char *new_column);
+extern bool rm_is_not_null(Oid relid, AttrNumber attnum);
+extern void rm_refuse_child(Relation child, Oid root, const char *column);
+extern void rm_sync_trigger_make(const RmMigration *m, Oid relid);
+extern void rm_drop_trigger_and_column(const RmMigration *m, AttrNumber attnum);
 extern char *rm_shadow_column_name(const char *column);
 extern char *rm_old_column_name(const char *column);
 

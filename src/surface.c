@@ -27,6 +27,7 @@
 #include "dependents.h"
 #include "executor/spi.h"
 #include "fmgr.h"
+#include "leaves.h"
 #include "migration.h"
 #include "miscadmin.h"
 #include "rewrite.h"
@@ -267,8 +268,10 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 
 /* on_error => 'null' for a column that may not be NULL, or by plain ALTER TABLE */
 static void
-refuse_null_on_error(Relation rel, const RmMigrationSpec *spec, AttrNumber attnum)
+refuse_null_on_error(Relation rel, const RmMigrationSpec *spec)
 {
+	ListCell   *lc;
+
 	if (spec->method == &rm_method_direct)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
@@ -276,11 +279,14 @@ refuse_null_on_error(Relation rel, const RmMigrationSpec *spec, AttrNumber attnu
 						spec->method->name),
 				 errdetail("Plain ALTER TABLE fails on the first value that does not convert."),
 				 errhint("Use the method three_step, or a USING expression that gives NULL for such values.")));
-	if (TupleDescAttr(RelationGetDescr(rel), attnum - 1)->attnotnull)
+	foreach(lc, rm_tree(RelationGetRelid(rel)))
+		if (rm_is_not_null(lfirst_oid(lc), get_attnum(lfirst_oid(lc), spec->column)))
+			break;
+	if (lc)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("on_error => 'null' is not possible: column \"%s\" of \"%s\" is NOT NULL",
-						spec->column, RelationGetRelationName(rel)),
+						spec->column, get_rel_name(lfirst_oid(lc))),
 				 errdetail("What does not convert would become NULL, and then NOT NULL could not be enforced."),
 				 errhint("Use on_error => 'stop' and mend what rm_check_conversion() lists, or drop the column's NOT NULL first.")));
 }
@@ -370,10 +376,11 @@ rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 
 	refuse_open_migration(spec->relid, def->attnum);
 	if (spec->null_on_error)
-		refuse_null_on_error(rel, spec, def->attnum);
+		refuse_null_on_error(rel, spec);
 	if (spec->new_column)
 	{
 		rm_three_step_refuse(rel, def, spec->new_column);
+		rm_refuse_relatives(spec->relid);
 		rm_refuse_entangled(spec->relid, def->attnum, def->tree);
 		rm_dependents_refuse(spec->relid, def->attnum, def->type, !rm_accept_publications);
 	}
@@ -612,6 +619,14 @@ rm_enforce_not_null(PG_FUNCTION_ARGS)
 	PG_RETURN_VOID();
 }
 
+static void
+read_steps_done(void *arg)
+{
+	RmMigration *m = arg;
+
+	m->steps_done = rm_migration_load(m->id, false, CurrentMemoryContext)->steps_done;
+}
+
 /*
  * rm_swap(migration bigint): builds what hangs on the column, if that has not
  * been done, and exchanges the columns
@@ -632,8 +647,12 @@ rm_swap(PG_FUNCTION_ARGS)
 				(errmsg("migration %lld: the columns have changed places already, nothing to do",
 						(long long) m->id)));
 	else
-		for (int step = m->steps_done; step <= RM_SWAP; step++)
-			rm_run_step(m, step, false, RM_DEFAULT_BATCH);
+		while (m->steps_done <= RM_SWAP)
+		{
+			/* the next one, or an earlier one if a child has come */
+			rm_run_step(m, m->steps_done, false, RM_DEFAULT_BATCH);
+			rm_transaction(read_steps_done, m);
+		}
 	rm_procedure_end();
 	PG_RETURN_VOID();
 }

@@ -20,7 +20,7 @@
  *				partitioned table needs such an index: whether it holds is looked
  *				up before, it is added NOT VALID, and validated afterwards.
  *				Materialized views are filled between the wait and the exchange,
- *				see matviews.c.
+ *				see matviews.c.  A table's children are locked with it too.
  *	cleanup		the old column goes.
  *
  * Between swap and cleanup the sync trigger runs the other way, so the swap can
@@ -114,8 +114,9 @@ enum
 typedef struct Swap
 {
 	bool		planned;		/* by this run: else plan anew */
-	bool		parted;
-	int			gone;			/* how often a partition was dropped just then */
+	bool		by_leaf;
+	bool		goes_back;		/* to an earlier step */
+	int			gone;			/* how often a leaf was dropped just then */
 	RmSnapshotWait snapshots;	/* whom it has waited for */
 	Oid			leaf;			/* of the look at the way back, and ... */
 	BlockNumber next_block;		/* ... where it goes on in it */
@@ -182,7 +183,7 @@ is_stale(const RmMigration *m, const RmDependent *d)
 static List *
 load_present(const RmMigration *m, bool new_side)
 {
-	List	   *members = rm_members(m->relid);
+	List	   *members = rm_tree(m->relid);
 	List	   *result = NIL;
 	ListCell   *lc;
 
@@ -237,7 +238,7 @@ ask_worker(RmRun *run, const char *sql, const char *what, Oid relid, const char 
 	run->top_level = MemoryContextStrdup(run->cxt, sql);
 	run->top_level_what = MemoryContextStrdup(run->cxt, what);
 	run->top_level_relid = relid;
-	run->top_level_tables = list_length(rm_members(run->m->relid));
+	run->top_level_tables = list_length(rm_tree(run->m->relid));
 	run->wait_kind = "worker";
 	run->wait_reason = name ? psprintf("%s %s", what, quote_identifier(name)) : what;
 	get_work(run)->asked = true;
@@ -265,8 +266,6 @@ plan(RmRun *run)
 	List	   *leftovers;
 	ListCell   *lc;
 
-	if (rm_is_parted(m))
-		rm_leaves_accept_empty(run);
 	refuse_unverified(m);
 	/* somebody may have added something since the migration began */
 	rm_dependents_refuse(m->relid, m->attnum, m->new_type_id, false);
@@ -283,7 +282,7 @@ plan(RmRun *run)
 	rm_dependents_save(m, true, wanted);
 	rm_dependents_save(m, false, rm_dependents_derive(m, false, CurrentMemoryContext));
 	get_work(run)->planned = true;
-	get_work(run)->parted = rm_is_parted(m);
+	get_work(run)->by_leaf = m->by_leaf;
 	m->phase = PHASE_MAKE;
 }
 
@@ -300,6 +299,16 @@ announce(RmRun *run, const char *what)
 		run->wait_reason = what;
 	}
 	return s->announced;
+}
+
+/*
+ * The tables that ALTER TABLE changes when it makes a thing of a table: all below
+ * it, if that inherits the thing.
+ */
+static List *
+tables_of(const RmDependent *d)
+{
+	return strcmp(d->kind, "check constraint") == 0 ? rm_tree(d->relid) : rm_members(d->relid);
 }
 
 /* makes one thing, or has it made; its state is looked up again afterwards */
@@ -325,7 +334,7 @@ make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
 		/* a scan under a lock that lets everybody read and write */
 		if (announce(run, psprintf("VALIDATE CONSTRAINT %s", quote_identifier(d->name))))
 			return;
-		rm_lock_relation(&run->locks, d->relid, ShareUpdateExclusiveLock);
+		rm_lock_relations(&run->locks, tables_of(d), ShareUpdateExclusiveLock, run->tries);
 		rm_execute(d->validate_sql);
 	}
 	else if (strcmp(d->kind, "statistics") == 0)
@@ -335,7 +344,7 @@ make(RmRun *run, RmDependent *d, bool invalid, bool unvalidated)
 	}
 	else
 	{
-		List	   *relids = rm_members(d->relid);
+		List	   *relids = tables_of(d);
 
 		if (OidIsValid(d->peer))
 			relids = list_concat_unique_oid(relids, rm_members(d->peer));
@@ -358,7 +367,9 @@ find_missing(RmRun *run, bool new_side, bool *invalid, bool *unvalidated)
 
 		CHECK_FOR_INTERRUPTS();
 		if (d->build_name != NULL &&
-			!rm_dependent_is_built(run->m, d, invalid, unvalidated))
+			!rm_dependent_is_built(run->m, d, invalid, unvalidated) &&
+			/* an inherited CHECK comes with the parent's, which is later in the list */
+			(d->build_sql[0] != '\0' || *unvalidated))
 			return d;
 	}
 	return NULL;
@@ -454,8 +465,8 @@ build_retry(RmRun *run, ErrorData *error)
 
 	if (s == NULL || s->raised)
 		return false;
-	/* a partition was dropped while something was built on it: plan anew */
-	if (s->parted && s->failed == NULL && error->sqlerrcode == ERRCODE_UNDEFINED_TABLE &&
+	/* a leaf was dropped while something was built on it: plan anew */
+	if (s->by_leaf && s->failed == NULL && error->sqlerrcode == ERRCODE_UNDEFINED_TABLE &&
 		s->gone++ < rm_lock_retries)
 	{
 		s->planned = false;
@@ -556,8 +567,8 @@ build_explain(RmRun *run, ErrorData *error)
 }
 
 /*
- * Locks the table so that its definition stands still, and looks at it.  Of its
- * partitions, which somebody always vacuums, it only keeps others from dropping
+ * Locks the table so that its definition stands still, and looks at it.  Of those
+ * below it, which somebody always vacuums, it only keeps others from dropping
  * them: whether their definitions have stood still the fingerprint tells.
  */
 static void
@@ -567,7 +578,7 @@ hold_definition(RmRun *run)
 	Relation	rel;
 
 	rm_lock_relation(&run->locks, m->relid, ShareUpdateExclusiveLock);
-	if (rm_is_parted(m))
+	if (m->by_leaf)
 		rm_lock_tree(run, AccessShareLock);
 	rm_check_owner(m->relid, m->relation);
 	rel = table_open(m->relid, NoLock);
@@ -581,6 +592,37 @@ catalogs_unchanged(const RmMigration *m)
 {
 	return m->fingerprint &&
 		strcmp(m->fingerprint, rm_catalog_fingerprint(m->relid, CurrentMemoryContext)) == 0;
+}
+
+/* children have come: the step enforce_not_null comes next, for these alone */
+static void
+back_to_verification(RmRun *run)
+{
+	RmMigration *m = run->m;
+
+	ereport(NOTICE,
+			(errmsg("migration %lld: tables that inherit from %s have come, or have been away, since all were verified; they are verified now",
+					(long long) m->id, m->relation)));
+	m->steps_done = RM_ENFORCE_NOT_NULL;
+	m->phase = RM_PHASE_LATE_LEAVES;
+	get_work(run)->goes_back = true;
+}
+
+/* ANALYZE of all that have statistics of their own */
+static const char *
+analyze_sql(const RmMigration *m)
+{
+	StringInfoData buf;
+	ListCell   *lc;
+
+	initStringInfo(&buf);
+	appendStringInfo(&buf, "ANALYZE %s", rm_relation_sql(m->relid));
+	if (!RM_ANALYZE_DESCENDS && !rm_is_parted(m))
+		foreach(lc, rm_tree_leaves(m->relid))
+			/* a child may be dropped at any time: it is not locked */
+			if (lfirst_oid(lc) != m->relid && get_rel_name(lfirst_oid(lc)) != NULL)
+				appendStringInfo(&buf, ", %s", rm_relation_sql(lfirst_oid(lc)));
+	return buf.data;
 }
 
 /* one transaction's worth of building on the new column; true when all is there */
@@ -599,8 +641,15 @@ build(RmRun *run)
 	switch (m->phase)
 	{
 		case PHASE_PLAN:
+			if (rm_leaves_arm(run))
+				return false;
 			hold_definition(run);
-			plan(run);
+			if (m->by_leaf)
+				rm_leaves_accept_empty(run);
+			if (rm_leaves_are_late(m))
+				back_to_verification(run);
+			else
+				plan(run);
 			return false;
 
 		case PHASE_MAKE:
@@ -612,8 +661,7 @@ build(RmRun *run)
 		case PHASE_ANALYZE:
 			rm_check_owner(m->relid, m->relation);
 			try_foreign_keys(run, true);
-			ask_worker(run, psprintf("ANALYZE %s", rm_relation_sql(m->relid)), "ANALYZE",
-					   rm_is_parted(m) ? InvalidOid : m->relid, NULL);
+			ask_worker(run, analyze_sql(m), "ANALYZE", m->by_leaf ? InvalidOid : m->relid, NULL);
 			m->phase = PHASE_CHECK;
 			return false;
 
@@ -635,7 +683,9 @@ build(RmRun *run)
 static RmStepResult
 build_apply(RmRun *run)
 {
-	return build(run) ? RM_STEP_DONE : RM_STEP_AGAIN;
+	if (build(run))
+		return RM_STEP_DONE;
+	return get_work(run)->goes_back ? RM_STEP_BACK : RM_STEP_AGAIN;
 }
 
 static void
@@ -808,6 +858,7 @@ exchange(RmRun *run, List *list, bool forward)
 	put_out_of_force(run, list, forward);
 	make_between(list);
 	rm_swap_names(m, forward);
+	rm_swap_definers(m);
 	put_in_force(run, list, forward);
 	rm_definitions_make(definitions, copies);
 
@@ -894,7 +945,7 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
 	/* a view or a partition that was made before we had the locks: again */
 	if (list_difference_oid(rm_relations_of_definitions(m, attnum), relids) != NIL ||
-		list_difference_oid(rm_members(m->relid), relids) != NIL)
+		list_difference_oid(rm_tree(m->relid), relids) != NIL)
 		rm_refuse_just_changed(m);
 	rm_check_owner(m->relid, m->relation);
 	rel = table_open(m->relid, NoLock);
@@ -977,7 +1028,7 @@ swap_apply(RmRun *run)
 	{
 		if (build(run))
 			m->phase = PHASE_WAIT;
-		return RM_STEP_AGAIN;
+		return get_work(run)->goes_back ? RM_STEP_BACK : RM_STEP_AGAIN;
 	}
 	if (m->phase == PHASE_WAIT)
 	{
@@ -1154,7 +1205,7 @@ leaf_after(const RmMigration *m, Oid leaf)
 	Oid			next = InvalidOid;
 	ListCell   *lc;
 
-	foreach(lc, rm_leaves(m->relid))
+	foreach(lc, rm_tree_leaves(m->relid))
 		if (lfirst_oid(lc) > leaf && (!OidIsValid(next) || lfirst_oid(lc) < next))
 			next = lfirst_oid(lc);
 	return next;
@@ -1215,6 +1266,12 @@ look_for_misfits(RmRun *run)
 		s->leaf = leaf_after(m, s->leaf);
 		return !OidIsValid(s->leaf);
 	}
+	/* a child that has come just now gets its trigger first */
+	if (rm_leaf_is_unarmed(m, s->leaf))
+	{
+		table_close(rel, NoLock);
+		return false;
+	}
 	forth = *rm_migration_on(m, rel);
 	rm_check_ground(&forth, rel);
 	look.rows = rm_rows_open(m, rel, RM_ROWS_MANY);
@@ -1250,14 +1307,14 @@ refuse_way_back(const RmMigration *m, const char *reason, bool can_be_mended)
 }
 
 /*
- * Has no row been written without the trigger since all were verified?  Of a
- * partitioned table partitions may have come since: these are looked through.
+ * Has no row been written without the trigger since all were verified?  Leaves may
+ * have come since: these are looked through.
  */
 static bool
 is_watched(RmMigration *m)
 {
 	return m->trigger_xmin == rm_trigger_xmin(m) ||
-		(rm_is_parted(m) && rm_leaves_watched(m));
+		(m->by_leaf && rm_leaves_watched(m));
 }
 
 /* 55000 with the reason if there is no way back */
@@ -1351,7 +1408,7 @@ way_back_is_open(RmRun *run)
 	}
 	refuse_closed_way(run);
 	list = rm_dependents_load(m, false, CurrentMemoryContext);
-	if (rm_is_parted(m))
+	if (m->by_leaf)
 	{
 		rm_lock_tree(run, AccessShareLock);
 		list = rm_dependents_add_members(m, list, CurrentMemoryContext);
@@ -1360,7 +1417,7 @@ way_back_is_open(RmRun *run)
 	refuse_new_dependents(run, list);
 	refuse_renamed(m);
 	s->planned = true;
-	s->parted = rm_is_parted(m);
+	s->by_leaf = m->by_leaf;
 	m->phase = PHASE_MAKE;
 	return true;
 }
@@ -1377,7 +1434,8 @@ swap_revert(RmRun *run)
 		return m->phase == PHASE_PROVE && prove_next(run, false) ? RM_STEP_AGAIN : RM_STEP_DONE;
 	if (!get_work(run)->planned)
 	{
-		(void) way_back_is_open(run);
+		if (!rm_leaves_arm(run))
+			(void) way_back_is_open(run);
 		return RM_STEP_AGAIN;
 	}
 	if (m->phase != PHASE_EXCHANGE)
@@ -1503,30 +1561,19 @@ static RmStepResult
 cleanup_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *rel_sql;
-	HeapTuple	att;
 	List	   *commands;
 	ListCell   *lc;
 
 	/* a way back that was interrupted may have left foreign keys of others */
-	rm_lock_relations(&run->locks, m->phase == 0 ? rm_members(m->relid) :
+	rm_lock_relations(&run->locks, m->phase == 0 ? rm_tree(m->relid) :
 					  rm_dependents_relations(m, load_present(m, false)),
 					  AccessExclusiveLock, run->tries);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
-	rel_sql = rm_relation_sql(m->relid);
 	commands = rm_dependents_leftovers(m, false, NIL);
 	foreach(lc, commands)
 		rm_execute(lfirst(lc));
-	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
-						quote_identifier(rm_trigger_name(m->id)), rel_sql));
-	att = SearchSysCacheAttNum(m->relid, m->attnum);	/* NULL if dropped */
-	if (HeapTupleIsValid(att))
-	{
-		rm_execute(psprintf("%s DROP COLUMN %s", rm_alter_sql(m),
-							quote_identifier(NameStr(((Form_pg_attribute) GETSTRUCT(att))->attname))));
-		ReleaseSysCache(att);
-	}
+	rm_drop_trigger_and_column(m, m->attnum);
 	rm_dependents_save(m, true, NIL);
 	rm_dependents_save(m, false, NIL);
 	rm_leaves_forget(m);

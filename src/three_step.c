@@ -14,6 +14,7 @@
  *						beside readers and writers; then ACCESS EXCLUSIVE for
  *						milliseconds again: SET NOT NULL believes the proven
  *						constraint and does not scan, and the constraint goes.
+ *						Where there are children all that is left to the swap.
  *
  * Transactions that were open before a step and end after it: one that has
  * written the table makes the ALTER wait (bounded).  One that has only read
@@ -50,7 +51,6 @@
 #include "catalog/pg_am.h"
 #include "catalog/pg_class.h"
 #include "catalog/pg_constraint.h"
-#include "catalog/pg_inherits.h"
 #include "catalog/pg_proc.h"
 #include "catalog/pg_trigger.h"
 #include "catalog/pg_type.h"
@@ -93,7 +93,8 @@ enum
 	ENFORCE_VERIFY,				/* every row, in ranges of pages */
 	ENFORCE_ADD_CHECK,			/* CHECK ... NOT VALID, unless a row is wrong */
 	ENFORCE_VALIDATE,
-	ENFORCE_SET_NOT_NULL
+	ENFORCE_SET_NOT_NULL,
+	ENFORCE_LATE_LEAVES = RM_PHASE_LATE_LEAVES	/* verify those that have come since */
 };
 
 static const char *
@@ -173,10 +174,6 @@ refuse_storage(Relation rel)
 	if (RelationUsesLocalBuffers(rel))
 		refuse(rel, "It is a temporary table.",
 			   "Nobody else can be waiting for it: use ALTER TABLE.");
-	if (rel->rd_rel->relhassubclass ||
-		(!rel->rd_rel->relispartition && has_superclass(RelationGetRelid(rel))))
-		refuse(rel, "It has parents or children by inheritance.",
-			   "Inheritance is not supported yet.");
 	CheckCmdReplicaIdentity(rel, CMD_UPDATE);
 }
 
@@ -219,26 +216,110 @@ refuse_partition(Relation part, Relation root, Form_pg_attribute att)
 	refuse_partition_key(part, attnum);
 }
 
+static Oid
+owner_of(Oid relid)
+{
+	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	Oid			owner;
+
+	if (!HeapTupleIsValid(tup))
+		elog(ERROR, "cache lookup failed for relation %u", relid);
+	owner = ((Form_pg_class) GETSTRUCT(tup))->relowner;
+	ReleaseSysCache(tup);
+	return owner;
+}
+
 /*
- * What is refused of a partitioned table's partitions.  They are opened with a
+ * One table that inherits the column, at any level, from the table root; also one
+ * that has come since the migration began.  Needs a lock on the child.
+ */
+void
+rm_refuse_child(Relation child, Oid root, const char *column)
+{
+	AttrNumber	attnum = get_attnum(RelationGetRelid(child), column);
+	Form_pg_attribute att = TupleDescAttr(RelationGetDescr(child), attnum - 1);
+
+	if (child->rd_rel->relkind != RELKIND_RELATION)
+		refuse(child, psprintf("It inherits from \"%s\", and is no ordinary table.", get_rel_name(root)),
+			   "Take it away first with ALTER TABLE ... NO INHERIT; its column is changed where it is stored.");
+	if (RelationUsesLocalBuffers(child))
+		refuse(child, psprintf("It inherits from \"%s\", and is a temporary table.", get_rel_name(root)),
+			   "Take it away first with ALTER TABLE ... NO INHERIT, or drop it.");
+	refuse_storage(child);
+	if (child->rd_rel->relowner != owner_of(root))
+		refuse(child, psprintf("It inherits from \"%s\", and has another owner.", get_rel_name(root)),
+			   "Give both the same owner.");
+	if (att->attinhcount > 1)
+		refuse(child, psprintf("Its column \"%s\" is inherited from several tables, and ALTER TABLE changes it in all of them or none.",
+							   column),
+			   "Take it away from all but one of them with ALTER TABLE ... NO INHERIT.");
+	if (att->attgenerated)
+		refuse(child, psprintf("Its column \"%s\" is generated, which that of \"%s\" is not.",
+							   column, get_rel_name(root)),
+			   "DROP EXPRESSION for that column, or take the table away with ALTER TABLE ... NO INHERIT.");
+	refuse_schema(child);
+	refuse_triggers(child);
+}
+
+/* names that columns of ours would get */
+static void
+refuse_names(Relation rel, const char *column, const char *new_column)
+{
+	const char *const names[] = {new_column, rm_old_column_name(column)};
+
+	for (int i = 0; i < lengthof(names); i++)
+		if (get_attnum(RelationGetRelid(rel), names[i]) != InvalidAttrNumber)
+			ereport(ERROR,
+					(errcode(ERRCODE_DUPLICATE_COLUMN),
+					 errmsg("column \"%s\" of relation \"%s\" already exists", names[i],
+							RelationGetRelationName(rel)),
+					 i == 0 ? errdetail("It is the name that the shadow column would get.") :
+					 errdetail("It is the name that the column would get by the swap."),
+					 errhint("Rename that column first.")));
+}
+
+/*
+ * What is refused of a table's partitions or children.  They are opened with a
  * lock that whoever refuses before anything begins may wait for; in the step
  * that adds the column all of them are locked already.
  */
 static void
-refuse_partitions(Relation rel, Form_pg_attribute att)
+refuse_members(Relation rel, Form_pg_attribute att, const char *new_column)
 {
 	ListCell   *lc;
 
-	foreach(lc, rm_members(RelationGetRelid(rel)))
+	foreach(lc, rm_tree(RelationGetRelid(rel)))
 	{
-		Relation	part;
+		Relation	member;
 
 		if (lfirst_oid(lc) == RelationGetRelid(rel))
 			continue;
-		part = relation_open(lfirst_oid(lc), AccessShareLock);
-		refuse_partition(part, rel, att);
-		relation_close(part, NoLock);
+		member = try_relation_open(lfirst_oid(lc), AccessShareLock);
+		if (member == NULL)
+			continue;			/* just dropped */
+		if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+			refuse_partition(member, rel, att);
+		else
+		{
+			rm_refuse_child(member, RelationGetRelid(rel), NameStr(att->attname));
+			refuse_names(member, NameStr(att->attname), new_column);
+		}
+		relation_close(member, NoLock);
 	}
+}
+
+/*
+ * The table that a column is inherited from, at the top.  One of them, should
+ * there be several.
+ */
+static const char *
+origin_of(Oid relid, const char *column)
+{
+	Oid			types[] = {OIDOID, TEXTOID};
+	Datum		v[] = {ObjectIdGetDatum(relid), CStringGetTextDatum(column)};
+
+	rm_catalog_query("SELECT risky_migrations.column_origin($1, $2)", 2, types, v);
+	return rm_relation_sql(DatumGetObjectId(rm_result_datum(0, 1)));
 }
 
 /*
@@ -254,12 +335,16 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 
 	if (rel->rd_rel->relispartition)
 		refuse(rel, "It is a partition.", "Name the partitioned table that it belongs to.");
-	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
-		refuse_partitions(rel, att);
-	else if (rel->rd_rel->relkind != RELKIND_RELATION)
+	if (rel->rd_rel->relkind != RELKIND_RELATION &&
+		rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
 		refuse(rel, "It is not an ordinary table.", "Name an ordinary table.");
-	else
+	if (att->attinhcount > 0)
+		refuse(rel, psprintf("Its column \"%s\" is inherited.", NameStr(att->attname)),
+			   psprintf("Name the table that it is inherited from: %s.",
+						origin_of(RelationGetRelid(rel), NameStr(att->attname))));
+	if (rel->rd_rel->relkind == RELKIND_RELATION)
 		refuse_storage(rel);
+	refuse_members(rel, att, new_column);
 	if (IsCatalogRelation(rel) || RelationGetNamespace(rel) == state_nspid)
 		refuse(rel, "It is a system catalog, or belongs to this extension.",
 			   "Name a table of your own.");
@@ -270,21 +355,7 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 		refuse(rel, psprintf("The type %s is a domain with constraints, and adding a column of it would rewrite the table.",
 							 format_type_be(def->type)),
 			   "Use the domain's base type, with the domain's CHECK on the column added NOT VALID and validated; or ALTER TABLE where nobody is waiting.");
-	if (get_attnum(RelationGetRelid(rel), new_column) != InvalidAttrNumber)
-		ereport(ERROR,
-				(errcode(ERRCODE_DUPLICATE_COLUMN),
-				 errmsg("column \"%s\" of relation \"%s\" already exists", new_column,
-						RelationGetRelationName(rel)),
-				 errdetail("It is the name that the shadow column would get."),
-				 errhint("Rename that column first.")));
-	if (get_attnum(RelationGetRelid(rel), rm_old_column_name(NameStr(att->attname))) != InvalidAttrNumber)
-		ereport(ERROR,
-				(errcode(ERRCODE_DUPLICATE_COLUMN),
-				 errmsg("column \"%s\" of relation \"%s\" already exists",
-						rm_old_column_name(NameStr(att->attname)),
-						RelationGetRelationName(rel)),
-				 errdetail("It is the name that the column would get by the swap."),
-				 errhint("Rename that column first.")));
+	refuse_names(rel, NameStr(att->attname), new_column);
 	refuse_schema(rel);
 	refuse_triggers(rel);
 	refuse_partition_key(rel, def->attnum);
@@ -294,13 +365,6 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
  * add_column
  *-------------------------------------------------------------------------
  */
-
-/* the trigger's OID; it has just been made */
-static Oid
-trigger_oid(const RmMigration *m)
-{
-	return get_trigger_oid(m->relid, rm_trigger_name(m->id), false);
-}
 
 /* the function that sync triggers call */
 static Oid
@@ -320,52 +384,65 @@ rm_release_shadow_column(const RmMigration *m)
 {
 	ListCell   *lc;
 
-	foreach(lc, rm_members(m->relid))
+	foreach(lc, rm_tree(m->relid))
 		(void) deleteDependencyRecordsForSpecific(RelationRelationId, lfirst_oid(lc),
 												  DEPENDENCY_NORMAL,
 												  ProcedureRelationId, sync_function());
+}
+
+static void
+bind_column(const RmMigration *m, Oid relid)
+{
+	ObjectAddress column;
+	ObjectAddress function;
+
+	ObjectAddressSet(function, ProcedureRelationId, sync_function());
+	ObjectAddressSubSet(column, RelationRelationId, relid,
+						rm_leaf_attnum(m->relid, m->new_attnum, relid));
+	recordDependencyOn(&column, &function, DEPENDENCY_NORMAL);
 }
 
 /*
  * The shadow column depends on the trigger's function: DROP EXTENSION ...
  * CASCADE, which takes the trigger, takes the column too.  Left behind as NOT
  * NULL, without its trigger, it would make every INSERT fail.  Columns of
- * partitions do not go with their parent's that way: each depends by itself.
+ * partitions and children do not go with their parent's that way: each depends
+ * by itself.
  */
 void
 rm_bind_shadow_column(const RmMigration *m)
 {
-	ObjectAddress column;
-	ObjectAddress function;
-
 	ListCell   *lc;
 
-	ObjectAddressSet(function, ProcedureRelationId, sync_function());
-	foreach(lc, rm_members(m->relid))
-	{
-		ObjectAddressSubSet(column, RelationRelationId, lfirst_oid(lc),
-							rm_leaf_attnum(m->relid, m->new_attnum, lfirst_oid(lc)));
-		recordDependencyOn(&column, &function, DEPENDENCY_NORMAL);
-	}
+	foreach(lc, rm_tree(m->relid))
+		bind_column(m, lfirst_oid(lc));
 }
 
 /*
- * The trigger depends on the shadow column and on all that the expression
- * uses, so that nobody drops or changes these without being told.
+ * A table's trigger depends on all that an expression over the root's columns
+ * uses, so that nobody drops or changes that without being told.
  */
 static void
-record_dependencies(const RmMigration *m)
+depend_on_expression(const RmMigration *m, Oid relid, const char *tree)
 {
 	ObjectAddress trigger;
-	ObjectAddress column;
+	Relation	rel;
 
-	ObjectAddressSet(trigger, TriggerRelationId, trigger_oid(m));
-	ObjectAddressSubSet(column, RelationRelationId, m->relid, m->new_attnum);
-	recordDependencyOn(&trigger, &column, DEPENDENCY_NORMAL);
-	rm_bind_shadow_column(m);
-	if (m->server_version == PG_VERSION_NUM / 10000)
-		recordDependencyOnSingleRelExpr(&trigger, stringToNode(m->tree), m->relid,
-										DEPENDENCY_NORMAL, DEPENDENCY_NORMAL, false);
+	if (tree == NULL || m->server_version != PG_VERSION_NUM / 10000)
+		return;
+	ObjectAddressSet(trigger, TriggerRelationId,
+					 get_trigger_oid(relid, rm_trigger_name(m->id), false));
+	rel = table_open(relid, NoLock);
+	recordDependencyOnSingleRelExpr(&trigger, rm_leaf_expression(stringToNode(tree), m->relid, rel),
+									relid, DEPENDENCY_NORMAL, DEPENDENCY_NORMAL, false);
+	table_close(rel, NoLock);
+}
+
+/* the tables that have a trigger of their own; partitions have their parent's */
+static List *
+tables_with_trigger(const RmMigration *m)
+{
+	return rm_is_parted(m) ? list_make1_oid(m->relid) : rm_tree_leaves(m->relid);
 }
 
 /*
@@ -375,13 +452,75 @@ record_dependencies(const RmMigration *m)
 static void
 record_reverse_dependencies(const RmMigration *m)
 {
-	ObjectAddress trigger;
+	ListCell   *lc;
 
-	if (m->reverse_tree == NULL || m->server_version != PG_VERSION_NUM / 10000)
+	foreach(lc, tables_with_trigger(m))
+		depend_on_expression(m, lfirst_oid(lc), m->reverse_tree);
+}
+
+/* the sync trigger of one table, which is locked */
+static void
+make_trigger(const RmMigration *m, Oid relid)
+{
+	const char *rel_sql = rm_relation_sql(relid);
+	const char *name = quote_identifier(rm_trigger_name(m->id));
+	ObjectAddress trigger;
+	ObjectAddress column;
+
+	rm_execute(psprintf("CREATE TRIGGER %s BEFORE INSERT OR UPDATE ON %s"
+						" FOR EACH ROW EXECUTE FUNCTION " RM_SCHEMA ".sync(%lld)",
+						name, rel_sql, (long long) m->id));
+	rm_execute(psprintf("ALTER TABLE %s%s ENABLE ALWAYS TRIGGER %s",
+						rm_is_parted(m) ? "" : "ONLY ", rel_sql, name));
+	ObjectAddressSet(trigger, TriggerRelationId,
+					 get_trigger_oid(relid, rm_trigger_name(m->id), false));
+	ObjectAddressSubSet(column, RelationRelationId, relid,
+						rm_leaf_attnum(m->relid, m->new_attnum, relid));
+	recordDependencyOn(&trigger, &column, DEPENDENCY_NORMAL);
+	depend_on_expression(m, relid, m->tree);
+}
+
+/*
+ * The same of a child that has come since the others got theirs, with all that
+ * they have: see rm_leaves_arm().  The caller holds a lock that keeps its writers
+ * away.
+ */
+void
+rm_sync_trigger_make(const RmMigration *m, Oid relid)
+{
+	make_trigger(m, relid);
+	depend_on_expression(m, relid, m->reverse_tree);
+	if (!m->swapped)
+		bind_column(m, relid);
+	CommandCounterIncrement();
+}
+
+/*
+ * The sync triggers go, and the column of that number, from the whole tree.  Whoever
+ * inherits a column that he has defined himself too, as he must who comes with ALTER
+ * TABLE ... INHERIT, keeps it when the parent's is dropped.  The tree is locked; what
+ * somebody else has dropped already is no error.
+ */
+void
+rm_drop_trigger_and_column(const RmMigration *m, AttrNumber attnum)
+{
+	HeapTuple	att;
+	char	   *column;
+	ListCell   *lc;
+
+	foreach(lc, tables_with_trigger(m))
+		rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
+							quote_identifier(rm_trigger_name(m->id)),
+							rm_relation_sql(lfirst_oid(lc))));
+	att = SearchSysCacheAttNum(m->relid, attnum);	/* NULL if dropped */
+	if (!HeapTupleIsValid(att))
 		return;
-	ObjectAddressSet(trigger, TriggerRelationId, trigger_oid(m));
-	recordDependencyOnSingleRelExpr(&trigger, stringToNode(m->reverse_tree), m->relid,
-									DEPENDENCY_NORMAL, DEPENDENCY_NORMAL, false);
+	column = pstrdup(NameStr(((Form_pg_attribute) GETSTRUCT(att))->attname));
+	ReleaseSysCache(att);
+	foreach(lc, rm_tree(m->relid))
+		if (get_attnum(lfirst_oid(lc), column) != InvalidAttrNumber)
+			rm_execute(psprintf("ALTER TABLE %s DROP COLUMN %s", rm_relation_sql(lfirst_oid(lc)),
+								quote_identifier(column)));
 }
 
 /* shadow column and sync trigger, in this one transaction */
@@ -389,22 +528,20 @@ static void
 make_column_and_trigger(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *alter = rm_alter_sql(m);
-	const char *trigger = quote_identifier(rm_trigger_name(m->id));
 	Relation	rel;
+	ListCell   *lc;
 
-	rm_execute(psprintf("%s ADD COLUMN %s %s", alter,
+	rm_execute(psprintf("%s ADD COLUMN %s %s", rm_alter_sql(m),
 						quote_identifier(m->new_column), m->new_type));
 	m->new_attnum = get_attnum(m->relid, m->new_column);
-	rm_execute(psprintf("CREATE TRIGGER %s BEFORE INSERT OR UPDATE ON %s"
-						" FOR EACH ROW EXECUTE FUNCTION " RM_SCHEMA ".sync(%lld)",
-						trigger, rm_relation_sql(m->relid), (long long) m->id));
-	rm_execute(psprintf("%s ENABLE ALWAYS TRIGGER %s", alter, trigger));
-	record_dependencies(m);
+	foreach(lc, tables_with_trigger(m))
+		make_trigger(m, lfirst_oid(lc));
+	rm_bind_shadow_column(m);
 	CommandCounterIncrement();
 
 	m->rows_done = 0;
-	if (rm_is_parted(m))
+	m->by_leaf = false;
+	if (rm_is_parted(m) || list_length(rm_tree(m->relid)) > 1)
 	{
 		rm_leaves_begin(m);
 		return;
@@ -414,23 +551,13 @@ make_column_and_trigger(RmRun *run)
 	table_close(rel, NoLock);
 }
 
-/* both gone again; what somebody else has dropped already is no error */
+/* both gone again */
 static void
 drop_column_and_trigger(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *rel_sql = rm_relation_sql(m->relid);
-	HeapTuple	att;
 
-	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
-						quote_identifier(rm_trigger_name(m->id)), rel_sql));
-	att = SearchSysCacheAttNum(m->relid, m->new_attnum);	/* NULL if dropped */
-	if (HeapTupleIsValid(att))
-	{
-		rm_execute(psprintf("%s DROP COLUMN %s", rm_alter_sql(m),
-							quote_identifier(NameStr(((Form_pg_attribute) GETSTRUCT(att))->attname))));
-		ReleaseSysCache(att);
-	}
+	rm_drop_trigger_and_column(m, m->new_attnum);
 	m->new_attnum = 0;
 	m->enforced = false;
 }
@@ -495,7 +622,7 @@ estimate_rows(const RmMigration *m)
 	ListCell   *lc;
 	double		sum = 0;
 
-	foreach(lc, rm_leaves(m->relid))
+	foreach(lc, rm_tree_leaves(m->relid))
 	{
 		Relation	rel = table_open(lfirst_oid(lc), NoLock);
 		BlockNumber pages;
@@ -523,6 +650,7 @@ add_column_apply(RmRun *run)
 	rm_check_ground(m, rel);
 	rm_check_owner(m->relid, m->relation);
 	rm_three_step_refuse(rel, &def, m->new_column);
+	rm_refuse_relatives(m->relid);
 	run->old_storage = rm_relation_storage(m->relid);
 	table_close(rel, NoLock);
 	m->rows_estimated = estimate_rows(m);
@@ -616,7 +744,8 @@ typedef struct Enforce
 	bool		begun;			/* its first transaction has committed */
 	bool		converting;
 	bool		careful;
-	bool		nullable;		/* the old column allows NULL */
+	bool		nullable;		/* the old column, of the leaf under way, allows NULL */
+	bool		not_null_later; /* see takes_not_null_later() */
 	bool		validating;		/* VALIDATE CONSTRAINT is under way */
 	bool		invalid;		/* ... and has found a row */
 	int64		xact_checked;
@@ -650,7 +779,7 @@ find_unproven(const RmMigration *m)
 	ListCell   *lc;
 	bool		valid;
 
-	foreach(lc, rm_leaves(m->relid))
+	foreach(lc, rm_tree_leaves(m->relid))
 		if (OidIsValid(find_check_of(m, lfirst_oid(lc), &valid)) && !valid)
 			return lfirst_oid(lc);
 	return InvalidOid;
@@ -664,7 +793,7 @@ find_check(const RmMigration *m, bool *valid)
 	Oid			oid = InvalidOid;
 
 	*valid = true;
-	foreach(lc, rm_leaves(m->relid))
+	foreach(lc, rm_tree_leaves(m->relid))
 	{
 		bool		leaf_valid;
 
@@ -674,13 +803,22 @@ find_check(const RmMigration *m, bool *valid)
 		*valid &= leaf_valid;
 	}
 	/* a partitioned table may have no leaves at all */
-	if (rm_is_parted(m) && (oid != InvalidOid || rm_leaves(m->relid) == NIL))
+	if (rm_is_parted(m) && (oid != InvalidOid || rm_tree_leaves(m->relid) == NIL))
 		oid = get_relation_constraint_oid(m->relid, rm_check_name(m), true);
 	return oid;
 }
 
-static bool
-attribute_not_null(Oid relid, AttrNumber attnum)
+/* it goes, if it is there, from all leaves */
+static void
+drop_check(const RmMigration *m)
+{
+	if (OidIsValid(get_relation_constraint_oid(m->relid, rm_check_name(m), true)))
+		rm_execute(psprintf("%s DROP CONSTRAINT %s", rm_alter_sql(m),
+							quote_identifier(rm_check_name(m))));
+}
+
+bool
+rm_is_not_null(Oid relid, AttrNumber attnum)
 {
 	HeapTuple	tup = SearchSysCache2(ATTNUM, ObjectIdGetDatum(relid),
 									  Int16GetDatum(attnum));
@@ -919,10 +1057,10 @@ begin_verification(RmRun *run)
 	RmMigration *m = run->m;
 	Enforce    *e = run->work;
 
-	e->nullable = !attribute_not_null(m->relid, m->attnum);
+	e->nullable = !rm_is_not_null(m->relid, m->attnum);
 	m->trigger_xmin = rm_trigger_xmin(m);
 	forget_rows(m);
-	if (rm_is_parted(m))
+	if (m->by_leaf)
 		rm_leaves_reset(m);
 	e->checked = e->failures = e->nulled = e->mended = 0;
 	m->phase = ENFORCE_VERIFY;
@@ -932,7 +1070,7 @@ begin_verification(RmRun *run)
 static void
 verify_again(RmMigration *m)
 {
-	if (!rm_is_parted(m))
+	if (!m->by_leaf)
 	{
 		m->phase = ENFORCE_BEGIN;
 		return;
@@ -943,19 +1081,31 @@ verify_again(RmMigration *m)
 }
 
 /*
- * Of a partitioned table, whose tree is locked: has each leaf been verified with
- * the trigger that it has now?
+ * Where there are leaves, and the tree is locked: has each been verified with the
+ * trigger that it has now?
  */
 static bool
 leaves_verified(RmMigration *m)
 {
-	if (!rm_is_parted(m))
+	if (!m->by_leaf)
 		return true;
 	rm_leaves_check_again(m);
 	if (!rm_leaves_done(m))
 		return false;
 	m->trigger_xmin = rm_trigger_xmin(m);
 	return true;
+}
+
+/*
+ * Would NOT NULL on the shadow column refuse others' writes?  A child that is made
+ * in the middle of the migration inherits it, but has no trigger yet.  So where there
+ * are children it is set in the exchange, proven by a CHECK for each of them
+ * (NO INHERIT) like other constraints of the column.
+ */
+static bool
+takes_not_null_later(const RmMigration *m)
+{
+	return m->by_leaf && !rm_is_parted(m);
 }
 
 /* the part without strong locks: every row equals the expression's value */
@@ -966,6 +1116,8 @@ verify(RmRun *run, Relation rel)
 	Enforce    *e = run->work;
 	BlockNumber end;
 
+	e->nullable = !rm_is_not_null(RelationGetRelid(rel),
+									  rm_leaf_attnum(m->relid, m->attnum, RelationGetRelid(rel)));
 	if (m->relfilenode != rel->rd_rel->relfilenode)
 	{
 		/* rewritten: pages have other numbers */
@@ -1002,8 +1154,8 @@ verify(RmRun *run, Relation rel)
 }
 
 /*
- * One transaction's worth of it.  Of a partitioned table the leaves come one
- * after the other; a transaction in between chooses the next.
+ * One transaction's worth of it.  Leaves come one after the other; a transaction in
+ * between chooses the next.
  */
 static void
 verify_some(RmRun *run)
@@ -1011,8 +1163,10 @@ verify_some(RmRun *run)
 	RmMigration *m = run->m;
 	Relation	rel;
 
-	if (rm_is_parted(m) && (m->phase == ENFORCE_BEGIN || !OidIsValid(m->leaf)))
+	if (m->by_leaf && (m->phase == ENFORCE_BEGIN || !OidIsValid(m->leaf)))
 	{
+		if (rm_leaves_arm(run))
+			return;
 		if (m->phase == ENFORCE_BEGIN)
 			begin_verification(run);
 		rm_ranges_forget(m);
@@ -1048,7 +1202,8 @@ enforce_help(RmRun *run)
 
 	if (e == NULL)
 		e = run->work = MemoryContextAllocZero(run->cxt, sizeof(Enforce));
-	e->nullable = !attribute_not_null(m->relid, m->attnum);
+	e->nullable = !rm_is_not_null(run->range.relid,
+									  rm_leaf_attnum(m->relid, m->attnum, run->range.relid));
 	e->xact_checked = e->xact_failures = e->xact_nulled = e->xact_mended = 0;
 	m->leaf = run->range.relid == m->relid ? InvalidOid : run->range.relid;
 	m->relfilenode = run->range.relfilenode;
@@ -1069,7 +1224,7 @@ enforce_help(RmRun *run)
 static bool
 trigger_unchanged(const RmMigration *m)
 {
-	if (!rm_is_parted(m))
+	if (!m->by_leaf)
 		return m->trigger_xmin == rm_trigger_xmin(m);
 	/* until all leaves are verified, each has its own */
 	return m->phase <= ENFORCE_ADD_CHECK || m->trigger_xmin == rm_trigger_xmin(m);
@@ -1092,7 +1247,12 @@ enforce_apply(RmRun *run)
 	/* a new run, also after a crash: what was verified then is not enough */
 	if (!e->begun && m->phase < ENFORCE_VALIDATE)
 		m->phase = ENFORCE_BEGIN;
+	if (m->phase == ENFORCE_LATE_LEAVES)
+		verify_again(m);
 	e->xact_checked = e->xact_failures = e->xact_nulled = e->xact_mended = 0;
+	/* nor is it if it was of a table that has got its first child meanwhile */
+	if (rm_leaves_discover(m))
+		m->phase = ENFORCE_BEGIN;
 	/* nor is it if the trigger was switched off for a moment */
 	if (m->phase != ENFORCE_BEGIN && !trigger_unchanged(m))
 		verify_again(m);
@@ -1128,6 +1288,8 @@ enforce_apply(RmRun *run)
 		return RM_STEP_AGAIN;
 	}
 	alter = rm_alter_sql(m);
+	e->nullable = !rm_is_not_null(m->relid, m->attnum);
+	e->not_null_later = takes_not_null_later(m);
 	if (!OidIsValid(leaf))
 		run->old_storage = rm_relation_storage(m->relid);
 	if (e->invalid)
@@ -1157,7 +1319,9 @@ enforce_apply(RmRun *run)
 				break;
 			}
 			set_enforced(m, true);
-			if (e->nullable)
+			if (e->not_null_later)
+				drop_check(m);	/* of a time when there were no children */
+			if (e->nullable || e->not_null_later)
 				return RM_STEP_DONE;
 			if (!OidIsValid(find_check(m, &valid)))
 				rm_execute(psprintf("%s ADD CONSTRAINT %s CHECK (%s IS NOT NULL) NOT VALID",
@@ -1230,7 +1394,9 @@ enforce_committed(RmRun *run, RmStepResult result)
 						checked, run->relation, (long long) e->mended)));
 	else
 		ereport(NOTICE,
-				(errmsg("%s rows of %s verified equal, %lld mended; the new column is NOT NULL",
+				(errmsg(e->not_null_later ?
+						"%s rows of %s verified equal, %lld mended; the new column becomes NOT NULL in the swap" :
+						"%s rows of %s verified equal, %lld mended; the new column is NOT NULL",
 						checked, run->relation, (long long) e->mended)));
 }
 
@@ -1260,19 +1426,14 @@ static RmStepResult
 enforce_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
-	const char *alter;
-	bool		valid;
 
 	rm_lock_tree(run, AccessExclusiveLock);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
-	alter = rm_alter_sql(m);
-	if (OidIsValid(find_check(m, &valid)))
-		rm_execute(psprintf("%s DROP CONSTRAINT %s", alter,
-							quote_identifier(rm_check_name(m))));
-	if (attribute_not_null(m->relid, m->new_attnum))
+	drop_check(m);
+	if (rm_is_not_null(m->relid, m->new_attnum))
 		rm_execute(psprintf("%s ALTER COLUMN %s DROP NOT NULL",
-							alter, column_sql(m, m->new_attnum)));
+							rm_alter_sql(m), column_sql(m, m->new_attnum)));
 	set_enforced(m, false);
 	return RM_STEP_DONE;
 }

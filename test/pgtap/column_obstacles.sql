@@ -166,8 +166,31 @@ SELECT bag_eq($$SELECT obstacles('o.tree')$$, ARRAY[
 
 CREATE TABLE o.parent (c int);
 CREATE TABLE o.heir () INHERITS (o.parent);
-SELECT bag_eq($$SELECT obstacles('o.parent')$$, ARRAY['inheritance | o.heir | it inherits from the table'], 'a parent');
-SELECT bag_eq($$SELECT obstacles('o.heir')$$, ARRAY['inheritance | o.parent | the table inherits from it'], 'an heir');
+CREATE TABLE o.other_parent (c int);
+CREATE TABLE o.far_heir () INHERITS (o.heir, o.other_parent);
+CREATE MATERIALIZED VIEW o.of_far_heir AS SELECT c FROM o.far_heir;
+CREATE TEMP TABLE session_heir () INHERITS (o.parent);
+RESET ROLE;
+CREATE FOREIGN DATA WRAPPER elsewhere;
+CREATE SERVER elsewhere FOREIGN DATA WRAPPER elsewhere;
+CREATE FOREIGN TABLE o.foreign_heir () INHERITS (o.parent) SERVER elsewhere;
+ALTER FOREIGN TABLE o.foreign_heir OWNER TO rm_tap_owner;
+ALTER TABLE o.heir ADD CONSTRAINT heir_c UNIQUE (c);
+ALTER TABLE o.parent ADD CONSTRAINT to_heir FOREIGN KEY (c) REFERENCES o.heir (c);
+SET ROLE rm_tap_owner;
+SELECT bag_eq($$SELECT regexp_replace(obstacles('o.parent'), 'pg_temp\w*', 'pg_temp')$$, ARRAY[
+	'child table | o.foreign_heir | it is no ordinary table',
+	'child table | o.far_heir | it inherits the column from several tables',
+	'child table | pg_temp.session_heir | it belongs to a session',
+	'foreign key | to_heir on o.parent | it refers to another table of the same tree',
+	'materialized view | o.of_far_heir | it stores what it has read'], 'a parent, and what its children have');
+RESET ROLE;
+ALTER TABLE o.far_heir OWNER TO rm_tap_other;
+SET ROLE rm_tap_owner;
+SELECT bag_has($$SELECT obstacles('o.parent')$$, $$VALUES ('child table | o.far_heir | it has another owner')$$, 'an heir of somebody else''s');
+SELECT bag_eq($$SELECT obstacles('o.far_heir')$$, ARRAY['inherited column | o.heir | the column is inherited from it',
+	'inherited column | o.other_parent | the column is inherited from it',
+	'materialized view | o.of_far_heir | it stores what it has read'], 'an heir');
 
 CREATE TABLE o.row (c int);
 CREATE VIEW o.row_view AS SELECT c FROM o.row;

@@ -182,6 +182,10 @@ CREATE TABLE parent (v varchar(50));
 CREATE TABLE child (w int, CHECK (v <> 'never')) INHERITS (parent);
 INSERT INTO child SELECT g, g FROM generate_series(1, 10001) g;
 SELECT p.* FROM prove('parent', 'v', 'varchar(100)') p;
+-- what ALTER TABLE changes in all that inherit it, three_step does; what it refuses, nobody does
+SELECT method, reason, refusals FROM rm_advise('parent', 'v', 'int', 'v::int');
+SELECT method, reason, refusals FROM rm_advise('child', 'v', 'text');
+SELECT method FROM rm_advise('child', 'w', 'bigint');
 
 -- 6. Small: by size and a count, never by an estimate
 CREATE TABLE counted (v int) WITH (autovacuum_enabled = off);

@@ -271,7 +271,28 @@ CREATE FOREIGN TABLE a_foreign_table (v text) SERVER regress_rm_server;
 CREATE TABLE parted (id int, v text) PARTITION BY RANGE (id);
 CREATE TABLE part PARTITION OF parted FOR VALUES FROM (0) TO (10);
 CREATE TABLE parent (id int, v text);
-CREATE TABLE child () INHERITS (parent);
+CREATE TABLE child (w text) INHERITS (parent);
+CREATE TABLE grandchild () INHERITS (child);
+CREATE TABLE far (id int, v text);
+CREATE FOREIGN TABLE far_child () INHERITS (far) SERVER regress_rm_server;
+CREATE TABLE of_all (id int, v text);
+CREATE TEMP TABLE of_session () INHERITS (of_all);
+CREATE TABLE first_parent (v text);
+CREATE TABLE second_parent (v text);
+CREATE TABLE of_both () INHERITS (first_parent, second_parent);
+CREATE TABLE top (v text);
+CREATE TABLE left_side () INHERITS (top);
+CREATE TABLE right_side () INHERITS (top);
+CREATE TABLE bottom () INHERITS (left_side, right_side);
+CREATE TABLE owned (v text);
+CREATE TABLE owned_by_another () INHERITS (owned);
+ALTER TABLE owned_by_another OWNER TO regress_rm_other;
+CREATE TABLE name_free (v text);
+CREATE TABLE name_new (v_new int) INHERITS (name_free);
+CREATE TABLE name_free_too (v text);
+CREATE TABLE name_old (v_old int) INHERITS (name_free_too);
+CREATE TABLE nullable (v text);
+CREATE TABLE not_nullable (v text NOT NULL) INHERITS (nullable);
 CREATE TEMP TABLE temporary_table (v text);
 CREATE TABLE typed OF a_composite;
 CREATE TABLE has_new (v text, v_new text);
@@ -297,9 +318,26 @@ CALL rm_add_column('parted', 'id', 'bigint');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('part', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
-CALL rm_add_column('parent', 'v', 'int', 'v::int');
-\echo SQLSTATE :SQLSTATE
+-- by inheritance: what ALTER TABLE refuses, and children that cannot be changed
 CALL rm_add_column('child', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('grandchild', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('far', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('of_all', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('first_parent', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('top', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('owned', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('name_free', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_add_column('name_free_too', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_alter_type('nullable', 'v', 'int', 'v::int', on_error => 'null');
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('temporary_table', 'v', 'int', 'v::int');
 \echo SQLSTATE :SQLSTATE
@@ -906,6 +944,29 @@ CALL rm_add_column('plain', 'v', 'int', 'v::int + nothing');
 CALL rm_add_column('plain', 'v', 'numeric(10', 'v::int');
 \echo SQLSTATE :SQLSTATE
 SELECT public.picture() = :'before' AS nothing_changed;
+-- one migration in a tree at a time
+CALL rm_add_column('parent', 'v', 'int', 'v::int');
+CALL rm_add_column('child', 'w', 'int', 'w::int');
+\echo SQLSTATE :SQLSTATE
+CALL rm_rollback();
+CALL rm_add_column('child', 'w', 'int', 'w::int');
+CALL rm_add_column('parent', 'v', 'int', 'v::int');
+\echo SQLSTATE :SQLSTATE
+-- children that come meanwhile and cannot be changed
+CALL rm_rollback();
+CALL rm_add_column('parent', 'v', 'int', 'v::int');
+CALL rm_backfill_batched();
+CREATE FOREIGN TABLE late_foreign () INHERITS (parent) SERVER regress_rm_server;
+CALL rm_enforce_not_null();
+\echo SQLSTATE :SQLSTATE
+DROP FOREIGN TABLE late_foreign;
+CALL rm_enforce_not_null();
+CREATE TABLE late_parent (v text);
+CREATE TABLE late_child () INHERITS (parent, late_parent);
+CALL rm_swap();
+\echo SQLSTATE :SQLSTATE
+DROP TABLE late_child;
+CALL rm_rollback();
 DROP FUNCTION refused(text);
 
 -- whatever was refused after its step had begun is in the log as failed, and

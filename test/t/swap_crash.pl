@@ -1,7 +1,7 @@
 # Killed anywhere between the first step and the cleanup, or on the way back,
 # the migration goes on from where it was.
 #
-# A table, plain or partitioned, with indexes, a unique constraint, CHECKs and
+# A table, plain, partitioned or with children, with indexes, a unique constraint, CHECKs and
 # foreign keys is written by pgbench all the time.  Each row says in its column "truth" what its column
 # "at" must hold, whatever type that has at the moment.  A session runs the
 # whole migration; the server is killed after a random time, started again, and
@@ -20,7 +20,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-my $rounds = $ENV{RM_ROUNDS} // 6;
+my $rounds = $ENV{RM_ROUNDS} // 4;
 my $seed = $ENV{RM_SEED} // time;
 srand($seed);
 note "RM_SEED=$seed RM_ROUNDS=$rounds";
@@ -45,8 +45,20 @@ sub sql
 	return $node->safe_psql('postgres', $query);
 }
 
+# what makes the table one of that kind: in its definition, before it has rows, and after
 my %kinds = (
-	plain => ['', ''],
+	plain => ['', '', ''],
+	inherited => [
+		'', q{
+CREATE TABLE item_a (CONSTRAINT "A key" PRIMARY KEY (at, id)) INHERITS (item);
+CREATE TABLE item_b (at varchar(50) NOT NULL, extra text, n int REFERENCES peer, UNIQUE (id), CHECK (at <> extra)) INHERITS (item);
+CREATE TABLE item_c (CHECK (at <> 'c')) INHERITS (item_a);
+CREATE INDEX item_c_at ON item_c (at);
+}, q{
+WITH moved AS (DELETE FROM ONLY item WHERE id % 4 = 1 RETURNING *) INSERT INTO item_a SELECT * FROM moved;
+WITH moved AS (DELETE FROM ONLY item WHERE id % 4 = 2 RETURNING *) INSERT INTO item_b SELECT * FROM moved;
+WITH moved AS (DELETE FROM ONLY item WHERE id % 4 = 3 RETURNING *) INSERT INTO item_c SELECT * FROM moved;
+}],
 	partitioned => [
 		'PARTITION BY RANGE (id)', qq{
 CREATE TABLE item_0 PARTITION OF item FOR VALUES FROM (MINVALUE) TO (5000);
@@ -54,7 +66,7 @@ CREATE TABLE item_1 PARTITION OF item FOR VALUES FROM (5000) TO ($rows) PARTITIO
 CREATE TABLE item_1_0 PARTITION OF item_1 FOR VALUES WITH (MODULUS 2, REMAINDER 0);
 CREATE TABLE item_1_1 PARTITION OF item_1 FOR VALUES WITH (MODULUS 2, REMAINDER 1);
 CREATE TABLE item_rest PARTITION OF item DEFAULT;
-}]);
+}, '']);
 my $kind;
 
 my $setup = qq{
@@ -66,6 +78,7 @@ CREATE TABLE item (id bigserial PRIMARY KEY, at varchar(50) NOT NULL, truth text
 INSERT INTO item (at, truth, n)
 	SELECT t, t, 1 + g % 100 FROM generate_series(1, $rows) g,
 		LATERAL (SELECT (timestamp '2024-01-01' + g * interval '1 s')::text AS t) x;
+%s
 CREATE INDEX item_at ON item (at DESC) INCLUDE (n);
 CREATE INDEX item_some ON item (n) WHERE at IS NOT NULL;
 CREATE STATISTICS item_st ON at, n FROM item;
@@ -88,23 +101,23 @@ END;
 # what is known of the table in the catalogs, without what is in its rows
 my $shape = q{
 SELECT string_agg(line, E'\n' ORDER BY line) FROM (
-	SELECT format('column %s %s %s %s %s %s %s', attrelid::regclass, attname, format_type(atttypid, atttypmod), attnotnull,
-		attinhcount, col_description(attrelid, attnum), pg_get_expr(adbin, adrelid))
+	SELECT format('column %s %s %s %s %s %s %s %s', attrelid::regclass, attname, format_type(atttypid, atttypmod), attnotnull,
+		attinhcount, attislocal, col_description(attrelid, attnum), pg_get_expr(adbin, adrelid))
 	FROM risky_migrations.members('item'::regclass) m JOIN pg_attribute ON attrelid = m
 	LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
 	WHERE attnum > 0 AND NOT attisdropped
 	UNION ALL SELECT format('index %s %s %s', pg_get_indexdef(indexrelid), indisvalid, inhparent::regclass)
 	FROM risky_migrations.members('item'::regclass) m JOIN pg_index ON indrelid = m LEFT JOIN pg_inherits ON inhrelid = indexrelid
-	UNION ALL SELECT format('constraint %s %s %s %s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid), convalidated,
-		coninhcount, conparentid <> 0)
+	UNION ALL SELECT format('constraint %s %s %s %s %s %s %s', conrelid::regclass, conname, pg_get_constraintdef(oid), convalidated,
+		coninhcount, conislocal, conparentid <> 0)
 	FROM risky_migrations.members('item'::regclass) m JOIN pg_constraint ON conrelid = m
-	UNION ALL SELECT format('trigger %s', tgname) FROM pg_trigger WHERE tgrelid = 'item'::regclass AND NOT tgisinternal
+	UNION ALL SELECT format('trigger %s', tgname) FROM pg_trigger WHERE tgrelid IN (SELECT risky_migrations.members('item'::regclass)) AND NOT tgisinternal
 	UNION ALL SELECT format('statistics %s', stxname) FROM pg_statistic_ext WHERE stxrelid = 'item'::regclass
 	UNION ALL SELECT format('relation %s', relname) FROM pg_class WHERE relname ~ '^rm_[a-z]+_[0-9]') f (line)};
 
 sub make_table
 {
-	sql('DROP TABLE IF EXISTS item, peer; DELETE FROM risky_migrations.migration; '
+	sql('DROP TABLE IF EXISTS item, peer CASCADE; DELETE FROM risky_migrations.migration; '
 		. sprintf($setup, @{ $kinds{$kind} }));
 	return;
 }
