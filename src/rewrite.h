@@ -14,6 +14,7 @@
 #include "migration.h"
 #include "nodes/execnodes.h"
 #include "storage/itemptr.h"
+#include "utils/snapshot.h"
 
 /* positions in the list of steps */
 typedef enum RmRewriteStep
@@ -67,6 +68,8 @@ typedef struct RmRewrite
 	int64		rows_failed;	/* at the last catch-up: rows without a new version */
 	char	   *fingerprint;	/* of the catalogs when the indexes were built, or NULL */
 	Snapshot	snapshot;		/* to be read with, or NULL: a new one each time */
+	/* not of the row: of the last round in this transaction */
+	struct RmMark *mark;
 } RmRewrite;
 
 /* pages of the shadow in one chunk */
@@ -77,6 +80,17 @@ typedef struct RmRewrite
 /* a place in the table as the chunks have it, and the first one of a page */
 #define RM_ROW_PLACE(block, offset) (((int64) (block) << 16) | (offset))
 #define RM_PAGE_PLACE(block) RM_ROW_PLACE(block, 0)
+
+/*
+ * When a round was: what its snapshot saw, and its own transaction.  Outlives the
+ * snapshot, which would hold back VACUUM.
+ */
+typedef struct RmMark
+{
+	Oid			relid;			/* of the table */
+	TransactionId xid;
+	SnapshotData snapshot;		/* of the lists of xids and nothing else */
+} RmMark;
 
 /* rows that are made at once */
 #define RM_TRANSFER_ROWS 128
@@ -159,6 +173,11 @@ extern int64 rm_log_count(Relation log, Snapshot snapshot, int64 limit);
 /* rewrite_replay.c */
 extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
 extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
+
+/* rewrite_versions.c */
+extern RmMark *rm_mark_of(Oid relid, Snapshot snapshot);
+extern RmMark *rm_mark_copy(const RmMark *mark, MemoryContext cxt);
+extern bool rm_replay_versions(RmRun *run, RmRewrite *rw, Relation rel, const RmMark *mark);
 
 extern const RmStep rm_step_rewrite_begin;
 extern const RmStep rm_step_rewrite_copy;

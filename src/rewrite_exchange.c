@@ -7,16 +7,17 @@
  * partition in one transaction, but for the ALTER TABLE, which is run on the
  * partitioned table and goes down by itself.)
  *
- * When the shadow is complete, verified and nearly up to date, all snapshots that
- * are older than the last rounds of catching up are waited out, holding nothing.
+ * When the shadow is complete, verified and nearly up to date there is one more
+ * round, and all snapshots that are older than it are waited out, holding nothing.
+ * What comes after it is brought over version by version (rewrite_versions.c).
  * Then one transaction.  With SHARE UPDATE EXCLUSIVE on the table and on all whose
  * definition changes with it, which nobody minds who reads or writes, the
- * catalogs are read, and there is one more round.  Then with ACCESS EXCLUSIVE (asked
- * for while the weaker locks are held: bounded, and in a deadlock it is we who give
- * up):
+ * catalogs are read, and what there is in the log is replayed.  Then with ACCESS
+ * EXCLUSIVE (asked for while the weaker locks are held: bounded, and in a deadlock it
+ * is we who give up):
  *
  *	the rest of the log is replayed; if that is more than a few rows, the locks are
- *	let go and a round comes in between, so that the hold is bounded;
+ *	let go before, so that the hold is bounded;
  *	foreign keys on the column are put aside, views, rules, policies and triggers
  *	are dropped (their definitions have been read);
  *	the table gets a new, empty heap, and PostgreSQL's own ALTER TABLE changes the
@@ -30,12 +31,14 @@
  * were, and lets ANALYZE fill the statistics objects again.
  *
  * Who may be under way: nobody who has touched the table.  A transaction with a
- * snapshot taken after the last round but before the exchange, which first reads
- * the table after it (REPEATABLE READ), finds the rows that changed in that time
- * as the last round has left them, since what was replayed under the lock is of a
- * transaction that its snapshot does not see.  (After a blocking ALTER TABLE it
- * finds no row at all.)  Older snapshots do not exist in this database; on standbys
- * nobody waits for them.
+ * snapshot taken after the wait but before the exchange, which first reads the
+ * table after it (REPEATABLE READ, or a function that is STABLE), finds each row in
+ * the version of its snapshot.  (After a blocking ALTER TABLE it finds no row at
+ * all.)  Older snapshots do not exist in this database; on standbys nobody waits for
+ * them.  Where it cannot be told which versions a snapshot has to find (too many
+ * subtransactions at once, rows frozen in between), the round and the wait are begun
+ * again, MANY_WAITS times; after that, the rows that changed since the wait are left
+ * as of the last round for such a transaction.
  *
  * Easy to get wrong:
  *
@@ -99,13 +102,27 @@
 /* rows of the log that are replayed under the lock, at most */
 #define FEW_UNDER_LOCK 1000
 
+/* the same after the wait, without beginning it again; and how often it is begun again */
+#define FEW_AFTER_WAIT 50000
+#define MANY_WAITS 5
+
 enum
 {
-	CUT_ANALYZE,				/* statistics for the shadow */
+	CUT_ANALYZE,				/* statistics for the shadow, and a round */
 	CUT_WAIT,					/* for older snapshots */
-	CUT_ROUND,					/* once more, just before */
 	CUT_EXCHANGE
 };
+
+/* the step; lives across transactions */
+typedef struct CutOver
+{
+	RmSnapshotWait wait;
+	List	   *marks;			/* of RmMark, for the tables: the round before the wait */
+	List	   *new_marks;		/* of the transaction under way */
+	int			waits;			/* that were begun */
+	bool		again;			/* everybody has to be waited for once more */
+	bool		inexact;		/* that has been done often enough */
+} CutOver;
 
 /*-------------------------------------------------------------------------
  * Storage
@@ -665,23 +682,22 @@ refuse_failed_rows(RmRun *run, List *tables)
 }
 
 /*
- * A round for each table, all with one snapshot: who sees nothing of what comes
- * later (see the top of the file) must not find a row that has moved from one
- * partition to another in both, or in none.  False if something has to be done
- * before: *result is what the step returns.
+ * A round for each table, all with one snapshot; then snapshots older than this
+ * transaction have to be waited for.  False if something has to be done before:
+ * *result is what the step returns.
  */
 static bool
 replay_all(RmRun *run, List *tables, RmStepResult *result)
 {
+	CutOver    *c = run->work;
 	Snapshot	snapshot;
 	List	   *relids = NIL;
 	ListCell   *lc;
 
 	foreach(lc, tables)
 		relids = lappend_oid(relids, ((RmRewrite *) lfirst(lc))->relid);
-	if (relids == NIL)
-		return true;
-	rm_lock_relations(&run->locks, relids, AccessShareLock, run->tries);
+	if (relids != NIL)
+		rm_lock_relations(&run->locks, relids, AccessShareLock, run->tries);
 	if (!tables_stand(run, tables, result))
 		return false;
 	snapshot = RegisterSnapshot(GetTransactionSnapshot());
@@ -689,36 +705,68 @@ replay_all(RmRun *run, List *tables, RmStepResult *result)
 	{
 		RmRewrite  *rw = lfirst(lc);
 		Relation	rel = table_open(rw->relid, NoLock);
+		MemoryContext oldcxt;
 
 		rw->snapshot = snapshot;
 		(void) rm_replay_round(run, rw, rel, NULL);
 		rw->snapshot = NULL;
 		table_close(rel, NoLock);
+		if (rw->mark == NULL)
+			continue;
+		oldcxt = MemoryContextSwitchTo(run->cxt);
+		c->new_marks = lappend(c->new_marks, rm_mark_copy(rw->mark, run->cxt));
+		MemoryContextSwitchTo(oldcxt);
 	}
 	UnregisterSnapshot(snapshot);
 	return true;
 }
 
-/* what came since the last round; the tables are locked */
+/* the mark of that table's last round before the wait; NULL if there is none */
+static const RmMark *
+mark_of(const CutOver *c, const RmRewrite *rw)
+{
+	ListCell   *lc;
+
+	foreach(lc, c->marks)
+		if (((RmMark *) lfirst(lc))->relid == rw->relid)
+			return lfirst(lc);
+	return NULL;
+}
+
+/*
+ * What came since the wait, version by version; the tables are locked.  Where that
+ * cannot be had everybody is waited for again, until that was tried too often.
+ */
 static void
 replay_rest(RmRun *run, List *tables)
 {
+	CutOver    *c = run->work;
 	ListCell   *lc;
 
 	foreach(lc, tables)
 	{
 		RmRewrite  *rw = lfirst(lc);
 		Relation	rel = table_open(rw->relid, NoLock);
+		const RmMark *mark = mark_of(c, rw);
 
-		(void) rm_replay(run, rw, rel, NULL);
+		if (c->inexact)
+			(void) rm_replay(run, rw, rel, NULL);
+		else if (mark == NULL || !rm_replay_versions(run, rw, rel, mark))
+		{
+			c->again = true;
+			ereport(ERROR,
+					(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+					 errmsg("older snapshots have to be waited for again")));
+		}
+		rm_rewrite_save(rw);
 		table_close(rel, NoLock);
 	}
 	refuse_failed_rows(run, tables);
 }
 
-/* are there more changes than may be replayed while everybody waits? */
+/* are there more changes than so many? */
 static bool
-logs_are_long(List *tables)
+logs_are_long(List *tables, int64 limit)
 {
 	int64		n = 0;
 	ListCell   *lc;
@@ -728,13 +776,13 @@ logs_are_long(List *tables)
 	{
 		Relation	log = table_open(((RmRewrite *) lfirst(lc))->log, AccessShareLock);
 
-		n += rm_log_count(log, GetActiveSnapshot(), FEW_UNDER_LOCK + 1 - n);
+		n += rm_log_count(log, GetActiveSnapshot(), limit + 1 - n);
 		table_close(log, NoLock);
-		if (n > FEW_UNDER_LOCK)
+		if (n > limit)
 			break;
 	}
 	PopActiveSnapshot();
-	return n > FEW_UNDER_LOCK;
+	return n > limit;
 }
 
 /*
@@ -748,21 +796,22 @@ try_exchange(RmRun *run, List *tables)
 	RmStepResult result;
 	ExchangePlan *plan = make_plan(run, tables, &result);
 	ListCell   *lc;
+	bool		is_long;
 
 	if (plan == NULL)
 		return result;
+	is_long = logs_are_long(plan->tables, FEW_UNDER_LOCK);
 	replay_rest(run, plan->tables);
+	if (is_long)
+		return RM_STEP_AGAIN;
 
 	rm_lock_relations(&run->locks, plan->relids, AccessExclusiveLock, run->tries);
 	if (!tables_stand(run, plan->tables, &result))
 		return result;
 	if (!equal(plan->xmins, class_xmins(plan->relids)))
 		rm_refuse_just_changed(m);
-	if (logs_are_long(plan->tables))
-	{
-		m->phase = CUT_ROUND;
+	if (logs_are_long(plan->tables, FEW_UNDER_LOCK))
 		return RM_STEP_AGAIN;
-	}
 	replay_rest(run, plan->tables);
 	run->old_storage = rm_relation_storage(m->relid);
 	foreach(lc, plan->tables)
@@ -799,7 +848,7 @@ begin_run(RmRun *run, List *tables)
 {
 	ListCell   *lc;
 
-	run->work = MemoryContextAllocZero(run->cxt, sizeof(RmSnapshotWait));
+	run->work = MemoryContextAllocZero(run->cxt, sizeof(CutOver));
 	run->m->phase = CUT_ANALYZE;
 	foreach(lc, tables)
 	{
@@ -815,6 +864,7 @@ cut_over_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	RmStepResult result = RM_STEP_AGAIN;
+	CutOver    *c;
 	bool		begun = false;
 	List	   *tables;
 	ListCell   *lc;
@@ -826,6 +876,11 @@ cut_over_apply(RmRun *run)
 		begin_run(run, tables);
 		begun = true;
 	}
+	c = run->work;
+	c->new_marks = NIL;
+	if (c->again)
+		m->phase = CUT_ANALYZE;
+	c->again = false;
 	foreach(lc, tables)
 		if (((RmRewrite *) lfirst(lc))->steps_done < RM_REWRITE_CUT_OVER)
 			return rm_rewrite_back_to(run, lfirst(lc), ((RmRewrite *) lfirst(lc))->steps_done);
@@ -843,20 +898,17 @@ cut_over_apply(RmRun *run)
 			if (!replay_all(run, tables, &result))
 				return result;
 			refuse_failed_rows(run, tables);
+			c->wait = (RmSnapshotWait) {0};
+			c->inexact = ++c->waits > MANY_WAITS;
 			m->phase = CUT_WAIT;
 			break;
 
 		case CUT_WAIT:
-			if (rm_wait_for_snapshots(run, run->work, "the storage from being exchanged",
+			if (rm_wait_for_snapshots(run, &c->wait, "the storage from being exchanged",
 									  "with it, it would not find the rows that were changed since",
 									  psprintf("SELECT rm_resume(%lld)", (long long) m->id)))
-				m->phase = CUT_ROUND;
-			break;
-
-		case CUT_ROUND:
-			if (!replay_all(run, tables, &result))
-				return result;
-			m->phase = CUT_EXCHANGE;
+				m->phase = c->waits < MANY_WAITS && logs_are_long(tables, FEW_AFTER_WAIT) ?
+					CUT_ANALYZE : CUT_EXCHANGE;
 			break;
 
 		default:
@@ -865,9 +917,22 @@ cut_over_apply(RmRun *run)
 	return RM_STEP_AGAIN;
 }
 
+/* what was raised by replay_rest() is nobody's fault */
+static bool
+cut_over_retry(RmRun *run, ErrorData *error)
+{
+	CutOver    *c = run->work;
+
+	return c && c->again;
+}
+
 static void
 cut_over_committed(RmRun *run, RmStepResult result)
 {
+	CutOver    *c = run->work;
+
+	if (c && c->new_marks)
+		c->marks = c->new_marks;
 	if (!run->revert && result == RM_STEP_DONE)
 		ereport(NOTICE,
 				(errmsg("migration %lld: the rewritten storage has taken its place",
@@ -913,6 +978,7 @@ const RmStep rm_step_rewrite_cut_over = {
 	.revert = cut_over_revert,
 	.committed = cut_over_committed,
 	.explain = cut_over_explain,
+	.retry = cut_over_retry,
 };
 
 /*-------------------------------------------------------------------------

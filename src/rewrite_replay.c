@@ -148,67 +148,9 @@ rm_lookup_end(RmLookup *l)
  *-------------------------------------------------------------------------
  */
 
-/* a round under way */
-typedef struct Round
-{
-	RmTransfer *t;
-	Relation	log;
-	RmLookup   *source;			/* the table, by the snapshot */
-	RmLookup   *target;			/* the shadow, as it is */
-	Tuplesortstate *keys;		/* rows of the log, by key */
-	TupleTableSlot *log_slot;
-	TupleTableSlot *last_slot;	/* the key before */
-	TupleTableSlot *made_slot;	/* a new row */
-	FmgrInfo	equal[INDEX_MAX_KEYS];
-	bool		has_last;
-	int64		read;			/* rows of the log */
-} Round;
-
-static void
-begin_round(Round *r, RmTransfer *t)
-{
-	int			nkeys;
-	AttrNumber	attnums[INDEX_MAX_KEYS];
-	Oid			operators[INDEX_MAX_KEYS];
-	Oid			collations[INDEX_MAX_KEYS];
-	bool		nulls_first[INDEX_MAX_KEYS];
-
-	r->t = t;
-	r->log = table_open(t->rw->log, RowExclusiveLock);
-	r->source = rm_lookup_begin(t->rel, t->rw->key_index, t->snapshot);
-	/* what this very transaction has stored and deleted counts */
-	r->target = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(t->rw), SnapshotSelf);
-	r->log_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
-	r->last_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
-	r->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
-	nkeys = r->source->nkeys;
-	for (int i = 0; i < nkeys; i++)
-	{
-		attnums[i] = i + 1;
-		operators[i] = key_operator(r->source->index, i, BTLessStrategyNumber);
-		collations[i] = r->source->index->rd_indcollation[i];
-		nulls_first[i] = false;
-		fmgr_info(r->source->keys[i].sk_func.fn_oid, &r->equal[i]);
-	}
-	r->keys = tuplesort_begin_heap(RelationGetDescr(r->log), nkeys, attnums, operators, collations,
-								   nulls_first, maintenance_work_mem, NULL, TUPLESORT_RANDOMACCESS);
-}
-
-static void
-end_round(Round *r)
-{
-	ExecDropSingleTupleTableSlot(r->log_slot);
-	ExecDropSingleTupleTableSlot(r->last_slot);
-	ExecDropSingleTupleTableSlot(r->made_slot);
-	tuplesort_end(r->keys);
-	rm_lookup_end(r->source);
-	rm_lookup_end(r->target);
-	table_close(r->log, NoLock);
-}
-
 /* all that the snapshot sees of the log goes from there into the sort */
 static void
-read_log(Round *r)
+read_log(RmRound *r)
 {
 	TableScanDesc scan = table_beginscan(r->log, r->t->snapshot, 0, NULL);
 	TupleTableSlot *slot = table_slot_create(r->log, NULL);
@@ -226,9 +168,58 @@ read_log(Round *r)
 	tuplesort_performsort(r->keys);
 }
 
+/* takes what the log has, and is ready to go through its keys */
+RmRound *
+rm_round_begin(RmTransfer *t)
+{
+	RmRound    *r = palloc0(sizeof(RmRound));
+	int			nkeys;
+	AttrNumber	attnums[INDEX_MAX_KEYS];
+	Oid			operators[INDEX_MAX_KEYS];
+	Oid			collations[INDEX_MAX_KEYS];
+	bool		nulls_first[INDEX_MAX_KEYS];
+
+	r->t = t;
+	r->log = table_open(t->rw->log, RowExclusiveLock);
+	r->source = rm_lookup_begin(t->rel, t->rw->key_index, t->snapshot);
+	/* what this very transaction has stored and deleted counts */
+	r->target = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(t->rw), SnapshotSelf);
+	r->log_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
+	r->last_slot = MakeSingleTupleTableSlot(RelationGetDescr(r->log), &TTSOpsMinimalTuple);
+	r->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
+	r->key_row = MakeSingleTupleTableSlot(RelationGetDescr(t->rel), &TTSOpsVirtual);
+	nkeys = r->source->nkeys;
+	for (int i = 0; i < nkeys; i++)
+	{
+		attnums[i] = i + 1;
+		operators[i] = key_operator(r->source->index, i, BTLessStrategyNumber);
+		collations[i] = r->source->index->rd_indcollation[i];
+		nulls_first[i] = false;
+		fmgr_info(r->source->keys[i].sk_func.fn_oid, &r->equal[i]);
+	}
+	r->keys = tuplesort_begin_heap(RelationGetDescr(r->log), nkeys, attnums, operators, collations,
+								   nulls_first, maintenance_work_mem, NULL, TUPLESORT_RANDOMACCESS);
+	read_log(r);
+	return r;
+}
+
+void
+rm_round_end(RmRound *r)
+{
+	ExecDropSingleTupleTableSlot(r->log_slot);
+	ExecDropSingleTupleTableSlot(r->last_slot);
+	ExecDropSingleTupleTableSlot(r->made_slot);
+	ExecDropSingleTupleTableSlot(r->key_row);
+	tuplesort_end(r->keys);
+	rm_lookup_end(r->source);
+	rm_lookup_end(r->target);
+	table_close(r->log, NoLock);
+	pfree(r);
+}
+
 /* is the key in log_slot the one before? */
 static bool
-same_as_last(Round *r)
+same_as_last(RmRound *r)
 {
 	if (!r->has_last)
 		return false;
@@ -245,8 +236,8 @@ same_as_last(Round *r)
 }
 
 /* the next key, in log_slot; false at the end, after which it begins again */
-static bool
-next_key(Round *r)
+bool
+rm_round_next_key(RmRound *r)
 {
 	while (tuplesort_gettupleslot(r->keys, true, true, r->log_slot, NULL))
 	{
@@ -262,27 +253,28 @@ next_key(Round *r)
 	return false;
 }
 
-/* sets the key of a look-up from the log, in the types of the table */
-static void
-set_source_key(Round *r)
+/* sets the key of a look-up in the table */
+void
+rm_round_source_key(RmRound *r, RmLookup *l)
 {
-	for (int i = 0; i < r->source->nkeys; i++)
+	for (int i = 0; i < l->nkeys; i++)
 	{
 		bool		isnull;
 
-		r->source->keys[i].sk_argument = slot_getattr(r->log_slot, i + 1, &isnull);
+		l->keys[i].sk_argument = slot_getattr(r->log_slot, i + 1, &isnull);
 	}
 }
 
 /*
- * The same from the log: where the column that changes is part of the key, its
- * value is made from a row that has nothing but the key.  False if there can be no
- * such row, since the value does not convert.
+ * The same of one in the shadow: where the column that changes is part of the key,
+ * its value is made from a row that has nothing but the key.  False if there can
+ * be no such row, since the value does not convert.  Good until row_cxt is reset.
  */
-static bool
-make_target_key(Round *r, TupleTableSlot *key_row)
+bool
+rm_round_target_key(RmRound *r, RmLookup *l)
 {
 	RmTransfer *t = r->t;
+	TupleTableSlot *key_row = r->key_row;
 	bool		converts = false;
 	Datum		value;
 	bool		isnull;
@@ -297,49 +289,40 @@ make_target_key(Round *r, TupleTableSlot *key_row)
 			slot_getattr(r->log_slot, i + 1, &key_row->tts_isnull[attnum - 1]);
 		converts |= attnum == t->rw->attnum;
 	}
-	if (converts)
+	if (converts &&
+		(!rm_conversion_try(t->conv, key_row, t->row_cxt, &value, &isnull, &error) || isnull))
+		return false;
+	for (int i = 0; i < l->nkeys; i++)
 	{
-		if (!rm_conversion_try(t->conv, key_row, t->row_cxt, &value, &isnull, &error) || isnull)
-				return false;
-	}
-	for (int i = 0; i < r->target->nkeys; i++)
-	{
-		AttrNumber	attnum = rm_lookup_attnum(r->target, i);
+		AttrNumber	attnum = rm_lookup_attnum(l, i);
 
-		r->target->keys[i].sk_argument = converts && attnum == t->rw->attnum ? value :
+		l->keys[i].sk_argument = converts && attnum == t->rw->attnum ? value :
 			key_row->tts_values[attnum - 1];
 	}
 	return true;
 }
 
 static void
-delete_rows(Round *r)
+delete_rows(RmRound *r)
 {
-	TupleTableSlot *key_row = MakeSingleTupleTableSlot(RelationGetDescr(r->t->rel), &TTSOpsVirtual);
-
-	while (next_key(r))
+	while (rm_round_next_key(r))
 	{
 		MemoryContextReset(r->t->row_cxt);
-		if (!make_target_key(r, key_row))
+		if (!rm_round_target_key(r, r->target))
 			continue;
 		/* there is one at most, but look: what is left would be there twice */
 		while (rm_lookup(r->target))
 			simple_heap_delete(r->t->shadow, &r->target->slot->tts_tid);
 	}
-	ExecDropSingleTupleTableSlot(key_row);
 }
 
-/* stores a new row in the shadow, with its index entries */
-static void
-store_row(Round *r, HeapTuple tup)
+/* stores a new row in the shadow, with its index entries; its place is in made_slot */
+void
+rm_round_insert(RmRound *r, HeapTuple tup)
 {
 	RmTransfer *t = r->t;
 
 	ExecStoreHeapTuple(tup, r->made_slot, false);
-	/* keys that differ to the letter may be equal to the index */
-	rm_lookup_key_of(r->target, r->made_slot);
-	if (rm_lookup(r->target))
-		return;
 	table_tuple_insert(t->shadow, r->made_slot, GetCurrentCommandId(true), 0, NULL);
 	if (t->rri->ri_NumIndices > 0)
 		rm_insert_new_index_tuples(t->rri, r->made_slot, t->estate);
@@ -348,14 +331,14 @@ store_row(Round *r, HeapTuple tup)
 
 /* makes and stores the rows under way; what cannot be made is logged again */
 static void
-store_rows(Round *r)
+store_rows(RmRound *r)
 {
 	RmTransfer *t = r->t;
 
 	rm_transfer_make(t);
 	for (int i = 0; i < t->nrows; i++)
 		if (t->made[i])
-			store_row(r, t->made[i]);
+			rm_round_insert(r, t->made[i]);
 		else
 			rm_log_key(r->log, t->rows[i]);
 	ExecClearTuple(r->made_slot);
@@ -363,13 +346,13 @@ store_rows(Round *r)
 }
 
 static void
-insert_rows(Round *r)
+insert_rows(RmRound *r)
 {
 	RmTransfer *t = r->t;
 
-	while (next_key(r))
+	while (rm_round_next_key(r))
 	{
-		set_source_key(r);
+		rm_round_source_key(r, r->source);
 		if (!rm_lookup(r->source))
 			continue;			/* deleted */
 		if (rm_transfer_add_slot(t, r->source->slot))
@@ -399,20 +382,18 @@ count_rows(Relation rel, Snapshot snapshot)
 }
 
 /*
- * One round, in the transaction under way; rel is locked.  What
- * does not convert is recorded and its key logged again.  With counts, the rows of the table as of the round, and those of the shadow after
- * it.  Returns the number of log rows that were replayed.
+ * One round, in the transaction under way; rel is locked.  What does not convert
+ * is recorded and its key logged again.  With counts, the rows of the table as of
+ * the round, and those of the shadow after it.  Returns the number of log rows
+ * that were replayed.
  */
 int64
 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 {
-	RmTransfer *t;
-	Round	   *r = palloc0(sizeof(Round));
+	RmTransfer *t = rm_transfer_begin(run->m, rw, rel, ShareUpdateExclusiveLock, true);
+	RmRound    *r = rm_round_begin(t);
 	int64		replayed;
 
-	t = rm_transfer_begin(run->m, rw, rel, ShareUpdateExclusiveLock, true);
-	begin_round(r, t);
-	read_log(r);
 	delete_rows(r);
 	insert_rows(r);
 	rw->rows_failed = t->failed;
@@ -424,7 +405,8 @@ rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 		counts[0] = count_rows(rel, t->snapshot);
 		counts[1] = count_rows(t->shadow, SnapshotSelf) + t->failed;
 	}
-	end_round(r);
+	rw->mark = rm_mark_of(rw->relid, t->snapshot);
+	rm_round_end(r);
 	rm_transfer_end(t);
 	run->rows_changed += replayed;
 	return replayed;

@@ -256,7 +256,8 @@ sub make_dependents_sql
 	push @$base, "CREATE INDEX ix_hash ON $t USING hash ($c)" if chance(0.2);
 	push @$base, "CREATE INDEX ix_some ON $t (rid) WHERE $c IS NOT NULL" if chance(0.3);
 	push @$base, "CREATE INDEX ix_other ON $t (note, rid)" if chance(0.3);
-	push @$base, "COMMENT ON INDEX $1 IS 'an index'" if chance(0.3) && "@$base" =~ /CREATE INDEX (ix_\w+)/;
+	# (ALTER TABLE gives the comment to the indexes of the partitions too)
+	push @$base, "COMMENT ON INDEX $1 IS 'an index'" if chance(0.3) && !$s->{parted} && "@$base" =~ /CREATE INDEX (ix_\w+)/;
 	# constraints
 	push @$base, qq{ALTER TABLE $t ADD CONSTRAINT "ck some" CHECK ($c IS NOT NULL OR rid IS NOT NULL)} if chance(0.3);
 	push @$base, "ALTER TABLE $t ADD CONSTRAINT ck_range CHECK ($c > -1000)" . pick('', ' NOT VALID') if $s->{number} && chance(0.4);
@@ -429,10 +430,7 @@ sub transaction
 	  . "INSERT INTO $t (rid, $c) SELECT rid, $v FROM truth.ledger WHERE rid = $rid ON CONFLICT (rid) DO UPDATE SET $c = excluded.$c;\nCOMMIT;\n"
 	  if $what < 91 && $s->{upsert};
 	# it sees both tables as they were, whatever happens meanwhile
-	# (but not what changed between the last round of an online rewrite and its
-	# cut-over, if it has no lock yet: see rewrite_exchange.c)
 	return "BEGIN ISOLATION LEVEL REPEATABLE READ;\n" . join('', map { "SET LOCAL $_;\n" } @usual_settings)
-	  . (rewrites($s) ? "LOCK TABLE $t IN ACCESS SHARE MODE;\n" : '')
 	  . "SELECT 1 HAVING false;\nSELECT pg_sleep(" . pick(0, 0.02, 0.2) . ");\n"
 	  . "SELECT 'WRONG in a snapshot: ' || count(*) FROM truth.ledger l FULL JOIN $t t USING (rid)\n"
 	  . "WHERE (l.rid IS NULL OR t.rid IS NULL OR NOT l.bad AND t.$c\::text IS DISTINCT FROM l.truth)\n"
