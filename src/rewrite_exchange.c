@@ -99,8 +99,10 @@
 #include "utils/snapmgr.h"
 #include "utils/syscache.h"
 
-/* rows of the log that are replayed under the lock, at most */
-#define FEW_UNDER_LOCK 1000
+/* rows of the log that are replayed under the lock, at most: some 20 ms */
+#define FEW_UNDER_LOCK 300
+/* with more the lock is not asked for in the same transaction */
+#define FEW_BEFORE_LOCK 1000
 
 /* the same after the wait, without beginning it again; and how often it is begun again */
 #define FEW_AFTER_WAIT 50000
@@ -800,7 +802,7 @@ try_exchange(RmRun *run, List *tables)
 
 	if (plan == NULL)
 		return result;
-	is_long = logs_are_long(plan->tables, FEW_UNDER_LOCK);
+	is_long = logs_are_long(plan->tables, FEW_BEFORE_LOCK);
 	replay_rest(run, plan->tables);
 	if (is_long)
 		return RM_STEP_AGAIN;
