@@ -112,6 +112,7 @@ typedef struct Versions
 	const RmMark *mark;
 	VersionList table;
 	VersionList shadow;
+	TupleTableSlot *slot;		/* a row of the table */
 	MemoryContext cxt;
 	StampList	stamps;
 	Version		under_way[RM_TRANSFER_ROWS];	/* those of t->rows */
@@ -548,22 +549,17 @@ add_versions(Versions *v)
 	for (int i = 0; i < v->table.n; i++)
 	{
 		Version    *version = &v->table.versions[i];
-		TupleTableSlot *slot;
 
 		/* one that its own transaction has ended is seen by nobody */
 		if (!version->since || version->xmin == version->xmax ||
 			is_there(v, version->xmin, version->xmax, true))
 			continue;
-		slot = rm_transfer_next(t);
-		if (slot == NULL)
+		if (!table_tuple_fetch_row_version(t->rel, &version->tid, SnapshotAny, v->slot))
+			continue;			/* VACUUM has just removed it */
+		if (!rm_transfer_add_slot(t, v->slot))
 		{
 			store_versions(v);
-			slot = rm_transfer_next(t);
-		}
-		if (!table_tuple_fetch_row_version(t->rel, &version->tid, SnapshotAny, slot))
-		{
-			t->nrows--;			/* VACUUM has just removed it */
-			continue;
+			(void) rm_transfer_add_slot(t, v->slot);
 		}
 		v->under_way[t->nrows - 1] = *version;
 	}
@@ -597,6 +593,7 @@ rm_replay_versions(RmRun *run, RmRewrite *rw, Relation rel, const RmMark *mark)
 
 	v.table.lookup = rm_lookup_begin(rel, rw->key_index, SnapshotAny);
 	v.shadow.lookup = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(rw), SnapshotAny);
+	v.slot = table_slot_create(rel, NULL);
 	while (rm_round_next_key(v.r))
 		end_versions(&v);
 	/* what has ended is in nobody's way */
@@ -611,6 +608,7 @@ rm_replay_versions(RmRun *run, RmRewrite *rw, Relation rel, const RmMark *mark)
 		restamp(&v);
 	rw->rows_failed = t->failed;
 	run->rows_changed += v.r->read - t->failed;
+	ExecDropSingleTupleTableSlot(v.slot);
 	rm_lookup_end(v.table.lookup);
 	rm_lookup_end(v.shadow.lookup);
 	rm_round_end(v.r);
