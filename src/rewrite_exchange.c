@@ -887,7 +887,7 @@ cut_over_apply(RmRun *run)
 		if (((RmRewrite *) lfirst(lc))->steps_done < RM_REWRITE_CUT_OVER)
 			return rm_rewrite_back_to(run, lfirst(lc), ((RmRewrite *) lfirst(lc))->steps_done);
 	/* not each time: there may be many, and each look takes milliseconds */
-	if ((begun || m->phase == CUT_ROUND) && !indexes_complete(run, tables, &result))
+	if (begun && !indexes_complete(run, tables, &result))
 		return result;
 	/* what a failure would take back is not done by those who try again */
 	if (begun)
