@@ -808,8 +808,17 @@ try_exchange(RmRun *run, List *tables)
 		return RM_STEP_AGAIN;
 
 	rm_lock_relations(&run->locks, plan->relids, AccessExclusiveLock, run->tries);
-	if (!tables_stand(run, plan->tables, &result))
-		return result;
+	/* the weaker lock has kept away whoever would have changed the rest */
+	foreach(lc, plan->tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+		Relation	rel = table_open(rw->relid, NoLock);
+		const char *missed = rm_rewrite_missed(m, rw, rel);
+
+		table_close(rel, NoLock);
+		if (missed)
+			return rm_rewrite_start_over(run, rw->relid, missed);
+	}
 	if (!equal(plan->xmins, class_xmins(plan->relids)))
 		rm_refuse_just_changed(m);
 	if (logs_are_long(plan->tables, FEW_UNDER_LOCK))

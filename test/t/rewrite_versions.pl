@@ -165,7 +165,6 @@ sub run
 
 run('v');
 run('id');
-run('v', 1);
 run('id', 1);
 
 $node->stop;
