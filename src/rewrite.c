@@ -347,7 +347,8 @@ refuse_storage(Relation rel)
 	if (RelationUsesLocalBuffers(rel))
 		refuse(rel, "It is a temporary table.",
 			   "Nobody else can be waiting for it: use ALTER TABLE.");
-	if (rel->rd_rel->relhassubclass ||
+	/* relhassubclass stays when the last child goes */
+	if (list_length(rm_tree(RelationGetRelid(rel))) > 1 ||
 		(!rel->rd_rel->relispartition && has_superclass(RelationGetRelid(rel))))
 		refuse(rel, "It has parents or children by inheritance.",
 			   "Use the method three_step.");

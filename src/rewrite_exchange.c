@@ -576,6 +576,23 @@ indexes_complete(RmRun *run, List *tables, RmStepResult *result)
 	return true;
 }
 
+/* 55000 if a table inherits from this one since it began: ALTER TABLE would go down to it */
+static void
+refuse_children(const RmMigration *m)
+{
+	List	   *children = list_difference_oid(rm_tree(m->relid), rm_members(m->relid));
+
+	if (children != NIL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("table %s has been changed while migration %lld was open",
+						m->relation, (long long) m->id),
+				 errdetail("%s inherits from it now, and has no shadow. Nothing has been exchanged.",
+						   rm_relation_sql(linitial_oid(children))),
+				 errhint("Take it away with ALTER TABLE ... NO INHERIT, then SELECT rm_resume(%lld); or give the migration up with CALL rm_rollback(%lld).",
+						 (long long) m->id, (long long) m->id)));
+}
+
 /*
  * Reads the catalogs, with SHARE UPDATE EXCLUSIVE on all that they tell of: others
  * read and write, but whoever would change a definition waits, and finds it
@@ -600,6 +617,7 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 	plan->tables = tables_now;
 	if (!tables_stand(run, plan->tables, result) || !indexes_complete(run, plan->tables, result))
 		return NULL;
+	refuse_children(m);
 	if (rm_is_parted(m))
 	{
 		/* such as have come since it began */

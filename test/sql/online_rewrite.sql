@@ -137,6 +137,25 @@ CALL rm_rollback(:twice);
 SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d';
 
 -- ---------------------------------------------------------------------------
+-- A child that has come meanwhile: ALTER TABLE would go down to it
+-- ---------------------------------------------------------------------------
+
+CREATE TABLE ancestor (id int PRIMARY KEY, v text);
+INSERT INTO ancestor SELECT g, g FROM generate_series(1, 10) g;
+CALL rm_alter_type('ancestor', 'v', 'int', 'v::int', 'online_rewrite', cut_over => 'manual');
+CREATE TABLE heir () INHERITS (ancestor);
+INSERT INTO heir VALUES (11, '11');
+CALL rm_cut_over();
+\echo SQLSTATE :SQLSTATE
+SELECT v, pg_typeof(v) FROM heir;
+DROP TABLE heir;
+CALL rm_cut_over();
+SELECT pg_typeof(v), sum(v) FROM ancestor GROUP BY 1;
+-- none is left, though pg_class says so
+CALL rm_alter_type('ancestor', 'v', 'bigint', method => 'online_rewrite');
+SELECT pg_typeof(v), sum(v) FROM ancestor GROUP BY 1;
+
+-- ---------------------------------------------------------------------------
 -- Its trigger function is for its triggers
 -- ---------------------------------------------------------------------------
 
