@@ -266,6 +266,16 @@ locked_members(const RmMigration *m)
 	return members;
 }
 
+/* what locked_members() has locked: nobody is to wait for what comes after the planning */
+static void
+unlock_members(List *members)
+{
+	ListCell   *lc;
+
+	foreach(lc, members)
+		UnlockRelationOid(lfirst_oid(lc), AccessShareLock);
+}
+
 /*
  * What hangs on the migration's column, with the commands for the new column
  * (new_side) or, for the way back, for the old one.  The caller holds locks
@@ -276,9 +286,10 @@ List *
 rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
 {
 	List	   *things = NIL;
+	List	   *members = locked_members(m);
 	ListCell   *lc;
 
-	foreach(lc, locked_members(m))
+	foreach(lc, members)
 	{
 		Twin		twin = {.m = m,.relid = lfirst_oid(lc),.new_side = new_side,.cxt = cxt};
 
@@ -288,6 +299,7 @@ rm_dependents_derive(const RmMigration *m, bool new_side, MemoryContext cxt)
 		twin.type = new_side ? m->new_type : NULL;
 		things = lappend(things, derive_member(&twin));
 	}
+	unlock_members(members);
 	return in_order(m, things, cxt);
 }
 
@@ -300,12 +312,13 @@ rm_dependents_add_members(const RmMigration *m, List *list, MemoryContext cxt)
 {
 	List	   *known = NIL;
 	List	   *things = list_make1(list);
+	List	   *members = locked_members(m);
 	ListCell   *lc;
 
 	foreach(lc, list)
 		if (is_kind(lfirst(lc), "column"))
 			known = lappend_oid(known, ((RmDependent *) lfirst(lc))->relid);
-	foreach(lc, locked_members(m))
+	foreach(lc, members)
 	{
 		Twin		twin = {.m = m,.relid = lfirst_oid(lc),.cxt = cxt};
 
@@ -316,6 +329,7 @@ rm_dependents_add_members(const RmMigration *m, List *list, MemoryContext cxt)
 		twin.type = m->old_type;
 		things = lappend(things, derive_member(&twin));
 	}
+	unlock_members(members);
 	return list_length(things) == 1 ? list : in_order(m, things, cxt);
 }
 

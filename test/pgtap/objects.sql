@@ -76,6 +76,8 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'function make_trigger(trigger oid) text[] stable',
 	'function make_policy(policy oid) text[] stable',
 	'function members(root oid) SETOF oid stable',
+	'function ancestors(relid oid) SETOF oid stable',
+	'function column_origin(relid oid, column_name text) oid stable',
 	'function member_columns(relid oid, attnum smallint) TABLE(member oid, number smallint) stable',
 	'function column_objects(relid oid, attnum smallint) TABLE(ord integer, kind text, name text, drop_sql text, make_sql text[], relation oid) stable',
 	'function column_copies(relid oid, attnum smallint, prefix text) TABLE(ord integer, name text, relation oid, copy_name text, aside_sql text, make_sql text[], wait_sql text[], fill_sql text, take_sql text[], state text) stable',

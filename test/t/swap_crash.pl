@@ -20,7 +20,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-my $rounds = $ENV{RM_ROUNDS} // 4;
+my $rounds = $ENV{RM_ROUNDS} // 3;
 my $seed = $ENV{RM_SEED} // time;
 srand($seed);
 note "RM_SEED=$seed RM_ROUNDS=$rounds";
