@@ -858,16 +858,31 @@ run_top_level(void *arg)
 	rm_worker_run(run->top_level, run->top_level_what, &locks);
 }
 
+/* a step's notices; with one a cancellation may come */
+static void
+tell_committed(void *arg)
+{
+	Attempt    *attempt = arg;
+
+	attempt->run->step->committed(attempt->run, attempt->result);
+}
+
 /* a transaction has committed: what is to come of it, before the next one */
 static ErrorData *
 after_commit(RmRun *run, RmStepResult result)
 {
+	Attempt		attempt = {.run = run,.result = result};
 	ErrorData  *error = NULL;
 
 	rm_lock_account_end(&run->locks);
 	run->duration_ms = rm_elapsed_ms(run->started);
 	if (run->step->committed)
-		run->step->committed(run, result);
+		error = rm_try(tell_committed, &attempt, run->cxt);
+	if (error)
+	{
+		roll_back();
+		return error;
+	}
 	if (result == RM_STEP_AGAIN && run->top_level)
 	{
 		error = rm_try(run_top_level, run, run->cxt);
