@@ -706,27 +706,32 @@ rm_leaf_done(RmMigration *m)
 
 /*
  * For rm_progress: what was said of the leaf under way becomes true of the
- * table.  The other leaves are added up once for each leaf.
+ * table.  The other leaves are added up once for each leaf, by a query that gives
+ * pages done and pages, of the migration $1 without the leaf $2; $3 is the step.
  */
 void
-rm_leaves_progress(RmRun *run)
+rm_add_other_leaves(RmRun *run, Oid leaf, const char *sql)
 {
-	RmMigration *m = run->m;
-	Oid			types[] = {INT8OID, OIDOID};
-	Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(m->leaf)};
+	Oid			types[] = {INT8OID, OIDOID, INT8OID};
+	Datum		v[] = {Int64GetDatum(run->m->id), ObjectIdGetDatum(leaf), Int64GetDatum(run->step_index)};
 
-	if (!OidIsValid(m->leaf))
-		return;
-	if (run->summed_leaf != m->leaf)
+	if (run->summed_leaf != leaf)
 	{
-		rm_state_execute("SELECT coalesce(sum(end_block) FILTER (WHERE done), 0)::bigint,"
-						 " coalesce(sum(end_block), 0)::bigint"
-						 " FROM risky_migrations.leaf WHERE migration_id = $1 AND relid <> $2",
-						 2, types, v, NULL);
+		rm_state_execute(sql, lengthof(types), types, v, NULL);
 		run->other_blocks_done = rm_result_int64(0, 1);
 		run->other_blocks = rm_result_int64(0, 2);
-		run->summed_leaf = m->leaf;
+		run->summed_leaf = leaf;
 	}
 	run->progress.blocks_done += run->other_blocks_done;
 	run->progress.blocks_total += run->other_blocks;
+}
+
+void
+rm_leaves_progress(RmRun *run)
+{
+	if (OidIsValid(run->m->leaf))
+		rm_add_other_leaves(run, run->m->leaf,
+							"SELECT coalesce(sum(end_block) FILTER (WHERE done), 0)::bigint,"
+							" coalesce(sum(end_block), 0)::bigint"
+							" FROM risky_migrations.leaf WHERE migration_id = $1 AND relid <> $2");
 }

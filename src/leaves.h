@@ -42,6 +42,7 @@ extern bool rm_leaves_are_late(const RmMigration *m);
 extern bool rm_leaves_watched(RmMigration *m);
 extern void rm_leaf_adopt(RmMigration *m, Relation rel);
 extern void rm_leaf_done(RmMigration *m);
+extern void rm_add_other_leaves(RmRun *run, Oid leaf, const char *sql);
 extern void rm_leaves_progress(RmRun *run);
 
 #endif							/* RM_LEAVES_H */

@@ -835,30 +835,15 @@ rm_rewrite_table_done(RmRun *run, RmRewrite *rw)
 	return RM_STEP_AGAIN;
 }
 
-/*
- * For rm_progress: what was said of the table under way becomes true of all.  The
- * others are added up once for each of them.
- */
+/* for rm_progress: what was said of the table under way becomes true of all */
 void
 rm_rewrite_progress(RmRun *run, RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, OIDOID, INT8OID};
-	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->relid), Int64GetDatum(run->step_index)};
-
-	if (rw->relid == run->m->relid)
-		return;
-	if (run->summed_leaf != rw->relid)
-	{
-		rm_state_execute("SELECT coalesce(sum(end_block) FILTER (WHERE steps_done > $3), 0)::bigint,"
-						 " coalesce(sum(end_block), 0)::bigint"
-						 " FROM risky_migrations.rewrite WHERE migration_id = $1 AND relid <> $2",
-						 3, types, v, NULL);
-		run->other_blocks_done = rm_result_int64(0, 1);
-		run->other_blocks = rm_result_int64(0, 2);
-		run->summed_leaf = rw->relid;
-	}
-	run->progress.blocks_done += run->other_blocks_done;
-	run->progress.blocks_total += run->other_blocks;
+	if (rw->relid != run->m->relid)
+		rm_add_other_leaves(run, rw->relid,
+							"SELECT coalesce(sum(end_block) FILTER (WHERE steps_done > $3), 0)::bigint,"
+							" coalesce(sum(end_block), 0)::bigint"
+							" FROM risky_migrations.rewrite WHERE migration_id = $1 AND relid <> $2");
 }
 
 /*-------------------------------------------------------------------------

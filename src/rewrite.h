@@ -68,8 +68,6 @@ typedef struct RmRewrite
 	int64		rows_failed;	/* at the last catch-up: rows without a new version */
 	char	   *fingerprint;	/* of the catalogs when the indexes were built, or NULL */
 	Snapshot	snapshot;		/* to be read with, or NULL: a new one each time */
-	/* not of the row: of the last round in this transaction */
-	struct RmMark *mark;
 } RmRewrite;
 
 /* pages of the shadow in one chunk */
@@ -87,7 +85,6 @@ typedef struct RmRewrite
  */
 typedef struct RmMark
 {
-	Oid			relid;			/* of the table */
 	TransactionId xid;
 	SnapshotData snapshot;		/* of the lists of xids and nothing else */
 } RmMark;
@@ -175,8 +172,7 @@ extern int64 rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
 extern int64 rm_replay_round(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts);
 
 /* rewrite_versions.c */
-extern RmMark *rm_mark_of(Oid relid, Snapshot snapshot);
-extern RmMark *rm_mark_copy(const RmMark *mark, MemoryContext cxt);
+extern RmMark *rm_mark_of(Snapshot snapshot, MemoryContext cxt);
 extern bool rm_replay_versions(RmRun *run, RmRewrite *rw, Relation rel, const RmMark *mark);
 
 extern const RmStep rm_step_rewrite_begin;

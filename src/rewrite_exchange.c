@@ -119,8 +119,9 @@ enum
 typedef struct CutOver
 {
 	RmSnapshotWait wait;
-	List	   *marks;			/* of RmMark, for the tables: the round before the wait */
-	List	   *new_marks;		/* of the transaction under way */
+	RmMark	   *mark;			/* of the round before the wait; NULL: there is none */
+	RmMark	   *new_mark;		/* of that in the transaction under way, once it commits */
+	bool		round;			/* there was one in it */
 	int			waits;			/* that were begun */
 	bool		again;			/* everybody has to be waited for once more */
 	bool		inexact;		/* that has been done often enough */
@@ -725,32 +726,16 @@ replay_all(RmRun *run, List *tables, RmStepResult *result)
 	{
 		RmRewrite  *rw = lfirst(lc);
 		Relation	rel = table_open(rw->relid, NoLock);
-		MemoryContext oldcxt;
 
 		rw->snapshot = snapshot;
 		(void) rm_replay_round(run, rw, rel, NULL);
 		rw->snapshot = NULL;
 		table_close(rel, NoLock);
-		if (rw->mark == NULL)
-			continue;
-		oldcxt = MemoryContextSwitchTo(run->cxt);
-		c->new_marks = lappend(c->new_marks, rm_mark_copy(rw->mark, run->cxt));
-		MemoryContextSwitchTo(oldcxt);
 	}
+	c->new_mark = rm_mark_of(snapshot, run->cxt);
+	c->round = true;
 	UnregisterSnapshot(snapshot);
 	return true;
-}
-
-/* the mark of that table's last round before the wait; NULL if there is none */
-static const RmMark *
-mark_of(const CutOver *c, const RmRewrite *rw)
-{
-	ListCell   *lc;
-
-	foreach(lc, c->marks)
-		if (((RmMark *) lfirst(lc))->relid == rw->relid)
-			return lfirst(lc);
-	return NULL;
 }
 
 /*
@@ -767,11 +752,10 @@ replay_rest(RmRun *run, List *tables)
 	{
 		RmRewrite  *rw = lfirst(lc);
 		Relation	rel = table_open(rw->relid, NoLock);
-		const RmMark *mark = mark_of(c, rw);
 
 		if (c->inexact)
 			(void) rm_replay(run, rw, rel, NULL);
-		else if (mark == NULL || !rm_replay_versions(run, rw, rel, mark))
+		else if (c->mark == NULL || !rm_replay_versions(run, rw, rel, c->mark))
 		{
 			c->again = true;
 			ereport(ERROR,
@@ -906,7 +890,7 @@ cut_over_apply(RmRun *run)
 		begun = true;
 	}
 	c = run->work;
-	c->new_marks = NIL;
+	c->round = false;
 	if (c->again)
 		m->phase = CUT_ANALYZE;
 	c->again = false;
@@ -960,8 +944,8 @@ cut_over_committed(RmRun *run, RmStepResult result)
 {
 	CutOver    *c = run->work;
 
-	if (c && c->new_marks)
-		c->marks = c->new_marks;
+	if (c && c->round)
+		c->mark = c->new_mark;
 	if (!run->revert && result == RM_STEP_DONE)
 		ereport(NOTICE,
 				(errmsg("migration %lld: the rewritten storage has taken its place",

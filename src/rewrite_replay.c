@@ -405,7 +405,6 @@ rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 		counts[0] = count_rows(rel, t->snapshot);
 		counts[1] = count_rows(t->shadow, SnapshotSelf) + t->failed;
 	}
-	rw->mark = rm_mark_of(rw->relid, t->snapshot);
 	rm_round_end(r);
 	rm_transfer_end(t);
 	run->rows_changed += replayed;

@@ -124,44 +124,40 @@ typedef struct Versions
  *-------------------------------------------------------------------------
  */
 
-/* of a round in this transaction; NULL if its snapshot does not tell enough later */
-RmMark *
-rm_mark_of(Oid relid, Snapshot snapshot)
+static TransactionId *
+copy_xids(const TransactionId *xids, int n)
 {
+	TransactionId *copy = palloc(sizeof(TransactionId) * Max(n, 1));
+
+	if (n > 0)
+		memcpy(copy, xids, sizeof(TransactionId) * n);
+	return copy;
+}
+
+/*
+ * Of a round in this transaction, with that snapshot; in cxt.  NULL if the snapshot
+ * does not tell enough later.
+ */
+RmMark *
+rm_mark_of(Snapshot snapshot, MemoryContext cxt)
+{
+	MemoryContext oldcxt;
 	RmMark	   *mark;
 
 	if (snapshot->suboverflowed)
 		return NULL;
+	oldcxt = MemoryContextSwitchTo(cxt);
 	mark = palloc0(sizeof(RmMark));
-	mark->relid = relid;
 	mark->xid = GetCurrentTransactionId();
 	mark->snapshot.snapshot_type = SNAPSHOT_MVCC;
 	mark->snapshot.xmin = snapshot->xmin;
 	mark->snapshot.xmax = snapshot->xmax;
 	mark->snapshot.xcnt = snapshot->xcnt;
 	mark->snapshot.subxcnt = snapshot->subxcnt;
-	mark->snapshot.xip = palloc(sizeof(TransactionId) * Max(snapshot->xcnt, 1));
-	mark->snapshot.subxip = palloc(sizeof(TransactionId) * Max(snapshot->subxcnt, 1));
-	if (snapshot->xcnt > 0)
-		memcpy(mark->snapshot.xip, snapshot->xip, sizeof(TransactionId) * snapshot->xcnt);
-	if (snapshot->subxcnt > 0)
-		memcpy(mark->snapshot.subxip, snapshot->subxip, sizeof(TransactionId) * snapshot->subxcnt);
-	return mark;
-}
-
-RmMark *
-rm_mark_copy(const RmMark *mark, MemoryContext cxt)
-{
-	MemoryContext oldcxt = MemoryContextSwitchTo(cxt);
-	RmMark	   *copy = palloc(sizeof(RmMark));
-
-	*copy = *mark;
-	copy->snapshot.xip = palloc(sizeof(TransactionId) * Max(mark->snapshot.xcnt, 1));
-	copy->snapshot.subxip = palloc(sizeof(TransactionId) * Max(mark->snapshot.subxcnt, 1));
-	memcpy(copy->snapshot.xip, mark->snapshot.xip, sizeof(TransactionId) * mark->snapshot.xcnt);
-	memcpy(copy->snapshot.subxip, mark->snapshot.subxip, sizeof(TransactionId) * mark->snapshot.subxcnt);
+	mark->snapshot.xip = copy_xids(snapshot->xip, snapshot->xcnt);
+	mark->snapshot.subxip = copy_xids(snapshot->subxip, snapshot->subxcnt);
 	MemoryContextSwitchTo(oldcxt);
-	return copy;
+	return mark;
 }
 
 /* was that transaction, which has committed, not seen by the marked round? */
