@@ -75,6 +75,12 @@
 /* first pause after a lock was not to be had, in milliseconds; then it doubles */
 #define FIRST_RETRY_DELAY 50
 
+/*
+ * Rest after a lock that blocked others, in milliseconds: those who stood behind it
+ * have the processors first.  They plan their statements anew.
+ */
+#define LET_THROUGH 20
+
 /* the transaction that has just begun is READ COMMITTED, READ WRITE */
 static void
 begin_transaction(void)
@@ -580,23 +586,16 @@ compress_page_images(void)
 }
 
 /*
- * How the transaction commits.  With a lock that blocks others it must not
- * wait for standbys.
+ * How the transaction commits.  With a lock that blocks others it waits neither for
+ * standbys nor for the disk: after_commit() does, when the locks are gone.  Work and
+ * state are lost together or not at all; and whoever sees the work and commits
+ * has a later place in the WAL.
  */
 static void
 choose_synchronous_commit(RmRun *run)
 {
-	const char *value = NULL;
-
-	if (run->locks.blocking)
-	{
-		if (synchronous_commit > SYNCHRONOUS_COMMIT_LOCAL_FLUSH)
-			value = "local";
-	}
-	else if (run->async_commit)
-		value = "off";
-	if (value)
-		(void) set_config_option("synchronous_commit", value, PGC_USERSET,
+	if (run->locks.blocking || run->async_commit)
+		(void) set_config_option("synchronous_commit", "off", PGC_USERSET,
 								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 }
 
@@ -875,6 +874,12 @@ after_commit(RmRun *run, RmStepResult result)
 	ErrorData  *error = NULL;
 
 	rm_lock_account_end(&run->locks);
+	if (run->locks.blocking)
+	{
+		if (synchronous_commit > SYNCHRONOUS_COMMIT_OFF)
+			XLogFlush(XactLastCommitEnd);
+		run->pause_ms = Max(run->pause_ms, LET_THROUGH);
+	}
 	run->duration_ms = rm_elapsed_ms(run->started);
 	if (run->step->committed)
 		error = rm_try(tell_committed, &attempt, run->cxt);
@@ -987,8 +992,8 @@ run_transactions(RmRun *run)
 		if (error == NULL)
 		{
 			result = attempt.result;
-			pause_ms = run->pause_ms;
 			error = after_commit(run, result);
+			pause_ms = run->pause_ms;
 		}
 		else
 			rm_lock_account_end(&run->locks);
