@@ -66,7 +66,23 @@ CREATE TABLE risky_migrations.migration (
 	to_prove text[] NOT NULL DEFAULT '{}',
 	created_at timestamptz NOT NULL DEFAULT clock_timestamp()
 ) WITH (fillfactor = 10);
-COMMENT ON TABLE risky_migrations.migration IS 'one requested change of one column''s type; one row of state';
+COMMENT ON TABLE risky_migrations.migration IS 'one requested change of a column''s type, or of several; one row of state; attnum 0: of none, the table is written anew';
+
+CREATE TABLE risky_migrations.further_column (
+	migration_id bigint NOT NULL REFERENCES risky_migrations.migration ON DELETE CASCADE,
+	number integer NOT NULL,
+	attnum smallint NOT NULL,
+	column_name text NOT NULL,
+	old_type text NOT NULL,
+	old_type_id oid NOT NULL,
+	new_type text NOT NULL,
+	new_type_id oid NOT NULL,
+	new_typmod integer NOT NULL,
+	using_expr text NOT NULL,
+	conversion_tree text NOT NULL,
+	PRIMARY KEY (migration_id, number)
+);
+COMMENT ON TABLE risky_migrations.further_column IS 'columns that a migration changes besides the one in its own row, from number 2 on';
 
 -- not part of the migration's row, which its runner keeps locked: whoever wants
 -- something of the runner must not wait for it
@@ -376,6 +392,18 @@ AS 'MODULE_PATHNAME', 'rm_start' LANGUAGE C VOLATILE;
 COMMENT ON FUNCTION rm_start(text, text, text, text, text, text, text, text, bigint) IS
 	'the same in a background worker, which begins when the transaction commits and needs no client; returns the migration''s id';
 
+CREATE PROCEDURE rm_alter_types(relation text, changes jsonb, method text DEFAULT 'auto',
+	cut_over text DEFAULT 'auto', batch bigint DEFAULT 100000)
+AS 'MODULE_PATHNAME', 'rm_alter_types' LANGUAGE C;
+COMMENT ON PROCEDURE rm_alter_types(text, jsonb, text, text, bigint) IS
+	'changes the types of several columns in one pass: changes is an object of their names, each with a type or with {"type": ..., "using": ...}; {} writes the table anew (online_rewrite, direct, or auto)';
+
+CREATE FUNCTION rm_start(relation text, changes jsonb, method text DEFAULT 'auto',
+	cut_over text DEFAULT 'auto', batch bigint DEFAULT 100000) RETURNS bigint
+AS 'MODULE_PATHNAME', 'rm_start_types' LANGUAGE C VOLATILE;
+COMMENT ON FUNCTION rm_start(text, jsonb, text, text, bigint) IS
+	'what rm_alter_types() does, in a background worker; returns the migration''s id';
+
 CREATE PROCEDURE risky_migrations.run(migration bigint)
 AS 'MODULE_PATHNAME', 'rm_run' LANGUAGE C;
 COMMENT ON PROCEDURE risky_migrations.run(bigint) IS
@@ -493,19 +521,19 @@ END;
 COMMENT ON FUNCTION risky_migrations.column_origin(oid, text) IS
 	'the table from which a column is inherited, at the top; one of them, if there are several';
 
-CREATE FUNCTION risky_migrations.member_columns(relid oid, attnum smallint)
+CREATE FUNCTION risky_migrations.member_columns(relid oid, attnums smallint[])
 RETURNS TABLE (member oid, number smallint)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	SELECT m.oid, b.attnum
 	FROM risky_migrations.members(member_columns.relid) m (oid)
-	JOIN pg_catalog.pg_attribute a ON a.attrelid = member_columns.relid AND a.attnum = member_columns.attnum
+	JOIN pg_catalog.pg_attribute a ON a.attrelid = member_columns.relid AND a.attnum = ANY (member_columns.attnums)
 	JOIN pg_catalog.pg_attribute b ON b.attrelid = m.oid AND b.attname = a.attname;
 END;
-COMMENT ON FUNCTION risky_migrations.member_columns(oid, smallint) IS
-	'the column in each of the table''s members, which may have another number there';
+COMMENT ON FUNCTION risky_migrations.member_columns(oid, smallint[]) IS
+	'the columns in each of the table''s members, which may have other numbers there';
 
-CREATE FUNCTION risky_migrations.column_foreign_keys(relid oid, attnum smallint)
+CREATE FUNCTION risky_migrations.column_foreign_keys(relid oid, attnums smallint[])
 RETURNS TABLE (relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text)
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
@@ -520,42 +548,15 @@ BEGIN ATOMIC
 	CROSS JOIN LATERAL (SELECT format('%I.%I', n.nspname, c.relname) AS name
 		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE c.oid = k.conrelid) r
 	WHERE k.contype = 'f' AND k.conparentid = 0
-		AND EXISTS (SELECT FROM risky_migrations.member_columns(column_foreign_keys.relid, column_foreign_keys.attnum) m
+		AND EXISTS (SELECT FROM risky_migrations.member_columns(column_foreign_keys.relid, column_foreign_keys.attnums) m
 			WHERE k.conrelid = m.member AND m.number = ANY (k.conkey)
 				OR k.confrelid = m.member AND m.number = ANY (k.confkey))
 	ORDER BY k.oid;
 END;
-COMMENT ON FUNCTION risky_migrations.column_foreign_keys(oid, smallint) IS
+COMMENT ON FUNCTION risky_migrations.column_foreign_keys(oid, smallint[]) IS
 	'foreign keys on a column, at either end, with the statements that drop them, add them NOT VALID, and prove them';
 
-CREATE FUNCTION risky_migrations.rewrite_obstacles(relid oid, attnum smallint)
-RETURNS TABLE (kind text, name text, reason text, hint text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
-BEGIN ATOMIC
-	SELECT 'foreign key', (pg_identify_object('pg_constraint'::regclass, k.oid, 0)).identity,
-		'it is one of a partitioned table, which cannot have it without proving all rows under its lock',
-		'Use the method three_step, or drop it and add it again afterwards.'
-	FROM risky_migrations.column_foreign_keys(rewrite_obstacles.relid, rewrite_obstacles.attnum) f
-	JOIN pg_class c ON c.oid = f.relid AND c.relkind = 'p'
-	JOIN pg_constraint k ON k.conrelid = f.relid AND k.confrelid = f.peer AND k.contype = 'f' AND k.conparentid = 0
-	WHERE EXISTS (SELECT FROM risky_migrations.member_columns(rewrite_obstacles.relid, rewrite_obstacles.attnum) m
-		WHERE k.conrelid = m.member AND m.number = ANY (k.conkey)
-			OR k.confrelid = m.member AND m.number = ANY (k.confkey))
-	UNION ALL
-	SELECT 'index', (pg_identify_object('pg_class'::regclass, i.indexrelid, 0)).identity,
-		'not all partitions have their part of it, and ALTER TABLE would make what is missing',
-		'Attach what it lacks, or drop it.'
-	FROM risky_migrations.member_columns(rewrite_obstacles.relid, rewrite_obstacles.attnum) m
-	JOIN pg_index i ON i.indrelid = m.member AND NOT i.indisvalid
-	JOIN pg_class c ON c.oid = i.indexrelid AND c.relkind = 'I'
-	WHERE m.number = ANY (i.indkey)
-		OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
-			AND d.refclassid = 'pg_class'::regclass AND d.refobjid = m.member AND d.refobjsubid = m.number);
-END;
-COMMENT ON FUNCTION risky_migrations.rewrite_obstacles(oid, smallint) IS
-	'what keeps online_rewrite from changing a column, besides column_obstacles(), which see';
-
-CREATE FUNCTION risky_migrations.column_dependents(relid oid, attnum smallint)
+CREATE FUNCTION risky_migrations.column_dependents(relid oid, attnums smallint[])
 RETURNS TABLE (classid oid, objid oid, relation oid, depth integer)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
@@ -563,7 +564,7 @@ BEGIN ATOMIC
 		SELECT c.oid, m.number AS attnum,
 			-- a whole row of it, or of a join
 			pg_catalog.format(':varattno 0 :vartype (%s|2249) ', c.reltype) AS whole_row
-		FROM risky_migrations.member_columns(column_dependents.relid, column_dependents.attnum) m
+		FROM risky_migrations.member_columns(column_dependents.relid, column_dependents.attnums) m
 		JOIN pg_catalog.pg_class c ON c.oid = m.member
 	), direct AS (
 		SELECT d.classid, d.objid
@@ -635,14 +636,14 @@ BEGIN ATOMIC
 		-- clones in partitions
 		AND coalesce(g.tgparentid, 0) = 0;
 END;
-COMMENT ON FUNCTION risky_migrations.column_dependents(oid, smallint) IS
+COMMENT ON FUNCTION risky_migrations.column_dependents(oid, smallint[]) IS
 	'every view, rule, trigger, policy and function that refers to a column, to the whole row, or to a view that does; a view is its relation, with the longest way down to the table as depth (more than there are views: a circle); the others have depth 0, and the relation they belong to';
 
 CREATE FUNCTION risky_migrations.column_left_behind(relid oid, attnum smallint) RETURNS SETOF text
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	SELECT DISTINCT (pg_catalog.pg_identify_object(d.classid, d.objid, 0)).identity
-	FROM risky_migrations.member_columns(column_left_behind.relid, column_left_behind.attnum) m
+	FROM risky_migrations.member_columns(column_left_behind.relid, ARRAY[column_left_behind.attnum]) m
 	JOIN pg_catalog.pg_depend d ON d.refobjid = m.member AND d.refobjsubid = m.number
 	LEFT JOIN pg_catalog.pg_trigger g ON d.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = d.objid
 	LEFT JOIN pg_catalog.pg_attrdef a ON d.classid = 'pg_catalog.pg_attrdef'::regclass AND a.oid = d.objid
@@ -658,14 +659,14 @@ END;
 COMMENT ON FUNCTION risky_migrations.column_left_behind(oid, smallint) IS
 	'views (by their rule), rules, triggers, policies, functions, publications and generated columns that still refer to a column; after the swap there must be none on the old one';
 
-CREATE FUNCTION risky_migrations.column_relations(relid oid, attnum smallint) RETURNS SETOF oid
+CREATE FUNCTION risky_migrations.column_relations(relid oid, attnums smallint[]) RETURNS SETOF oid
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
-	SELECT DISTINCT d.relation FROM risky_migrations.column_dependents(column_relations.relid, column_relations.attnum) d
+	SELECT DISTINCT d.relation FROM risky_migrations.column_dependents(column_relations.relid, column_relations.attnums) d
 	WHERE d.relation <> column_relations.relid
 	ORDER BY 1;
 END;
-COMMENT ON FUNCTION risky_migrations.column_relations(oid, smallint) IS
+COMMENT ON FUNCTION risky_migrations.column_relations(oid, smallint[]) IS
 	'the relations besides the table that column_objects() locks with ACCESS EXCLUSIVE: views, and what rules, triggers and policies belong to; by OID';
 
 -- the statements that make one object again; all in the order to be run in
@@ -927,18 +928,18 @@ END;
 COMMENT ON FUNCTION risky_migrations.make_policy(oid) IS
 	'the statements that make a policy again: with its comment';
 
-CREATE FUNCTION risky_migrations.column_publications(relid oid, attnum smallint)
+CREATE FUNCTION risky_migrations.column_publications(relid oid, attnums smallint[])
 RETURNS TABLE (kind text, objid oid, publication name, owner oid, drop_sql text, make_sql text[])
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
 BEGIN ATOMIC
-	SELECT x.kind, r.oid, p.pubname, p.pubowner,
+	SELECT DISTINCT ON (r.oid) x.kind, r.oid, p.pubname, p.pubowner,
 		pg_catalog.format('ALTER PUBLICATION %I DROP TABLE ONLY %s', p.pubname, r.prrelid::regclass),
 		ARRAY[pg_catalog.concat(pg_catalog.format('ALTER PUBLICATION %I ADD TABLE ONLY %s', p.pubname, r.prrelid::regclass),
 			' (' || (SELECT pg_catalog.string_agg(pg_catalog.quote_ident(a.attname), ', ' ORDER BY a.attnum)
 				FROM pg_catalog.pg_attribute a WHERE a.attrelid = r.prrelid AND a.attnum = ANY (r.prattrs::smallint[])) || ')',
 			' WHERE (' || pg_catalog.pg_get_expr(r.prqual, r.prrelid) || ')')]
-	FROM risky_migrations.member_columns(column_publications.relid, column_publications.attnum) m
+	FROM risky_migrations.member_columns(column_publications.relid, column_publications.attnums) m
 	JOIN pg_catalog.pg_publication_rel r ON r.prrelid = m.member
 	JOIN pg_catalog.pg_publication p ON p.oid = r.prpubid
 	CROSS JOIN LATERAL (SELECT CASE
@@ -950,17 +951,18 @@ BEGIN ATOMIC
 					OR r.prqual::text ~ pg_catalog.format(':varattno %s ', m.number)))
 			THEN 'publication row filter'
 		WHEN m.number = ANY (r.prattrs::smallint[]) THEN 'publication column list' END) x (kind)
-	WHERE x.kind IS NOT NULL;
+	WHERE x.kind IS NOT NULL
+	ORDER BY r.oid, x.kind DESC;
 END;
-COMMENT ON FUNCTION risky_migrations.column_publications(oid, smallint) IS
-	'publications whose condition uses a column, or else whose list has it, with the statements that take the table out and put it in again';
+COMMENT ON FUNCTION risky_migrations.column_publications(oid, smallint[]) IS
+	'publications whose condition uses one of these columns, or else whose list has one, with the statements that take the table out and put it in again';
 
-CREATE FUNCTION risky_migrations.column_objects(relid oid, attnum smallint)
+CREATE FUNCTION risky_migrations.column_objects(relid oid, attnums smallint[])
 RETURNS TABLE (ord integer, kind text, name text, drop_sql text, make_sql text[], relation oid)
 LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH used AS MATERIALIZED (
-		SELECT u.classid, u.objid, u.depth FROM risky_migrations.column_dependents(column_objects.relid, column_objects.attnum) u
+		SELECT u.classid, u.objid, u.depth FROM risky_migrations.column_dependents(column_objects.relid, column_objects.attnums) u
 	), view AS (
 		SELECT u.objid, u.depth, CASE c.relkind WHEN 'm' THEN 'materialized view' ELSE 'view' END AS kind
 		FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid
@@ -968,7 +970,7 @@ BEGIN ATOMIC
 	), object AS (
 		-- nothing depends on the first four
 		SELECT 'pg_catalog.pg_publication_rel'::regclass AS classid, p.objid, 0 AS part, 0 AS depth, p.kind, p.drop_sql, p.make_sql
-		FROM risky_migrations.column_publications(column_objects.relid, column_objects.attnum) p
+		FROM risky_migrations.column_publications(column_objects.relid, column_objects.attnums) p
 		UNION ALL
 		SELECT u.classid, u.objid, 1 AS part, 0 AS depth, 'policy' AS kind,
 			pg_catalog.format('DROP POLICY %I ON %s', p.polname, p.polrelid::regclass) AS drop_sql,
@@ -998,7 +1000,7 @@ BEGIN ATOMIC
 	FROM object o, LATERAL pg_catalog.pg_identify_object(o.classid, o.objid, 0) i
 	ORDER BY 1;
 END;
-COMMENT ON FUNCTION risky_migrations.column_objects(oid, smallint) IS
+COMMENT ON FUNCTION risky_migrations.column_objects(oid, smallint[]) IS
 	'the publications, policies, triggers, rules and views that a column cannot be exchanged under: to be dropped by ord, and made again the other way round, each by its statements in order; a view with its OID.  A materialized view is made empty: column_copies() knows better';
 
 -- A materialized view stores what it has read, and filling it takes time.  So,
@@ -1012,7 +1014,7 @@ BEGIN ATOMIC
 	WITH RECURSIVE view AS MATERIALIZED (
 		SELECT u.objid AS oid, u.depth, c.relname, c.reltype, c.relkind, c.relispopulated, c.xmin, n.nspname,
 			CASE c.relkind WHEN 'm' THEN 'MATERIALIZED VIEW' ELSE 'VIEW' END AS kind
-		FROM risky_migrations.column_dependents(column_copies.relid, column_copies.attnum) u
+		FROM risky_migrations.column_dependents(column_copies.relid, ARRAY[column_copies.attnum]) u
 		JOIN pg_catalog.pg_class c ON c.oid = u.objid JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		WHERE u.classid = 'pg_catalog.pg_class'::regclass AND u.depth > 0
 	), reads AS MATERIALIZED (
@@ -1101,13 +1103,13 @@ BEGIN ATOMIC
 			-- FROM s.t x(a, b)
 			pg_catalog.regexp_replace(pg_catalog.format('%I.%I', n.nspname, c.relname), '[^[:alnum:]_]', '\\\&', 'g')
 				|| ' ("([^"]|"")+"|[[:alnum:]_$]+)\(' AS alias_list
-		FROM risky_migrations.member_columns(column_obstacles.relid, column_obstacles.attnum) m
+		FROM risky_migrations.member_columns(column_obstacles.relid, ARRAY[column_obstacles.attnum]) m
 		JOIN pg_catalog.pg_class c ON c.oid = m.member
 		JOIN pg_catalog.pg_namespace n ON n.oid = c.relnamespace
 		LEFT JOIN pg_catalog.pg_type y ON y.oid = c.reltype
 	), used AS MATERIALIZED (
 		SELECT u.classid, u.objid, u.relation, u.depth
-		FROM risky_migrations.column_dependents(column_obstacles.relid, column_obstacles.attnum) u
+		FROM risky_migrations.column_dependents(column_obstacles.relid, ARRAY[column_obstacles.attnum]) u
 	), view AS (
 		SELECT c.oid, c.relnamespace, c.relowner, c.relacl, c.relkind, c.relpersistence, c.reltype, y.typarray, u.depth
 		FROM used u JOIN pg_catalog.pg_class c ON c.oid = u.objid JOIN pg_catalog.pg_type y ON y.oid = c.reltype
@@ -1326,7 +1328,7 @@ BEGIN ATOMIC
 		SELECT p.kind, pg_catalog.quote_ident(p.publication), CASE p.kind WHEN 'publication row filter' THEN 'its condition uses the column'
 			ELSE 'its list of columns has the column' END
 			|| pg_catalog.format(', and role %I is not an owner of it', current_user)
-		FROM risky_migrations.column_publications(column_obstacles.relid, column_obstacles.attnum) p
+		FROM risky_migrations.column_publications(column_obstacles.relid, ARRAY[column_obstacles.attnum]) p
 		WHERE NOT pg_catalog.pg_has_role(p.owner, 'USAGE')
 	)
 	SELECT l.kind, l.name, l.reason, h.hint
@@ -1376,12 +1378,12 @@ BEGIN ATOMIC
 		SELECT y.oid, y.typcategory FROM base b JOIN pg_catalog.pg_type y ON y.oid = b.oid WHERE y.typtype <> 'd'
 	), target AS (
 		SELECT m.number, a.atttypid, y.typtype = 'd' AS is_domain
-		FROM risky_migrations.member_columns(column_coercions.relid, column_coercions.attnum) m
+		FROM risky_migrations.member_columns(column_coercions.relid, ARRAY[column_coercions.attnum]) m
 		JOIN pg_catalog.pg_attribute a ON a.attrelid = m.member AND a.attnum = m.number
 		JOIN pg_catalog.pg_type y ON y.oid = a.atttypid
 	), used AS MATERIALIZED (
 		SELECT u.classid, u.objid, u.depth
-		FROM risky_migrations.column_dependents(column_coercions.relid, column_coercions.attnum) u
+		FROM risky_migrations.column_dependents(column_coercions.relid, ARRAY[column_coercions.attnum]) u
 	), definition AS (
 		SELECT u.classid, u.objid, u.depth, w.ev_action::text AS tree
 		FROM used u JOIN pg_catalog.pg_rewrite w ON w.ev_class = u.objid AND w.ev_type = '1'
@@ -1397,7 +1399,7 @@ BEGIN ATOMIC
 		FROM used u JOIN pg_catalog.pg_trigger g ON u.classid = 'pg_catalog.pg_trigger'::regclass AND g.oid = u.objid
 		UNION ALL
 		SELECT 'pg_catalog.pg_publication_rel'::regclass, r.oid, 0, r.prqual::text
-		FROM risky_migrations.column_publications(column_coercions.relid, column_coercions.attnum) p
+		FROM risky_migrations.column_publications(column_coercions.relid, ARRAY[column_coercions.attnum]) p
 		JOIN pg_catalog.pg_publication_rel r ON r.oid = p.objid
 	), coerced AS (
 		SELECT DISTINCT d.classid, d.objid, coalesce(x.match[1], x.match[2])::oid AS type
@@ -1422,6 +1424,46 @@ BEGIN ATOMIC
 END;
 COMMENT ON FUNCTION risky_migrations.column_coercions(oid, smallint, oid) IS
 	'what reads a column through a cast that nobody wrote and that would be written out, and could fail for values of the new type; as column_obstacles()';
+
+CREATE FUNCTION risky_migrations.rewrite_obstacles(relid oid, attnums smallint[], new_types oid[])
+RETURNS TABLE (kind text, name text, reason text, hint text)
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH change (attnum, new_type) AS (
+		SELECT c.attnum, c.new_type FROM unnest(rewrite_obstacles.attnums, rewrite_obstacles.new_types) c (attnum, new_type)
+	), found (part, kind, name, reason, hint) AS (
+		SELECT 1, o.kind, o.name, o.reason, o.hint
+		FROM change c, risky_migrations.column_obstacles(rewrite_obstacles.relid, c.attnum) o
+		-- the column keeps its place, its number and its constraints
+		WHERE o.kind NOT IN ('exclusion constraint', 'deferrable constraint', 'publication', 'security label',
+			'column alias list', 'row constructor')
+		UNION
+		SELECT 2, 'foreign key', (pg_identify_object('pg_constraint'::regclass, k.oid, 0)).identity,
+			'it is one of a partitioned table, which cannot have it without proving all rows under its lock',
+			'Use the method three_step, or drop it and add it again afterwards.'
+		FROM risky_migrations.member_columns(rewrite_obstacles.relid, rewrite_obstacles.attnums) m
+		JOIN pg_constraint k ON k.contype = 'f' AND k.conparentid = 0
+			AND (k.conrelid = m.member AND m.number = ANY (k.conkey) OR k.confrelid = m.member AND m.number = ANY (k.confkey))
+		JOIN pg_class c ON c.oid = k.conrelid AND c.relkind = 'p'
+		UNION
+		SELECT 2, 'index', (pg_identify_object('pg_class'::regclass, i.indexrelid, 0)).identity,
+			'not all partitions have their part of it, and ALTER TABLE would make what is missing',
+			'Attach what it lacks, or drop it.'
+		FROM risky_migrations.member_columns(rewrite_obstacles.relid, rewrite_obstacles.attnums) m
+		JOIN pg_index i ON i.indrelid = m.member AND NOT i.indisvalid
+		JOIN pg_class c ON c.oid = i.indexrelid AND c.relkind = 'I'
+		WHERE m.number = ANY (i.indkey)
+			OR EXISTS (SELECT FROM pg_depend d WHERE d.classid = 'pg_class'::regclass AND d.objid = i.indexrelid
+				AND d.refclassid = 'pg_class'::regclass AND d.refobjid = m.member AND d.refobjsubid = m.number)
+		UNION
+		SELECT 3, o.kind, o.name, o.reason, o.hint
+		FROM change c, risky_migrations.column_coercions(rewrite_obstacles.relid, c.attnum, c.new_type) o
+	)
+	SELECT f.kind, f.name, f.reason, f.hint FROM found f
+	ORDER BY f.part, f.kind COLLATE "C", f.name COLLATE "C", f.reason COLLATE "C";
+END;
+COMMENT ON FUNCTION risky_migrations.rewrite_obstacles(oid, smallint[], oid[]) IS
+	'what keeps online_rewrite from giving columns these types, with the reason and what to do';
 
 -- Definitions come from a twin: an empty copy of the table in which the ALTER
 -- has been done by PostgreSQL itself and whose column bears the name that the
@@ -1980,8 +2022,24 @@ COMMENT ON FUNCTION rm_advise(text, text, text, text) IS
 -- Watch
 -----------------------------------------------------------------------
 
+CREATE VIEW risky_migrations.migration_columns WITH (security_barrier) AS
+SELECT m.id AS migration_id,
+	string_agg(c.column_name, ', ' ORDER BY c.number) AS column_name,
+	string_agg(c.old_type, ', ' ORDER BY c.number) AS old_type,
+	string_agg(c.new_type, ', ' ORDER BY c.number) AS new_type,
+	string_agg(c.using_expr, ', ' ORDER BY c.number) AS using_expr
+FROM risky_migrations.migration m
+LEFT JOIN LATERAL (
+	SELECT 1, m.column_name, m.old_type, m.new_type, m.using_expr WHERE m.attnum <> 0
+	UNION ALL
+	SELECT f.number, f.column_name, f.old_type, f.new_type, f.using_expr
+	FROM risky_migrations.further_column f WHERE f.migration_id = m.id
+) c (number, column_name, old_type, new_type, using_expr) ON true
+GROUP BY m.id;
+COMMENT ON VIEW risky_migrations.migration_columns IS 'the columns that a migration changes, for people; NULL where none is';
+
 CREATE VIEW rm_migrations WITH (security_barrier) AS
-SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
+SELECT m.id, m.relation, f.column_name, f.old_type, f.new_type, f.using_expr,
 	m.method, m.method_reason, m.state, m.steps_done,
 	r.pid AS running_pid,
 	CASE WHEN m.state <> 'open' THEN NULL
@@ -2019,6 +2077,7 @@ SELECT m.id, m.relation, m.column_name, m.old_type, m.new_type, m.using_expr,
 		ELSE 'open' END AS way_back,
 	m.created_at
 FROM risky_migrations.migration m
+JOIN risky_migrations.migration_columns f ON f.migration_id = m.id
 LEFT JOIN risky_migrations.steering s ON s.migration_id = m.id
 LEFT JOIN LATERAL (
 	SELECT k.pid FROM pg_catalog.pg_locks k
@@ -2084,10 +2143,11 @@ COMMENT ON VIEW rm_progress IS
 
 CREATE VIEW rm_conversion_errors WITH (security_barrier) AS
 SELECT DISTINCT ON (e.migration_id, e.row_key)
-	e.migration_id AS migration, m.relation, m.column_name, e.row_key, e.value,
+	e.migration_id AS migration, m.relation, f.column_name, e.row_key, e.value,
 	e.sqlstate, e.message, e.way_back, e.at
 FROM risky_migrations.conversion_error e
 JOIN risky_migrations.migration m ON m.id = e.migration_id
+JOIN risky_migrations.migration_columns f ON f.migration_id = m.id
 WHERE risky_migrations.may_see(m.relid, m.owner)
 ORDER BY e.migration_id, e.row_key, e.at DESC;
 COMMENT ON VIEW rm_conversion_errors IS

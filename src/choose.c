@@ -115,8 +115,7 @@ PG_FUNCTION_INFO_V1(rm_advise);
 /* all that is found out; lives in the memory context of whoever asks */
 typedef struct Advice
 {
-	const RmConversionDef *def;
-	const char *column;
+	List	   *columns;		/* of RmConversionDef: all that change */
 	Oid			relid;
 	char	   *not_copied;		/* why there is no copy, or NULL */
 	char	   *not_altered;	/* why PostgreSQL refuses the ALTER, or NULL */
@@ -265,7 +264,6 @@ static void
 try_on_twin(void *arg)
 {
 	Trial	   *t = arg;
-	const RmConversionDef *def = t->a->def;
 	Relation	rel = table_open(t->relid, AccessShareLock);
 	Oid			owner = rel->rd_rel->relowner;
 	Oid			caller;
@@ -299,7 +297,7 @@ try_on_twin(void *arg)
 	scans_before = scans_of(twin.relid) + scans_of(peer);
 	t->copied = true;
 
-	rm_twin_alter_type(&twin, t->a->column, def->type_name, def->using_expr);
+	rm_twin_alter(&twin, rm_alter_clauses(t->a->columns, t->a->relid, false));
 
 	t->rewrites = filenode(twin.relid) != heap_before;
 	t->scans = scans_of(twin.relid) + scans_of(peer) - scans_before - t->rewrites;
@@ -371,23 +369,35 @@ table_size(Oid relid)
 	return DatumGetInt64(DirectFunctionCall1(pg_table_size, ObjectIdGetDatum(relid)));
 }
 
-/* runs one of our functions over the catalogs; the rows are in SPI_tuptable */
+/* asks the catalogs about columns of a table; the rows are in SPI_tuptable */
 static void
-query_column(const char *sql, Oid relid, AttrNumber attnum)
+query_columns(const char *sql, Oid relid, List *attnums)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(relid), Int16GetDatum(attnum)};
+	Oid			types[] = {OIDOID, INT2ARRAYOID};
+	Datum		v[] = {ObjectIdGetDatum(relid), rm_attnum_array(attnums)};
 
 	rm_catalog_query(sql, 2, types, v);
 }
 
+/* the numbers of the columns in that table, which is a's or below it */
+static List *
+attnums_in(const Advice *a, Oid relid)
+{
+	List	   *attnums = NIL;
+	ListCell   *lc;
+
+	foreach(lc, a->columns)
+		attnums = lappend_int(attnums, get_attnum(relid, ((RmConversionDef *) lfirst(lc))->column));
+	return attnums;
+}
+
 /* the CHECK constraints that are verified again, where something is */
 static void
-note_checks(Advice *a, Oid relid, AttrNumber attnum)
+note_checks(Advice *a, Oid relid)
 {
-	query_column("SELECT pg_catalog.quote_ident(conname) FROM pg_catalog.pg_constraint"
-				 " WHERE conrelid = $1 AND contype = 'c' AND $2 OPERATOR(pg_catalog.=) ANY (conkey)"
-				 " AND convalidated ORDER BY conname", relid, attnum);
+	query_columns("SELECT pg_catalog.quote_ident(conname) FROM pg_catalog.pg_constraint"
+				  " WHERE conrelid = $1 AND contype = 'c' AND conkey OPERATOR(pg_catalog.&&) $2"
+				  " AND convalidated ORDER BY conname", relid, attnums_in(a, relid));
 	for (uint64 i = 0; i < SPI_processed; i++)
 		a->scans = lappend(a->scans, psprintf("%s: check constraint %s", name_of(relid),
 											  rm_result_text(i, 1)));
@@ -395,7 +405,7 @@ note_checks(Advice *a, Oid relid, AttrNumber attnum)
 		a->scans = lappend(a->scans, pstrdup(name_of(relid)));
 }
 
-/* one foreign key of the column */
+/* one foreign key of the columns */
 typedef struct ForeignKey
 {
 	Oid			oid;
@@ -406,16 +416,16 @@ typedef struct ForeignKey
 } ForeignKey;
 
 static List *
-foreign_keys(Oid relid, AttrNumber attnum)
+foreign_keys(const Advice *a, Oid relid)
 {
 	List	   *list = NIL;
 
-	query_column("SELECT oid, pg_catalog.quote_ident(conname), conrelid,"
-				 " CASE conrelid WHEN $1 THEN confrelid ELSE conrelid END, convalidated"
-				 " FROM pg_catalog.pg_constraint WHERE contype = 'f' AND conparentid = 0"
-				 " AND (conrelid = $1 AND $2 OPERATOR(pg_catalog.=) ANY (conkey)"
-				 " OR confrelid = $1 AND $2 OPERATOR(pg_catalog.=) ANY (confkey))"
-				 " ORDER BY conname, oid", relid, attnum);
+	query_columns("SELECT oid, pg_catalog.quote_ident(conname), conrelid,"
+				  " CASE conrelid WHEN $1 THEN confrelid ELSE conrelid END, convalidated"
+				  " FROM pg_catalog.pg_constraint WHERE contype = 'f' AND conparentid = 0"
+				  " AND (conrelid = $1 AND conkey OPERATOR(pg_catalog.&&) $2"
+				  " OR confrelid = $1 AND confkey OPERATOR(pg_catalog.&&) $2)"
+				  " ORDER BY conname, oid", relid, attnums_in(a, relid));
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		ForeignKey *k = palloc0(sizeof(ForeignKey));
@@ -454,7 +464,6 @@ try_foreign_key(Advice *a, const Trial *base, const ForeignKey *k)
 static void
 examine_member(Advice *a, Oid relid)
 {
-	AttrNumber	attnum = get_attnum(relid, a->column);
 	bool		stored = get_rel_relkind(relid) == RELKIND_RELATION;
 	Trial		t = {.a = a,.relid = relid,.cxt = CurrentMemoryContext};
 	ErrorData  *error;
@@ -491,14 +500,14 @@ examine_member(Advice *a, Oid relid)
 			a->bytes_written += size_of(lfirst_oid(lc));
 		}
 		if (t.scans > 0 && !t.rewrites)
-			note_checks(a, relid, attnum);
+			note_checks(a, relid);
 		if (t.rewrites || t.rebuilt || t.scans > 0)
 			a->concerned = list_append_unique_oid(a->concerned, relid);
 		table_relation_estimate_size(rel, NULL, &pages, &tuples, &allvisfrac);
 		a->rows_estimated += (int64) tuples;
 		table_close(rel, NoLock);
 	}
-	foreach(lc, foreign_keys(relid, attnum))
+	foreach(lc, foreign_keys(a, relid))
 		try_foreign_key(a, &t, lfirst(lc));
 }
 
@@ -565,14 +574,14 @@ look_whether_small(Advice *a)
 static bool
 costs_nothing(const Advice *a)
 {
-	return !a->rewrites && a->rebuilt == NIL && a->scans == NIL;
+	return a->columns != NIL && !a->rewrites && a->rebuilt == NIL && a->scans == NIL;
 }
 
 /* is direct the method of choice, if it does not refuse? */
 static bool
 wants_direct(const Advice *a)
 {
-	return a->not_altered || a->temporary || costs_nothing(a) || a->small;
+	return a->columns != NIL && (a->not_altered || a->temporary || costs_nothing(a) || a->small);
 }
 
 /* everything; the table is open and locked, and SPI connected */
@@ -618,8 +627,8 @@ direct_obstacles(Oid relid, AttrNumber attnum)
 		appendStringInfo(&buf, ", the partition key of %s", name_of(relid));
 	if (OidIsValid(rel->rd_rel->reloftype))
 		appendStringInfo(&buf, ", the type that the table %s is of", name_of(relid));
-	query_column("SELECT obstacle FROM risky_migrations.direct_obstacles($1, $2)",
-				 relid, attnum);
+	query_columns("SELECT obstacle FROM risky_migrations.direct_obstacles($1, $2[1])",
+				  relid, list_make1_int(attnum));
 	for (uint64 i = 0; i < SPI_processed; i++)
 		appendStringInfo(&buf, ", %s", rm_result_text(i, 1));
 	if (buf.len == 0)
@@ -634,23 +643,29 @@ refuse_direct(RmMigration *m, const Advice *a)
 {
 	char	   *obstacles = NULL;
 	ListCell   *lc;
+	ListCell   *col;
 
 	if (a->not_altered)
 		ereport(ERROR,
 				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
 				 errmsg_internal("%s", a->not_altered)));
-	if (is_inherited(m->relid, m->attnum))
-		obstacles = "the table that it is inherited from";
-	foreach(lc, find_all_inheritors(m->relid, AccessShareLock, NULL))
-		if (obstacles == NULL)
-			obstacles = direct_obstacles(lfirst_oid(lc), get_attnum(lfirst_oid(lc), m->column));
-	if (obstacles)
-		ereport(ERROR,
-				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-				 errmsg("ALTER TABLE refuses to change the column \"%s\" of %s",
-						m->column, m->relation),
-				 errdetail("In its way: %s.", obstacles),
-				 errhint("Drop what is in the way, and make it again afterwards.")));
+	foreach(col, m->columns)
+	{
+		const RmConversionDef *c = lfirst(col);
+
+		if (is_inherited(m->relid, c->attnum))
+			obstacles = "the table that it is inherited from";
+		foreach(lc, find_all_inheritors(m->relid, AccessShareLock, NULL))
+			if (obstacles == NULL)
+				obstacles = direct_obstacles(lfirst_oid(lc), get_attnum(lfirst_oid(lc), c->column));
+		if (obstacles)
+			ereport(ERROR,
+					(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+					 errmsg("ALTER TABLE refuses to change the column \"%s\" of %s",
+							c->column, m->relation),
+					 errdetail("In its way: %s.", obstacles),
+					 errhint("Drop what is in the way, and make it again afterwards.")));
+	}
 }
 
 /* the same ALTER, on an empty copy */
@@ -721,6 +736,8 @@ cost_text(const Advice *a)
 {
 	if (a->not_altered)
 		return "PostgreSQL refuses the ALTER TABLE";
+	if (a->columns == NIL)
+		return "no column changes, the table is only written anew";
 	if (costs_nothing(a))
 		return "ALTER TABLE rewrites nothing, rebuilds no index and reads no rows";
 	if (a->not_copied)
@@ -753,7 +770,7 @@ reason_text(const Advice *a, const Choice *c)
 
 	initStringInfo(&buf);
 	appendStringInfoString(&buf, cost_text(a));
-	if (a->not_altered || costs_nothing(a))
+	if (a->columns == NIL || a->not_altered || costs_nothing(a))
 		 /* that is all */ ;
 	else if (a->temporary)
 		appendStringInfoString(&buf, ", but it is a temporary table");
@@ -793,11 +810,8 @@ choose(Advice *a, const RmMigrationSpec *spec, bool all, Choice *c)
 static void
 begin_advice(Advice *a, const RmMigrationSpec *spec)
 {
-	RmConversionDef *def;
-	Relation	rel = rm_migration_open(spec, &def);
+	Relation	rel = rm_migration_open(spec, &a->columns);
 
-	a->def = def;
-	a->column = spec->column;
 	a->relid = spec->relid;
 	a->temporary = RelationUsesLocalBuffers(rel);
 	relation_close(rel, NoLock);
@@ -833,7 +847,7 @@ rm_choose_method(RmMigrationSpec *spec, MemoryContext cxt)
 	initStringInfo(&detail);
 	initStringInfo(&hint);
 	appendStringInfo(&detail, "%s%s.", cost_text(&a),
-					 wants_direct(&a) ? "" : " under ACCESS EXCLUSIVE");
+					 a.columns == NIL || wants_direct(&a) ? "" : " under ACCESS EXCLUSIVE");
 	for (int i = 0; i < lengthof(methods); i++)
 	{
 		if (c.refusals[i] == NULL)
@@ -843,13 +857,14 @@ rm_choose_method(RmMigrationSpec *spec, MemoryContext cxt)
 			appendStringInfo(&hint, "%s%s: %s", hint.len ? "\n" : "", methods[i].method->name,
 							 c.refusals[i]->hint);
 	}
-	if (!wants_direct(&a))
+	if (a.columns && !wants_direct(&a))
 		appendStringInfo(&hint, "%sWhere nobody is waiting for the table, give the method direct by its name.",
 						 hint.len ? "\n" : "");
 	ereport(ERROR,
 			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("no method can change the column \"%s\" of %s",
-					spec->column, rm_relation_sql(spec->relid)),
+			 a.columns ? errmsg("no method can change the %s of %s", rm_columns_text(a.columns),
+								rm_relation_sql(spec->relid)) :
+			 errmsg("no method can write %s anew", rm_relation_sql(spec->relid)),
 			 errdetail_internal("%s", detail.data),
 			 errhint("%s", hint.len ? hint.data : "Deal with what is in the way, then call it again.")));
 }

@@ -123,14 +123,10 @@ is_star(Node *node)
 		IsA(llast(((ColumnRef *) node)->fields), A_Star);
 }
 
-/*
- * One expression from its text, without anything around it: neither further
- * statements nor clauses can be smuggled in.
- */
+/* what was parsed, if it is one expression without anything around it, else NULL */
 static Node *
-parse_expression_text(const char *text, const char *what)
+single_expression(List *raw)
 {
-	List	   *raw = raw_parser(text, RAW_PARSE_PLPGSQL_EXPR);
 	SelectStmt *stmt = NULL;
 
 	if (list_length(raw) == 1)
@@ -144,12 +140,26 @@ parse_expression_text(const char *text, const char *what)
 		stmt->limitOffset || stmt->limitCount || stmt->lockingClause ||
 		stmt->withClause || stmt->op != SETOP_NONE ||
 		is_star(linitial_node(ResTarget, stmt->targetList)->val))
+		return NULL;
+	return linitial_node(ResTarget, stmt->targetList)->val;
+}
+
+/*
+ * One expression from its text: neither further statements nor clauses can be
+ * smuggled in.
+ */
+static Node *
+parse_expression_text(const char *text, const char *what)
+{
+	Node	   *expr = single_expression(raw_parser(text, RAW_PARSE_PLPGSQL_EXPR));
+
+	if (expr == NULL)
 		ereport(ERROR,
 				(errcode(ERRCODE_SYNTAX_ERROR),
 				 errmsg("%s is not a single expression", what),
 				 errdetail("It is: %s", text),
 				 errhint("Give one expression over the columns of the row, as after USING in ALTER TABLE.")));
-	return linitial_node(ResTarget, stmt->targetList)->val;
+	return expr;
 }
 
 /*
@@ -321,19 +331,62 @@ rm_rethrow_explained(MemoryContext cxt, const char *text, const char *detail,
 	ReThrowError(error);
 }
 
-/* the type of that name; PostgreSQL's own errors, explained */
+static bool
+has_word_collate(const char *text)
+{
+	for (; *text; text++)
+		if (pg_strncasecmp(text, "collate", strlen("collate")) == 0)
+			return true;
+	return false;
+}
+
+/* "type COLLATE collation", as a cast to it; false if it is something else */
+static bool
+parse_collated_type(const char *text, Oid *type, int32 *typmod, Oid *collation)
+{
+	CollateClause *clause = (CollateClause *) single_expression(raw_parser(text, RAW_PARSE_PLPGSQL_EXPR));
+	TypeCast   *cast;
+
+	if (clause == NULL || !IsA(clause, CollateClause) || !IsA(clause->arg, TypeCast))
+		return false;
+	cast = (TypeCast *) clause->arg;
+	if (!IsA(cast->arg, A_Const) || cast->typeName->setof)
+		return false;
+	typenameTypeIdAndMod(NULL, cast->typeName, type, typmod);
+	*collation = get_collation_oid(clause->collname, false);
+	if (!type_is_collatable(*type))
+		ereport(ERROR,
+				(errcode(ERRCODE_DATATYPE_MISMATCH),
+				 errmsg("collations are not supported by type %s", format_type_be(*type)),
+				 errdetail("The type has no order that depends on a language."),
+				 errhint("Leave COLLATE out.")));
+	return true;
+}
+
+/*
+ * The type of that name, with a collation (else that is InvalidOid) as in ALTER TABLE;
+ * PostgreSQL's own errors, explained.
+ */
 static void
-parse_type(const char *name, Oid *type, int32 *typmod)
+parse_type(const char *name, Oid *type, int32 *typmod, Oid *collation)
 {
 	MemoryContext cxt = CurrentMemoryContext;
+	const char *volatile parsed = name;
 
+	*collation = InvalidOid;
 	PG_TRY();
 	{
-		rm_parse_type(name, type, typmod);
+		if (has_word_collate(name))
+			parsed = psprintf("NULL::%s", name);
+		if (parsed == name || !parse_collated_type(parsed, type, typmod, collation))
+		{
+			parsed = name;
+			rm_parse_type(name, type, typmod);
+		}
 	}
 	PG_CATCH();
 	{
-		rm_rethrow_explained(cxt, name, psprintf("The new type was given as \"%s\", and is looked for with the present search_path.", name),
+		rm_rethrow_explained(cxt, parsed, psprintf("The new type was given as \"%s\", and is looked for with the present search_path.", name),
 							 "Give the type's name as in ALTER TABLE, with its schema if need be.");
 	}
 	PG_END_TRY();
@@ -410,9 +463,11 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 	RmConversionDef *def = palloc0(sizeof(RmConversionDef));
 	Form_pg_attribute att;
 	Node	   *expr;
+	Oid			collation;
 	int			save_nestlevel;
 
 	def->relid = RelationGetRelid(rel);
+	def->column = pstrdup(column);
 	def->attnum = get_attnum(def->relid, column);
 	if (def->attnum == InvalidAttrNumber)
 		ereport(ERROR,
@@ -429,7 +484,7 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 				 errhint("Name a column of your own.")));
 	att = TupleDescAttr(RelationGetDescr(rel), def->attnum - 1);
 
-	parse_type(type_name, &def->type, &def->typmod);
+	parse_type(type_name, &def->type, &def->typmod, &collation);
 	if (get_typtype(def->type) == TYPTYPE_PSEUDO)
 		ereport(ERROR,
 				(errcode(ERRCODE_INVALID_TABLE_DEFINITION),
@@ -458,11 +513,27 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 	def->type_name = format_type_extended(def->type, def->typmod,
 										  FORMAT_TYPE_TYPEMOD_GIVEN |
 										  FORMAT_TYPE_FORCE_QUALIFY);
+	if (OidIsValid(collation) && collation != get_typcollation(def->type))
+		def->type_name = psprintf("%s COLLATE %s", def->type_name, generate_collation_name(collation));
 	def->old_type_name = format_type_extended(att->atttypid, att->atttypmod,
 											  FORMAT_TYPE_TYPEMOD_GIVEN |
 											  FORMAT_TYPE_FORCE_QUALIFY);
 	describe_column(att, def);
 	AtEOXact_GUC(false, save_nestlevel);
+	return def;
+}
+
+/* of no column: the rows stay what they are */
+RmConversionDef *
+rm_conversion_none(Relation rel)
+{
+	RmConversionDef *def = palloc0(sizeof(RmConversionDef));
+
+	def->relid = RelationGetRelid(rel);
+	def->column = def->type_name = def->old_type_name = def->using_expr = def->tree = "";
+	def->typmod = -1;
+	def->server_version = PG_VERSION_NUM / 10000;
+	def->settings = current_settings();
 	return def;
 }
 

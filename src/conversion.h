@@ -15,15 +15,16 @@
 #include "nodes/pg_list.h"
 #include "utils/rel.h"
 
-/* a conversion as it is kept in the migration's row */
+/* a conversion as it is kept in the migration's row: of one column */
 typedef struct RmConversionDef
 {
 	Oid			relid;
 	AttrNumber	attnum;			/* the column that changes */
+	char	   *column;			/* its name */
 	Oid			old_type;
 	Oid			type;			/* the type it gets */
 	int32		typmod;
-	char	   *type_name;		/* formatted, for SQL and for people */
+	char	   *type_name;		/* formatted, for SQL and for people; with its COLLATE */
 	char	   *old_type_name;
 	char	   *old_collation;	/* SQL names; NULL where it is the default */
 	char	   *old_storage;
@@ -74,6 +75,7 @@ typedef struct RmConversion
 extern RmConversionDef *rm_conversion_parse(Relation rel, const char *column,
 											const char *type_name,
 											const char *using_expr);
+extern RmConversionDef *rm_conversion_none(Relation rel);
 extern char *rm_conversion_parse_reverse(Relation rel, const char *column,
 										 const char *text, Oid old_type,
 										 int32 old_typmod);

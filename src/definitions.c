@@ -30,12 +30,12 @@ typedef struct Definition
 	List	   *make_sql;
 } Definition;
 
-/* what has to go before the column can change, in the order in which it goes */
+/* what has to go before these columns can change, in the order in which it goes */
 List *
-rm_definitions_on(const RmMigration *m, AttrNumber attnum)
+rm_definitions_on(const RmMigration *m, List *attnums)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	Oid			types[] = {OIDOID, INT2ARRAYOID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(attnums)};
 	List	   *list = NIL;
 
 	rm_catalog_query("SELECT drop_sql, make_sql, coalesce(relation, 0)"
@@ -55,10 +55,10 @@ rm_definitions_on(const RmMigration *m, AttrNumber attnum)
 
 /* relations besides the table that the exchange changes, by OID */
 List *
-rm_relations_of_definitions(const RmMigration *m, AttrNumber attnum)
+rm_relations_of_definitions(const RmMigration *m, List *attnums)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(attnum)};
+	Oid			types[] = {OIDOID, INT2ARRAYOID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(attnums)};
 	List	   *list = NIL;
 
 	rm_catalog_query("SELECT r FROM risky_migrations.column_relations($1, $2) r",

@@ -12,8 +12,8 @@
 
 #include "migration.h"
 
-extern List *rm_definitions_on(const RmMigration *m, AttrNumber attnum);
-extern List *rm_relations_of_definitions(const RmMigration *m, AttrNumber attnum);
+extern List *rm_definitions_on(const RmMigration *m, List *attnums);
+extern List *rm_relations_of_definitions(const RmMigration *m, List *attnums);
 extern void rm_refuse_just_changed(const RmMigration *m);
 extern void rm_definitions_drop(List *definitions);
 extern void rm_definitions_make(List *definitions, List *copies);

@@ -169,7 +169,8 @@ make_twin(const Twin *t, const char *build_column)
 							quote_identifier(get_attname(t->relid, t->other, false))));
 	/* no rows: the expression does not matter, and its columns may be renamed */
 	if (t->type)
-		rm_twin_alter_type(&twin, column, t->type, psprintf("(NULL::%s)", t->type));
+		rm_twin_alter(&twin, psprintf("ALTER COLUMN %s TYPE %s USING (NULL::%s)",
+									  quote_identifier(column), t->type, t->type));
 	rm_execute(psprintf("ALTER TABLE %s RENAME COLUMN %s TO %s", twin.sql,
 						quote_identifier(column), quote_identifier(build_column)));
 	return twin.relid;
@@ -592,11 +593,11 @@ rm_catalog_fingerprint(Oid relid, MemoryContext cxt)
 
 /*
  * Raises what the query before has found to be in the way of a method: rows of
- * kind, name, reason, hint; each hint is given once (0A000).  Nothing if it has
- * found nothing.
+ * kind, name, reason, hint; each hint is given once (0A000).  columns: on what it
+ * hangs, see rm_columns_text().  Nothing if it has found nothing.
  */
 void
-rm_refuse_obstacles(const char *method, Oid relid, AttrNumber attnum)
+rm_refuse_obstacles(const char *method, Oid relid, const char *columns)
 {
 	StringInfoData detail;
 	StringInfoData hint;
@@ -616,8 +617,8 @@ rm_refuse_obstacles(const char *method, Oid relid, AttrNumber attnum)
 	}
 	ereport(ERROR,
 			(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
-			 errmsg("%s cannot carry over what hangs on column \"%s\" of %s", method,
-					get_attname(relid, attnum, false), rm_relation_sql(relid)),
+			 errmsg("%s cannot carry over what hangs on %s of %s", method, columns,
+					rm_relation_sql(relid)),
 			 errdetail_internal("%s", detail.data),
 			 errhint("%s", hint.data)));
 }
@@ -638,7 +639,8 @@ rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type, bool publicatio
 					 " WHERE NOT CASE kind WHEN 'publication' THEN $3 WHEN 'materialized view' THEN $4 ELSE false END"
 					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $5)",
 					 5, types, v);
-	rm_refuse_obstacles("three_step", relid, attnum);
+	rm_refuse_obstacles("three_step", relid,
+						psprintf("column \"%s\"", get_attname(relid, attnum, false)));
 }
 
 /*

@@ -29,7 +29,7 @@ typedef struct RmDependent
 	char	   *drop_sql;		/* puts the one in force out of it, or NULL */
 } RmDependent;
 
-extern void rm_refuse_obstacles(const char *method, Oid relid, AttrNumber attnum);
+extern void rm_refuse_obstacles(const char *method, Oid relid, const char *columns);
 extern void rm_dependents_refuse(Oid relid, AttrNumber attnum, Oid new_type,
 								 bool publications);
 extern List *rm_dependents_derive(const RmMigration *m, bool new_side,

@@ -27,6 +27,7 @@
 #include "access/heapam.h"
 #include "access/table.h"
 #include "catalog/pg_inherits.h"
+#include "catalog/pg_type.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "rows.h"
@@ -50,32 +51,30 @@ count_rows(const char *rel_sql, const char *condition)
 
 /*
  * The tables that ALTER TABLE locks: the table, its partitions and children, and
- * what is at the other end of the column's foreign keys, which are dropped and
+ * what is at the other end of the columns' foreign keys, which are dropped and
  * made again.  Needs SPI.
  */
 static List *
 tables_of_alter(const RmMigration *m)
 {
-	char	   *column = get_attname(m->relid, m->attnum, true);
-	List	   *members = find_all_inheritors(m->relid, NoLock, NULL);
-	List	   *relids = list_copy(members);
+	Oid			types[] = {OIDOID, INT2ARRAYOID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(rm_attnums_of(m->columns))};
+	List	   *relids = find_all_inheritors(m->relid, NoLock, NULL);
+	List	   *peers = NIL;
 	ListCell   *lc;
 
-	foreach(lc, members)
-	{
-		Oid			relid = lfirst_oid(lc);
-		AttrNumber	attnum = column ? get_attnum(relid, column) : InvalidAttrNumber;
-
-		rm_execute(psprintf("SELECT CASE conrelid WHEN %u THEN confrelid ELSE conrelid END"
-							" FROM pg_catalog.pg_constraint WHERE contype = 'f'"
-							" AND (conrelid = %u AND %d OPERATOR(pg_catalog.=) ANY (conkey)"
-							" OR confrelid = %u AND %d OPERATOR(pg_catalog.=) ANY (confkey))"
-							" ORDER BY 1", relid, relid, attnum, relid, attnum));
-		for (uint64 i = 0; i < SPI_processed; i++)
-			relids = list_concat_unique_oid(relids,
-											find_all_inheritors(DatumGetObjectId(rm_result_datum(i, 1)),
-																NoLock, NULL));
-	}
+	rm_catalog_query("SELECT DISTINCT CASE k.conrelid WHEN m.member THEN k.confrelid ELSE k.conrelid END"
+					 " FROM risky_migrations.member_columns($1, $2) m JOIN pg_catalog.pg_constraint k"
+					 " ON k.contype OPERATOR(pg_catalog.=) 'f'"
+					 " AND (k.conrelid OPERATOR(pg_catalog.=) m.member"
+					 " AND m.number OPERATOR(pg_catalog.=) ANY (k.conkey)"
+					 " OR k.confrelid OPERATOR(pg_catalog.=) m.member"
+					 " AND m.number OPERATOR(pg_catalog.=) ANY (k.confkey)) ORDER BY 1",
+					 2, types, v);
+	for (uint64 i = 0; i < SPI_processed; i++)
+		peers = lappend_oid(peers, DatumGetObjectId(rm_result_datum(i, 1)));
+	foreach(lc, peers)
+		relids = list_concat_unique_oid(relids, find_all_inheritors(lfirst_oid(lc), NoLock, NULL));
 	return relids;
 }
 
@@ -137,14 +136,12 @@ alter_type_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	const char *rel_sql = begin_alter(run);
-	const char *column = quote_identifier(get_attname(m->relid, m->attnum, false));
 
 	if (m->exact_check)
 		m->inexact_rows = count_rows(rel_sql, psprintf("NOT coalesce((%s), true)",
 													   m->exact_check));
-	execute_as_owner(m->relid,
-					 psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", rel_sql,
-							  column, m->new_type, m->using_expr));
+	execute_as_owner(m->relid, psprintf("ALTER TABLE %s %s", rel_sql,
+										rm_alter_clauses(m->columns, m->relid, false)));
 	return RM_STEP_DONE;
 }
 
@@ -218,15 +215,21 @@ typedef struct FindRow
 	char	   *detail;
 } FindRow;
 
-/* the first row that does not convert, with no lock but ACCESS SHARE */
+/* the first row in which one of the columns does not convert */
 static void
-find_row(void *arg)
+find_row_of_column(FindRow *find, const RmMigration *all, const RmConversionDef *column, Relation rel)
 {
-	FindRow    *find = arg;
-	RmMigration *m = rm_migration_load(find->run->migration_id, false, CurrentMemoryContext);
-	Relation	rel = table_open(m->relid, AccessShareLock);
-	RmRows	   *rows = rm_rows_open(m, rel, RM_ROWS_READ);
+	RmMigration one = *all;
+	RmMigration *m = &one;
+	RmRows	   *rows;
 	BlockNumber end = RelationGetNumberOfBlocks(rel);
+
+	one.attnum = column->attnum;
+	one.new_type_id = column->type;
+	one.new_typmod = column->typmod;
+	one.using_expr = column->using_expr;
+	one.tree = column->tree;
+	rows = rm_rows_open(m, rel, RM_ROWS_READ);
 
 	for (BlockNumber block = 0; block < end && find->detail == NULL; block++)
 	{
@@ -252,6 +255,20 @@ find_row(void *arg)
 		ReleaseBuffer(buf);
 	}
 	rm_rows_close(rows);
+}
+
+/* the first row that does not convert, with no lock but ACCESS SHARE */
+static void
+find_row(void *arg)
+{
+	FindRow    *find = arg;
+	RmMigration *m = rm_migration_load(find->run->migration_id, false, CurrentMemoryContext);
+	Relation	rel = table_open(m->relid, AccessShareLock);
+	ListCell   *lc;
+
+	foreach(lc, m->columns)
+		if (find->detail == NULL)
+			find_row_of_column(find, m, lfirst(lc), rel);
 	table_close(rel, AccessShareLock);
 }
 

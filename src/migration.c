@@ -69,6 +69,91 @@ rm_wanted_by_name(const char *name)
 	return strcmp(name, "paused") == 0 ? RM_WANT_PAUSED : RM_WANT_CANCELLED;
 }
 
+/* the column that the migration's own row tells of; lives as long as m does */
+static RmConversionDef *
+first_column(const RmMigration *m)
+{
+	RmConversionDef *c = palloc0(sizeof(RmConversionDef));
+
+	c->relid = m->relid;
+	c->attnum = m->attnum;
+	c->column = m->column;
+	c->old_type = m->old_type_id;
+	c->old_type_name = m->old_type;
+	c->type = m->new_type_id;
+	c->typmod = m->new_typmod;
+	c->type_name = m->new_type;
+	c->using_expr = m->using_expr;
+	c->tree = m->tree;
+	c->server_version = m->server_version;
+	c->settings = m->settings;
+	return c;
+}
+
+/* those that change besides the first one; needs SPI */
+static List *
+load_further_columns(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+	List	   *list = NIL;
+
+	rm_state_execute("SELECT attnum::int8, column_name, old_type, old_type_id::int8, new_type,"
+					 " new_type_id::int8, new_typmod::int8, using_expr, conversion_tree"
+					 " FROM risky_migrations.further_column WHERE migration_id = $1 ORDER BY number",
+					 1, types, v, NULL);
+	for (uint64 i = 0; i < SPI_processed; i++)
+	{
+		RmConversionDef *c = palloc0(sizeof(RmConversionDef));
+
+		c->relid = m->relid;
+		c->attnum = rm_result_int64(i, 1);
+		c->column = rm_result_text(i, 2);
+		c->old_type_name = rm_result_text(i, 3);
+		c->old_type = rm_result_int64(i, 4);
+		c->type_name = rm_result_text(i, 5);
+		c->type = rm_result_int64(i, 6);
+		c->typmod = rm_result_int64(i, 7);
+		c->using_expr = rm_result_text(i, 8);
+		c->tree = rm_result_text(i, 9);
+		c->server_version = m->server_version;
+		c->settings = m->settings;
+		list = lappend(list, c);
+	}
+	return list;
+}
+
+static void
+insert_further_columns(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID, INT8OID, INT8OID, TEXTOID, TEXTOID, INT8OID, TEXTOID,
+	INT8OID, INT8OID, TEXTOID, TEXTOID};
+	Datum		v[lengthof(types)];
+
+	for (int i = 1; i < list_length(m->columns); i++)
+	{
+		const RmConversionDef *c = list_nth(m->columns, i);
+		int			n = 0;
+
+		v[n++] = Int64GetDatum(m->id);
+		v[n++] = Int64GetDatum(i + 1);
+		v[n++] = Int64GetDatum(c->attnum);
+		v[n++] = CStringGetTextDatum(c->column);
+		v[n++] = CStringGetTextDatum(c->old_type_name);
+		v[n++] = Int64GetDatum(c->old_type);
+		v[n++] = CStringGetTextDatum(c->type_name);
+		v[n++] = Int64GetDatum(c->type);
+		v[n++] = Int64GetDatum(c->typmod);
+		v[n++] = CStringGetTextDatum(c->using_expr);
+		v[n++] = CStringGetTextDatum(c->tree);
+		rm_state_execute("INSERT INTO risky_migrations.further_column (migration_id, number, attnum,"
+						 " column_name, old_type, old_type_id, new_type, new_type_id, new_typmod,"
+						 " using_expr, conversion_tree)"
+						 " VALUES ($1, $2, $3, $4, $5, $6::oid, $7, $8::oid, $9, $10, $11)",
+						 lengthof(types), types, v, NULL);
+	}
+}
+
 /*
  * Loads a migration into cxt, with a lock on its row if it is to be saved.
  * 42704 if there is none.  Needs SPI.
@@ -149,6 +234,10 @@ rm_migration_load(int64 id, bool lock, MemoryContext cxt)
 	m->null_on_error = rm_result_int64(0, ++col) != 0;
 	m->ranges = rm_result_int64(0, ++col);
 	m->wanted = rm_wanted_by_name(rm_result_text(0, ++col));
+	if (m->attnum != InvalidAttrNumber)
+		m->columns = list_make1(first_column(m));
+	if (m->method != &rm_method_three_step)
+		m->columns = list_concat(m->columns, load_further_columns(m));
 	MemoryContextSwitchTo(oldcxt);
 	return m;
 }
@@ -212,6 +301,7 @@ rm_migration_insert(RmMigration *m)
 					 lengthof(types), types, v, n);
 	m->id = rm_result_int64(0, 1);
 	m->state = "open";
+	insert_further_columns(m);
 	return m->id;
 }
 
@@ -279,8 +369,9 @@ rm_open_migration(const char *method)
 		values[0] = CStringGetTextDatum(method);
 		nulls[0] = ' ';
 	}
-	rm_state_execute("SELECT m.id, m.relation, m.column_name"
+	rm_state_execute("SELECT m.id, m.relation, coalesce('column ' || f.column_name, 'written anew')"
 					 " FROM risky_migrations.migration m"
+					 " JOIN risky_migrations.migration_columns f ON f.migration_id = m.id"
 					 " JOIN pg_catalog.pg_class c ON c.oid = m.relid"
 					 " WHERE m.state = 'open' AND coalesce(m.method = $1, true)"
 					 " AND pg_catalog.pg_has_role($2, c.relowner, 'USAGE') ORDER BY m.id",
@@ -297,7 +388,7 @@ rm_open_migration(const char *method)
 				 errhint("Start one with CALL rm_alter_type() or SELECT rm_start().")));
 	initStringInfo(&list);
 	for (uint64 i = 0; i < SPI_processed; i++)
-		appendStringInfo(&list, "%s%lld (%s, column %s)", i ? ", " : "",
+		appendStringInfo(&list, "%s%lld (%s, %s)", i ? ", " : "",
 						 (long long) rm_result_int64(i, 1), rm_result_text(i, 2),
 						 rm_result_text(i, 3));
 	ereport(ERROR,
@@ -424,14 +515,16 @@ rm_trigger_row_xmin(Oid relid, const char *name)
 	return xmin;
 }
 
-/* a mark that changes when a function of the migration's expression is replaced */
+/* a mark that changes when a function of the migration's expressions is replaced */
 uint64
 rm_expression_mark(const RmMigration *m)
 {
 	uint64		mark = 0;
+	ListCell   *lc;
 
-	if (m->server_version == PG_VERSION_NUM / 10000)
-		(void) add_functions_walker(stringToNode(m->tree), &mark);
+	foreach(lc, m->columns)
+		if (m->server_version == PG_VERSION_NUM / 10000)
+			(void) add_functions_walker(stringToNode(((RmConversionDef *) lfirst(lc))->tree), &mark);
 	return mark;
 }
 
@@ -598,6 +691,14 @@ find_changed_column(const RmMigration *m, TupleDesc desc)
 	att = m->attnum <= desc->natts ? TupleDescAttr(desc, m->attnum - 1) : NULL;
 	if (att == NULL || att->attisdropped)
 		return psprintf("The column \"%s\" has been dropped.", m->column);
+	/* desc is that of the table itself where there are further ones */
+	for (int i = 1; i < list_length(m->columns); i++)
+	{
+		const RmConversionDef *c = list_nth(m->columns, i);
+
+		if (c->attnum > desc->natts || TupleDescAttr(desc, c->attnum - 1)->attisdropped)
+			return psprintf("The column \"%s\" has been dropped.", c->column);
+	}
 	if (m->new_attnum == 0)
 		return NULL;
 	if (att->atttypid != m->old_type_id)
@@ -655,10 +756,89 @@ rm_check_ground(const RmMigration *m, Relation rel)
 						 (long long) m->id)));
 }
 
+/* numbers of the columns */
+List *
+rm_attnums_of(List *columns)
+{
+	List	   *attnums = NIL;
+	ListCell   *lc;
+
+	foreach(lc, columns)
+		attnums = lappend_int(attnums, ((RmConversionDef *) lfirst(lc))->attnum);
+	return attnums;
+}
+
+/* for messages: column "a", or columns "a", "b" */
+char *
+rm_columns_text(List *columns)
+{
+	StringInfoData buf;
+	ListCell   *lc;
+
+	initStringInfo(&buf);
+	appendStringInfoString(&buf, list_length(columns) == 1 ? "column" : "columns");
+	foreach(lc, columns)
+		appendStringInfo(&buf, "%s \"%s\"", foreach_current_index(lc) ? "," : "",
+						 ((RmConversionDef *) lfirst(lc))->column);
+	return buf.data;
+}
+
 /*
- * The migration's conversion, ready for use until the end of the transaction:
- * from old to new, or after the swap from new to old.
+ * What ALTER TABLE has to be told to change all columns of root, by their present
+ * names, which they have below it and in a twin too.  emptied: there are no rows, and
+ * the expressions do not matter.
  */
+char *
+rm_alter_clauses(List *columns, Oid root, bool emptied)
+{
+	StringInfoData buf;
+	ListCell   *lc;
+
+	initStringInfo(&buf);
+	foreach(lc, columns)
+	{
+		const RmConversionDef *c = lfirst(lc);
+
+		appendStringInfo(&buf, "%sALTER COLUMN %s TYPE %s USING %s",
+						 foreach_current_index(lc) ? ", " : "",
+						 quote_identifier(get_attname(root, c->attnum, false)), c->type_name,
+						 emptied ? psprintf("(NULL::%s)", c->type_name) : c->using_expr);
+	}
+	return buf.data;
+}
+
+/* makes it ready, or raises 55000 if there is none any more */
+static RmConversion *
+prepare_conversion(const RmMigration *m, RmConversion *conv, const char *expr, MemoryContext cxt)
+{
+	if (conv == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+				 errmsg("the expression of migration %lld does not fit table %s any more",
+						(long long) m->id, m->relation),
+				 errdetail("A column that %s reads has been dropped or has another type now.", expr),
+				 errhint("Give the migration up with CALL rm_rollback(%lld).",
+						 (long long) m->id)));
+	rm_conversion_prepare(conv, cxt);
+	return conv;
+}
+
+/*
+ * The conversion of one of the migration's columns, from old to new, ready for use
+ * until the end of the transaction.
+ */
+RmConversion *
+rm_column_conversion(const RmMigration *m, const RmConversionDef *column, Relation rel,
+					 MemoryContext cxt)
+{
+	return prepare_conversion(m, rm_conversion_load(column->tree, m->server_version,
+													column->using_expr, m->relid, rel,
+													column->type, column->typmod,
+													InvalidAttrNumber, m->settings, cxt),
+							  column->using_expr, cxt);
+}
+
+/* that of the only one: from old to new, or after the swap from new to old */
 RmConversion *
 rm_migration_conversion(const RmMigration *m, Relation rel, MemoryContext cxt)
 {
@@ -674,17 +854,8 @@ rm_migration_conversion(const RmMigration *m, Relation rel, MemoryContext cxt)
 								  m->reverse_expr, m->relid, rel, m->old_type_id,
 								  TupleDescAttr(RelationGetDescr(rel), m->attnum - 1)->atttypmod,
 								  m->attnum, m->settings, cxt);
-	if (conv == NULL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("the expression of migration %lld does not fit table %s any more",
-						(long long) m->id, m->relation),
-				 errdetail("A column that %s reads has been dropped or has another type now.",
-						   m->swapped && m->reverse_expr ? m->reverse_expr : m->using_expr),
-				 errhint("Give the migration up with CALL rm_rollback(%lld).",
-						 (long long) m->id)));
-	rm_conversion_prepare(conv, cxt);
-	return conv;
+	return prepare_conversion(m, conv, m->swapped && m->reverse_expr ? m->reverse_expr :
+							  m->using_expr, cxt);
 }
 
 /*

@@ -27,7 +27,11 @@ typedef enum RmWanted
 	RM_WANT_CANCELLED
 } RmWanted;
 
-/* one requested change of one column's type: a row of risky_migrations.migration */
+/*
+ * One requested change: a row of risky_migrations.migration.  Of one column's type, but
+ * for rm_alter_types(), which names any number of them: then the fields of the column
+ * tell of the first one, or (attnum 0) of none.
+ */
 typedef struct RmMigration
 {
 	int64		id;
@@ -39,6 +43,8 @@ typedef struct RmMigration
 	Oid			owner;			/* the role that started it */
 	Oid			relid;
 	char	   *relation;		/* qualified name when it started, or was last planned */
+	List	   *columns;		/* of RmConversionDef: all that change; method direct and
+								 * online_rewrite */
 	AttrNumber	attnum;
 	char	   *column;
 	char	   *old_type;		/* as told to people */
@@ -271,6 +277,11 @@ extern void rm_refuse_entangled(Oid relid, AttrNumber attnum, const char *tree);
 extern void rm_check_ground(const RmMigration *m, Relation rel);
 extern RmConversion *rm_migration_conversion(const RmMigration *m, Relation rel,
 											 MemoryContext cxt);
+extern RmConversion *rm_column_conversion(const RmMigration *m, const RmConversionDef *column,
+										  Relation rel, MemoryContext cxt);
+extern List *rm_attnums_of(List *columns);
+extern char *rm_columns_text(List *columns);
+extern char *rm_alter_clauses(List *columns, Oid root, bool emptied);
 extern void rm_record_failure(RmMigration *m, const char *row_key,
 							  ItemPointer tid, const char *value,
 							  ErrorData *error);

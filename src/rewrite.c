@@ -141,7 +141,7 @@ rm_rewrite_shadow_key(const RmRewrite *rw)
 	return index;
 }
 
-/* is the column that changes part of the key? */
+/* is a column that changes part of the key? */
 bool
 rm_rewrite_key_converts(const RmRewrite *rw)
 {
@@ -149,7 +149,7 @@ rm_rewrite_key_converts(const RmRewrite *rw)
 	bool		converts = false;
 
 	for (int i = 0; i < IndexRelationGetNumberOfKeyAttributes(index); i++)
-		converts |= index->rd_index->indkey.values[i] == rw->attnum;
+		converts |= list_member_int(rw->attnums, index->rd_index->indkey.values[i]);
 	index_close(index, NoLock);
 	return converts;
 }
@@ -215,6 +215,19 @@ read_rewrite(const RmMigration *m, uint64 i)
 	return rw;
 }
 
+/* numbers of columns of root in relid, which is root or below it */
+static List *
+leaf_attnums(Oid root, List *columns, Oid relid)
+{
+	List	   *attnums = NIL;
+	ListCell   *lc;
+
+	foreach(lc, columns)
+		attnums = lappend_int(attnums, rm_leaf_attnum(root, ((RmConversionDef *) lfirst(lc))->attnum,
+													  relid));
+	return attnums;
+}
+
 /* of all tables, by OID; needs SPI */
 List *
 rm_rewrite_load_all(const RmMigration *m)
@@ -232,7 +245,7 @@ rm_rewrite_load_all(const RmMigration *m)
 	{
 		RmRewrite  *rw = lfirst(lc);
 
-		rw->attnum = rm_leaf_attnum(m->relid, m->attnum, rw->relid);
+		rw->attnums = leaf_attnums(m->relid, m->columns, rw->relid);
 	}
 	return list;
 }
@@ -355,14 +368,16 @@ refuse_storage(Relation rel)
 }
 
 static void
-refuse_columns(Relation rel, AttrNumber attnum)
+refuse_columns(Relation rel, List *attnums)
 {
 	TupleDesc	desc = RelationGetDescr(rel);
+	ListCell   *lc;
 
-	if (TupleDescAttr(desc, attnum - 1)->attgenerated)
-		refuse(rel, psprintf("The column \"%s\" is generated.",
-							 NameStr(TupleDescAttr(desc, attnum - 1)->attname)),
-			   "Change the columns that it is generated from.");
+	foreach(lc, attnums)
+		if (TupleDescAttr(desc, lfirst_int(lc) - 1)->attgenerated)
+			refuse(rel, psprintf("The column \"%s\" is generated.",
+								 NameStr(TupleDescAttr(desc, lfirst_int(lc) - 1)->attname)),
+				   "Change the columns that it is generated from.");
 	for (int i = 0; i < desc->natts; i++)
 		if (TupleDescAttr(desc, i)->attgenerated == 'v')
 			refuse(rel, psprintf("The column \"%s\" is a virtual generated column.",
@@ -416,16 +431,17 @@ find_key_index(Relation rel)
 }
 
 /*
- * The log has the key alone.  If the column that changes is part of it, the new
- * key must be told by the old one.
+ * The log has the key alone.  Where columns that change are part of it, the new key
+ * must be told by the old one.
  */
 static void
-refuse_key(Relation rel, AttrNumber attnum, Node *expr)
+refuse_key(Relation rel, Oid root, List *columns)
 {
 	Oid			index_oid = find_key_index(rel);
 	Relation	index;
 	Bitmapset  *key = NULL;
 	Bitmapset  *reads = NULL;
+	ListCell   *lc;
 
 	if (!OidIsValid(index_oid))
 		refuse(rel, "It has no primary key, and no other unique index on columns that are NOT NULL.",
@@ -434,46 +450,51 @@ refuse_key(Relation rel, AttrNumber attnum, Node *expr)
 	for (int i = 0; i < index->rd_index->indnkeyatts; i++)
 		key = bms_add_member(key, index->rd_index->indkey.values[i] - FirstLowInvalidHeapAttributeNumber);
 	index_close(index, NoLock);
-	if (!bms_is_member(attnum - FirstLowInvalidHeapAttributeNumber, key))
-		return;
-	pull_varattnos(expr, 1, &reads);
+	foreach(lc, columns)
+	{
+		const RmConversionDef *c = lfirst(lc);
+		AttrNumber	attnum = rm_leaf_attnum(root, c->attnum, RelationGetRelid(rel));
+
+		if (bms_is_member(attnum - FirstLowInvalidHeapAttributeNumber, key))
+			pull_varattnos(rm_leaf_expression(stringToNode(c->tree), root, rel), 1, &reads);
+	}
 	if (!bms_is_subset(reads, key))
 		refuse(rel, "The column is part of its key, and the expression reads columns that are not.",
 			   "Use the method three_step.");
 }
 
-/* what hangs on the column and ALTER TABLE would refuse, or we could not make again */
+/* what hangs on the columns and ALTER TABLE would refuse, or we could not make again */
 void
-rm_rewrite_refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type)
+rm_rewrite_refuse_obstacles(Relation rel, List *columns)
 {
-	Oid			types[] = {OIDOID, INT2OID, OIDOID};
-	Datum		v[] = {ObjectIdGetDatum(RelationGetRelid(rel)), Int16GetDatum(attnum), ObjectIdGetDatum(new_type)};
+	Oid			types[] = {OIDOID, INT2ARRAYOID, OIDARRAYOID};
+	Datum		v[3];
+	Datum	   *new_types = palloc(sizeof(Datum) * Max(list_length(columns), 1));
+	ListCell   *lc;
 
-	rm_catalog_query("SELECT kind, name, reason, hint FROM risky_migrations.column_obstacles($1, $2)"
-					 /* the column keeps its place, its number and its constraints */
-					 " WHERE kind OPERATOR(pg_catalog.<>) ALL (ARRAY['exclusion constraint',"
-					 " 'deferrable constraint', 'publication', 'security label',"
-					 " 'column alias list', 'row constructor'])"
-					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.rewrite_obstacles($1, $2)"
-					 " UNION ALL SELECT kind, name, reason, hint FROM risky_migrations.column_coercions($1, $2, $3)",
+	foreach(lc, columns)
+		new_types[foreach_current_index(lc)] = ObjectIdGetDatum(((RmConversionDef *) lfirst(lc))->type);
+	v[0] = ObjectIdGetDatum(RelationGetRelid(rel));
+	v[1] = rm_attnum_array(rm_attnums_of(columns));
+	v[2] = PointerGetDatum(construct_array(new_types, list_length(columns), OIDOID, sizeof(Oid), true,
+										   TYPALIGN_INT));
+	rm_catalog_query("SELECT kind, name, reason, hint FROM risky_migrations.rewrite_obstacles($1, $2, $3)",
 					 3, types, v);
-	rm_refuse_obstacles(rm_method_online_rewrite.name, RelationGetRelid(rel), attnum);
+	rm_refuse_obstacles(rm_method_online_rewrite.name, RelationGetRelid(rel), rm_columns_text(columns));
 }
 
 /* of a table that holds rows of root: itself, or a partition */
 static void
-refuse_table(Relation rel, Oid root, AttrNumber root_attnum, const char *tree)
+refuse_table(Relation rel, Oid root, List *columns)
 {
-	AttrNumber	attnum = rm_leaf_attnum(root, root_attnum, RelationGetRelid(rel));
-
 	refuse_storage(rel);
-	refuse_columns(rel, attnum);
-	refuse_key(rel, attnum, rm_leaf_expression(stringToNode(tree), root, rel));
+	refuse_columns(rel, leaf_attnums(root, columns, RelationGetRelid(rel)));
+	refuse_key(rel, root, columns);
 }
 
 /* the same of one below a partitioned table */
 static void
-refuse_partition(Relation part, Oid root, AttrNumber root_attnum, const char *tree)
+refuse_partition(Relation part, Oid root, List *columns)
 {
 	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(root));
 	Form_pg_class form;
@@ -486,7 +507,7 @@ refuse_partition(Relation part, Oid root, AttrNumber root_attnum, const char *tr
 							  NameStr(form->relname)),
 			   "Give both the same owner.");
 	if (part->rd_rel->relkind == RELKIND_RELATION)
-		refuse_table(part, root, root_attnum, tree);
+		refuse_table(part, root, columns);
 	else if (part->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
 		refuse(part, psprintf("It is a partition of \"%s\", and no ordinary table.",
 							  NameStr(form->relname)),
@@ -499,7 +520,7 @@ refuse_partition(Relation part, Oid root, AttrNumber root_attnum, const char *tr
  * anything begins may wait for.
  */
 static void
-refuse_partitions(Relation root, const RmConversionDef *def)
+refuse_partitions(Relation root, List *columns)
 {
 	ListCell   *lc;
 
@@ -510,24 +531,24 @@ refuse_partitions(Relation root, const RmConversionDef *def)
 		if (lfirst_oid(lc) == RelationGetRelid(root))
 			continue;
 		part = relation_open(lfirst_oid(lc), AccessShareLock);
-		refuse_partition(part, RelationGetRelid(root), def->attnum, def->tree);
+		refuse_partition(part, RelationGetRelid(root), columns);
 		relation_close(part, NoLock);
 	}
 }
 
 /*
- * Refuses every table and column that online_rewrite cannot change, before
- * anything is changed.  The caller holds a lock on rel.  Needs SPI.
+ * Refuses every table and column (of RmConversionDef) that online_rewrite cannot
+ * change, before anything is changed.  The caller holds a lock on rel.  Needs SPI.
  */
 void
-rm_rewrite_refuse(Relation rel, const RmConversionDef *def)
+rm_rewrite_refuse(Relation rel, List *columns)
 {
 	refuse_kind(rel);
 	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
-		refuse_partitions(rel, def);
+		refuse_partitions(rel, columns);
 	else
-		refuse_table(rel, RelationGetRelid(rel), def->attnum, def->tree);
-	rm_rewrite_refuse_obstacles(rel, def->attnum, def->type);
+		refuse_table(rel, RelationGetRelid(rel), columns);
+	rm_rewrite_refuse_obstacles(rel, columns);
 }
 
 /*-------------------------------------------------------------------------
@@ -856,22 +877,21 @@ typedef struct Twin
 {
 	RmMigration *m;
 	Oid			relid;			/* of which table */
-	AttrNumber	attnum;			/* the column, there */
+	List	   *attnums;		/* the columns, there */
 	MemoryContext cxt;
-	FormData_pg_attribute att;	/* what the column becomes */
+	FormData_pg_attribute *atts;	/* what they become */
 	List	   *checks;			/* of char *: name and definition, for ALTER TABLE ... ADD */
 } Twin;
 
 static RmTwin
-make_twin(RmMigration *m, Oid relid, AttrNumber attnum)
+make_twin(RmMigration *m, Oid relid)
 {
 	/* in pg_temp nobody needs a privilege, and nobody sees it */
 	RmTwin		twin = rm_twin_make(relid, "pg_temp",
 									psprintf("rm_twin_%lld", (long long) m->id),
 									psprintf("rm_x_%lld_", (long long) m->id));
 
-	rm_twin_alter_type(&twin, get_attname(relid, attnum, false), m->new_type,
-					   psprintf("(NULL::%s)", m->new_type));
+	rm_twin_alter(&twin, rm_alter_clauses(m->columns, m->relid, true));
 	return twin;
 }
 
@@ -879,20 +899,31 @@ static void
 ask_twin(void *arg)
 {
 	Twin	   *t = arg;
-	RmTwin		twin = make_twin(t->m, t->relid, t->attnum);
+	RmTwin		twin = make_twin(t->m, t->relid);
 	Relation	rel = table_open(twin.relid, NoLock);
-	AttrNumber	attnum = get_attnum(twin.relid, get_attname(t->relid, t->attnum, false));
+	StringInfoData numbers;
 	MemoryContext oldcxt;
+	ListCell   *lc;
 
-	t->att = *TupleDescAttr(RelationGetDescr(rel), attnum - 1);
+	initStringInfo(&numbers);
+	t->atts = MemoryContextAlloc(t->cxt, sizeof(FormData_pg_attribute) * Max(list_length(t->attnums), 1));
+	foreach(lc, t->attnums)
+	{
+		AttrNumber	attnum = get_attnum(twin.relid, get_attname(t->relid, lfirst_int(lc), false));
+
+		t->atts[foreach_current_index(lc)] = *TupleDescAttr(RelationGetDescr(rel), attnum - 1);
+		appendStringInfo(&numbers, "%d, ", lfirst_int(lc));
+	}
 	table_close(rel, NoLock);
+	if (t->attnums == NIL)
+		return;					/* no constraint is anything to us */
 	rm_execute(psprintf("SELECT pg_catalog.quote_ident(n.conname), pg_catalog.pg_get_constraintdef(n.oid)"
 						" FROM pg_catalog.pg_constraint n JOIN pg_catalog.pg_constraint o"
 						" ON o.conname = n.conname AND o.contype = 'c' AND o.conrelid = %u AND o.convalidated"
 						" WHERE n.conrelid = %u AND n.contype = 'c'"
 						/* others cannot fail by it; one of the whole row has a 0 here */
-						" AND (o.conkey IS NULL OR o.conkey && ARRAY[%d, 0]::int2[]) ORDER BY n.conname",
-						t->relid, twin.relid, t->attnum));
+						" AND (o.conkey IS NULL OR o.conkey && ARRAY[%s0]::int2[]) ORDER BY n.conname",
+						t->relid, twin.relid, numbers.data));
 	oldcxt = MemoryContextSwitchTo(t->cxt);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		t->checks = lappend(t->checks, psprintf("%s %s", rm_result_text(i, 1), rm_result_text(i, 2)));
@@ -917,22 +948,28 @@ reloptions_of(Oid relid)
 
 /* the table's columns, in their places, as they will be */
 static TupleDesc
-shadow_descriptor(Relation rel, AttrNumber attnum, const FormData_pg_attribute *att)
+shadow_descriptor(Relation rel, const Twin *twin)
 {
 	TupleDesc	desc = CreateTupleDescCopy(RelationGetDescr(rel));
-	Form_pg_attribute mine = TupleDescAttr(desc, attnum - 1);
+	ListCell   *lc;
 
 	for (int i = 0; i < desc->natts; i++)
 		TupleDescAttr(desc, i)->attnotnull = TupleDescAttr(RelationGetDescr(rel), i)->attnotnull;
-	mine->atttypid = att->atttypid;
-	mine->atttypmod = att->atttypmod;
-	mine->attlen = att->attlen;
-	mine->attbyval = att->attbyval;
-	mine->attalign = att->attalign;
-	mine->attstorage = att->attstorage;
-	mine->attcompression = att->attcompression;
-	mine->attcollation = att->attcollation;
-	mine->attndims = att->attndims;
+	foreach(lc, twin->attnums)
+	{
+		Form_pg_attribute mine = TupleDescAttr(desc, lfirst_int(lc) - 1);
+		const FormData_pg_attribute *att = &twin->atts[foreach_current_index(lc)];
+
+		mine->atttypid = att->atttypid;
+		mine->atttypmod = att->atttypmod;
+		mine->attlen = att->attlen;
+		mine->attbyval = att->attbyval;
+		mine->attalign = att->attalign;
+		mine->attstorage = att->attstorage;
+		mine->attcompression = att->attcompression;
+		mine->attcollation = att->attcollation;
+		mine->attndims = att->attndims;
+	}
 	for (int i = 0; i < desc->natts; i++)
 		rm_attribute_changed(desc, i);
 	return desc;
@@ -955,7 +992,7 @@ create_shadow(int64 id, Relation rel, Twin *twin)
 					 heap_create_with_catalog(shadow_name(id, relid), get_namespace_oid(RM_SCHEMA, false),
 											  rel->rd_rel->reltablespace, InvalidOid, InvalidOid, InvalidOid,
 											  rel->rd_rel->relowner, HEAP_TABLE_AM_OID,
-											  shadow_descriptor(rel, twin->attnum, &twin->att), NIL,
+											  shadow_descriptor(rel, twin), NIL,
 											  RELKIND_RELATION, rel->rd_rel->relpersistence,
 											  false, false, ONCOMMIT_NOOP, options, false,
 											  true, true, relid, NULL));
@@ -1099,7 +1136,7 @@ static Twin
 rehearse_on_twin(RmMigration *m, Oid relid)
 {
 	Twin		twin = {.m = m,.relid = relid,
-		.attnum = rm_leaf_attnum(m->relid, m->attnum, relid),
+		.attnums = leaf_attnums(m->relid, m->columns, relid),
 	.cxt = CurrentMemoryContext};
 	ErrorData  *error = rm_rehearse(ask_twin, &twin, CurrentMemoryContext);
 
@@ -1132,13 +1169,9 @@ make_tables(RmRun *run, Oid relid)
 	rel = table_open(relid, NoLock);
 	rm_check_owner(relid, m->relation);
 	if (relid == m->relid)
-	{
-		RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id,.tree = m->tree};
-
-		rm_rewrite_refuse(rel, &def);
-	}
+		rm_rewrite_refuse(rel, m->columns);
 	else if (rm_is_leaf_of(rel, m->relid))
-		refuse_partition(rel, m->relid, m->attnum, m->tree);
+		refuse_partition(rel, m->relid, m->columns);
 	else
 	{
 		table_close(rel, NoLock);
@@ -1400,7 +1433,7 @@ static void
 ask_for_indexes(void *arg)
 {
 	Indexes    *i = arg;
-	RmTwin		twin = make_twin(i->m, i->rw->relid, i->rw->attnum);
+	RmTwin		twin = make_twin(i->m, i->rw->relid);
 	Oid			nspid = get_rel_namespace(twin.relid);
 	Relation	rel = table_open(i->rw->relid, NoLock);
 	ListCell   *lc;

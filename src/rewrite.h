@@ -49,7 +49,7 @@ typedef struct RmRewrite
 {
 	int64		id;				/* of the migration */
 	Oid			relid;
-	AttrNumber	attnum;			/* of the column, there */
+	List	   *attnums;		/* of the migration's columns, there */
 	int			steps_done;		/* of the method's list, for this table */
 	Oid			relfilenode;	/* which it had when the log began */
 	int64		end_block;		/* pages at that time */
@@ -92,6 +92,14 @@ typedef struct RmMark
 /* rows that are made at once */
 #define RM_TRANSFER_ROWS 128
 
+/* a column that changes, in one transaction */
+typedef struct RmTransferColumn
+{
+	const RmConversionDef *def;
+	AttrNumber	attnum;			/* in the table, and in the shadow */
+	RmConversion *conv;
+} RmTransferColumn;
+
 /*
  * The rows of the table on their way to the shadow, in one transaction; see
  * rewrite_transfer.c.
@@ -114,7 +122,9 @@ typedef struct RmTransfer
 	/* what they become, NULL what cannot be made; good until they are cleared */
 	HeapTuple	made[RM_TRANSFER_ROWS];
 
-	RmConversion *conv;
+	int			ncolumns;
+	RmTransferColumn *columns;
+	const RmTransferColumn *column;	/* under way, or NULL */
 	TupleTableSlot *new_slot;	/* of the shadow; virtual */
 	MemoryContext made_cxt;
 	MemoryContext row_cxt;		/* for anybody to use and reset */
@@ -129,8 +139,8 @@ extern List *rm_rewrite_load_all(const RmMigration *m);
 extern RmRewrite *rm_rewrite_load(const RmMigration *m, Oid relid);
 extern void rm_rewrite_save(const RmRewrite *rw);
 extern void rm_rewrite_rehearse(RmMigration *m);
-extern void rm_rewrite_refuse(Relation rel, const RmConversionDef *def);
-extern void rm_rewrite_refuse_obstacles(Relation rel, AttrNumber attnum, Oid new_type);
+extern void rm_rewrite_refuse(Relation rel, List *columns);
+extern void rm_rewrite_refuse_obstacles(Relation rel, List *columns);
 extern Oid	rm_rewrite_shadow_index(const RmRewrite *rw, Oid original);
 extern Oid	rm_rewrite_shadow_key(const RmRewrite *rw);
 extern bool rm_rewrite_key_converts(const RmRewrite *rw);

@@ -823,7 +823,11 @@ copy_committed(RmRun *run, RmStepResult result)
 {
 	char		rows[32];
 
-	if (run->helper > 0 || result == RM_STEP_BACK || (result == RM_STEP_AGAIN && !rm_notice_due(run)))
+	if (run->helper > 0 || run->revert || result == RM_STEP_BACK)
+		return;
+	/* that it is complete is told when it is done */
+	if (result == RM_STEP_AGAIN &&
+		(run->progress.blocks_done >= run->progress.blocks_total || !rm_notice_due(run)))
 		return;
 	rm_format_count(rows, sizeof(rows), run->progress.rows_done);
 	ereport(NOTICE,

@@ -366,7 +366,7 @@ take_index_statistics(Oid from, Oid to)
  *-------------------------------------------------------------------------
  */
 
-/* a foreign key on the column, at either end */
+/* a foreign key on a column that changes, at either end */
 typedef struct ForeignKey
 {
 	Oid			relid;
@@ -380,8 +380,8 @@ typedef struct ForeignKey
 static List *
 foreign_keys(const RmMigration *m)
 {
-	Oid			types[] = {OIDOID, INT2OID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), Int16GetDatum(m->attnum)};
+	Oid			types[] = {OIDOID, INT2ARRAYOID};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(rm_attnums_of(m->columns))};
 	List	   *list = NIL;
 
 	rm_catalog_query("SELECT relid::int8, peer::int8, drop_sql, add_sql, comment_sql, validate_sql"
@@ -444,7 +444,7 @@ add_storage(List *list, Oid relid)
 static List *
 relations_to_lock(const RmMigration *m, List *tables)
 {
-	List	   *list = list_concat_unique_oid(rm_relations_of_definitions(m, m->attnum),
+	List	   *list = list_concat_unique_oid(rm_relations_of_definitions(m, rm_attnums_of(m->columns)),
 											  rm_members(m->relid));
 	ListCell   *lc;
 
@@ -471,12 +471,12 @@ alter_type(const RmMigration *m)
 	int			save_sec_context;
 
 	table_close(rel, NoLock);
+	if (m->columns == NIL)
+		return;
 	GetUserIdAndSecContext(&save_userid, &save_sec_context);
 	SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
-	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING (NULL::%s)",
-						rm_relation_sql(m->relid),
-						quote_identifier(get_attname(m->relid, m->attnum, false)),
-						m->new_type, m->new_type));
+	rm_execute(psprintf("ALTER TABLE %s %s", rm_relation_sql(m->relid),
+						rm_alter_clauses(m->columns, m->relid, true)));
 	SetUserIdAndSecContext(save_userid, save_sec_context);
 	CommandCounterIncrement();
 }
@@ -502,7 +502,8 @@ exchange_files(RmRewrite *rw, List *pairs)
 		exchange_storage(lfirst_oid(lc), lfirst_oid(ls));
 		take_index_statistics(lfirst_oid(ls), lfirst_oid(lc));
 	}
-	take_statistics(rw->shadow, rw->relid, rw->attnum);
+	foreach(lc, rw->attnums)
+		take_statistics(rw->shadow, rw->relid, lfirst_int(lc));
 	rm_rewrite_drop(rw);
 	name_toast(rw->relid);
 	rel = table_open(rw->relid, NoLock);
@@ -624,10 +625,10 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 		/* such as have come since it began */
 		Relation	rel = table_open(m->relid, NoLock);
 
-		rm_rewrite_refuse_obstacles(rel, m->attnum, m->new_type_id);
+		rm_rewrite_refuse_obstacles(rel, m->columns);
 		table_close(rel, NoLock);
 	}
-	plan->definitions = rm_definitions_on(m, m->attnum);
+	plan->definitions = rm_definitions_on(m, rm_attnums_of(m->columns));
 	plan->keys = foreign_keys(m);
 	foreach(lc, plan->tables)
 		plan->pairs = lappend(plan->pairs, index_pairs(lfirst(lc)));
@@ -696,8 +697,8 @@ refuse_failed_rows(RmRun *run, List *tables)
 							   "%lld rows of %s have no new value",
 							   (unsigned long) failed, (long long) failed,
 							   run->relation),
-				 errdetail("Column \"%s\" has values that do not convert, or that the changed table would refuse. Nothing has been exchanged.",
-						   run->m->column),
+				 errdetail("There are values of %s that do not convert, or that the changed table would refuse. Nothing has been exchanged.",
+						   rm_columns_text(run->m->columns)),
 				 errhint("SELECT * FROM rm_conversion_errors; mend these rows, then SELECT rm_resume(%lld).",
 						 (long long) run->migration_id)));
 }

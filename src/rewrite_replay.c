@@ -265,20 +265,26 @@ rm_round_source_key(RmRound *r, RmLookup *l)
 	}
 }
 
+/* the column of that number among those that change, or NULL */
+static const RmTransferColumn *
+column_of(const RmTransfer *t, AttrNumber attnum)
+{
+	for (int i = 0; i < t->ncolumns; i++)
+		if (t->columns[i].attnum == attnum)
+			return &t->columns[i];
+	return NULL;
+}
+
 /*
- * The same of one in the shadow: where the column that changes is part of the key,
- * its value is made from a row that has nothing but the key.  False if there can
- * be no such row, since the value does not convert.  Good until row_cxt is reset.
+ * The same of one in the shadow: where columns that change are part of the key, their
+ * values are made from a row that has nothing but the key.  False if there can be no
+ * such row, since a value does not convert.  Good until row_cxt is reset.
  */
 bool
 rm_round_target_key(RmRound *r, RmLookup *l)
 {
 	RmTransfer *t = r->t;
 	TupleTableSlot *key_row = r->key_row;
-	bool		converts = false;
-	Datum		value;
-	bool		isnull;
-	ErrorData  *error;
 
 	ExecStoreAllNullTuple(key_row);
 	for (int i = 0; i < r->source->nkeys; i++)
@@ -287,17 +293,19 @@ rm_round_target_key(RmRound *r, RmLookup *l)
 
 		key_row->tts_values[attnum - 1] =
 			slot_getattr(r->log_slot, i + 1, &key_row->tts_isnull[attnum - 1]);
-		converts |= attnum == t->rw->attnum;
 	}
-	if (converts &&
-		(!rm_conversion_try(t->conv, key_row, t->row_cxt, &value, &isnull, &error) || isnull))
-		return false;
 	for (int i = 0; i < l->nkeys; i++)
 	{
 		AttrNumber	attnum = rm_lookup_attnum(l, i);
+		const RmTransferColumn *c = column_of(t, attnum);
+		bool		isnull;
+		ErrorData  *error;
 
-		l->keys[i].sk_argument = converts && attnum == t->rw->attnum ? value :
-			key_row->tts_values[attnum - 1];
+		if (c == NULL)
+			l->keys[i].sk_argument = key_row->tts_values[attnum - 1];
+		else if (!rm_conversion_try(c->conv, key_row, t->row_cxt, &l->keys[i].sk_argument,
+									&isnull, &error) || isnull)
+			return false;
 	}
 	return true;
 }

@@ -65,8 +65,17 @@ rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel, LOCKMODE shadow_l
 	PushActiveSnapshot(rw->snapshot ? rw->snapshot : GetTransactionSnapshot());
 	t->snapshot = GetActiveSnapshot();
 	rm_settings_apply(m->settings, GUC_ACTION_LOCAL);
-	t->conv = rm_migration_conversion(m, rel, CurrentMemoryContext);
-	t->conv->settings_fixed = true;
+	t->ncolumns = list_length(m->columns);
+	t->columns = palloc(sizeof(RmTransferColumn) * Max(t->ncolumns, 1));
+	for (int i = 0; i < t->ncolumns; i++)
+	{
+		RmTransferColumn *c = &t->columns[i];
+
+		c->def = list_nth(m->columns, i);
+		c->attnum = list_nth_int(rw->attnums, i);
+		c->conv = rm_column_conversion(m, c->def, rel, CurrentMemoryContext);
+		c->conv->settings_fixed = true;
+	}
 	t->new_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsVirtual);
 	t->made_cxt = AllocSetContextCreate(CurrentMemoryContext, "rm new rows", ALLOCSET_DEFAULT_SIZES);
 	t->row_cxt = AllocSetContextCreate(CurrentMemoryContext, "rm row", ALLOCSET_DEFAULT_SIZES);
@@ -87,7 +96,8 @@ rm_transfer_end(RmTransfer *t)
 	if (t->rri->ri_NumIndices > 0)
 		ExecCloseIndices(t->rri);
 	FreeExecutorState(t->estate);
-	FreeExprContext(t->conv->econtext, true);
+	for (int i = 0; i < t->ncolumns; i++)
+		FreeExprContext(t->columns[i].conv->econtext, true);
 	MemoryContextDelete(t->made_cxt);
 	MemoryContextDelete(t->row_cxt);
 	PopActiveSnapshot();
@@ -137,9 +147,12 @@ rm_transfer_clear(RmTransfer *t)
 	MemoryContextReset(t->made_cxt);
 }
 
-/* the row of the table with that value for the column; no checks */
+/*
+ * What the row of the table becomes; no checks.  null_column: gets NULL, and is
+ * not evaluated.
+ */
 static void
-fill_new_slot(RmTransfer *t, TupleTableSlot *row, Datum value, bool isnull)
+fill_new_slot(RmTransfer *t, TupleTableSlot *row, const RmTransferColumn *null_column)
 {
 	TupleDesc	desc = RelationGetDescr(t->rel);
 
@@ -150,8 +163,18 @@ fill_new_slot(RmTransfer *t, TupleTableSlot *row, Datum value, bool isnull)
 	for (int i = 0; i < desc->natts; i++)
 		if (TupleDescAttr(desc, i)->attisdropped)
 			t->new_slot->tts_isnull[i] = true;
-	t->new_slot->tts_values[t->rw->attnum - 1] = value;
-	t->new_slot->tts_isnull[t->rw->attnum - 1] = isnull;
+	/* each of the old row */
+	for (int i = 0; i < t->ncolumns; i++)
+	{
+		const RmTransferColumn *c = t->column = &t->columns[i];
+
+		if (c == null_column)
+			t->new_slot->tts_isnull[c->attnum - 1] = true;
+		else
+			t->new_slot->tts_values[c->attnum - 1] =
+				rm_conversion_evaluate(c->conv, row, &t->new_slot->tts_isnull[c->attnum - 1]);
+	}
+	t->column = NULL;
 	ExecStoreVirtualTuple(t->new_slot);
 }
 
@@ -173,10 +196,7 @@ make_rows(RmTransfer *t, int from, int to)
 {
 	for (int i = from; i < to; i++)
 	{
-		bool		isnull;
-		Datum		value = rm_conversion_evaluate(t->conv, t->rows[i], &isnull);
-
-		fill_new_slot(t, t->rows[i], value, isnull);
+		fill_new_slot(t, t->rows[i], NULL);
 		if (RelationGetDescr(t->shadow)->constr)
 		{
 			ExecConstraints(t->rri, t->new_slot, t->estate);
@@ -229,24 +249,28 @@ static void
 settle(RmTransfer *t, int i, ErrorData *error)
 {
 	TupleTableSlot *row = t->rows[i];
+	const RmTransferColumn *c = t->column ? t->column : &t->columns[0];
 	bool		isnull;
-	Datum		d = slot_getattr(row, t->rw->attnum, &isnull);
+	Datum		d = slot_getattr(row, c->attnum, &isnull);
 	char	   *value = NULL;
 
 	name_constraint(error);
+	if (t->ncolumns > 1 && t->column)
+		error->message = psprintf("column \"%s\": %s", c->def->column, error->message);
+	t->column = NULL;
 	if (!isnull)
 	{
 		Oid			out;
 		bool		varlena;
 
-		getTypeOutputInfo(t->m->old_type_id, &out, &varlena);
+		getTypeOutputInfo(c->def->old_type, &out, &varlena);
 		value = OidOutputFunctionCall(out, d);
 	}
 	rm_record_failure(t->m, rm_row_key(t->rel, row), &row->tts_tid, value, error);
 	if (t->m->null_on_error &&
-		!TupleDescAttr(RelationGetDescr(t->shadow), t->rw->attnum - 1)->attnotnull)
+		!TupleDescAttr(RelationGetDescr(t->shadow), c->attnum - 1)->attnotnull)
 	{
-		fill_new_slot(t, row, (Datum) 0, true);
+		fill_new_slot(t, row, c);
 		t->made[i] = form_new_row(t);
 	}
 	else
@@ -266,6 +290,8 @@ rm_transfer_make(RmTransfer *t)
 	{
 		ErrorData  *error = try_rows(t, i, i + 1);
 
+		if (error && t->ncolumns == 0)
+			ReThrowError(error);	/* the row is what it was */
 		if (error)
 			settle(t, i, error);
 	}

@@ -79,7 +79,7 @@
  * Rest after a lock that blocked others, in milliseconds: those who stood behind it
  * have the processors first.  They plan their statements anew.
  */
-#define LET_THROUGH 20
+#define LET_THROUGH 50
 
 /* the transaction that has just begun is READ COMMITTED, READ WRITE */
 static void

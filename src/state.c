@@ -25,6 +25,7 @@
 #include "executor/spi.h"
 #include "miscadmin.h"
 #include "state.h"
+#include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/guc.h"
 #include "utils/hsearch.h"
@@ -159,6 +160,18 @@ rm_state_execute(const char *sql, int nargs, Oid *argtypes, Datum *values,
 
 	if (rc < 0)
 		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
+}
+
+Datum
+rm_attnum_array(List *attnums)
+{
+	Datum	   *elems = palloc(sizeof(Datum) * Max(list_length(attnums), 1));
+	int			n = 0;
+	ListCell   *lc;
+
+	foreach(lc, attnums)
+		elems[n++] = Int16GetDatum(lfirst_int(lc));
+	return PointerGetDatum(construct_array(elems, n, INT2OID, sizeof(int16), true, TYPALIGN_SHORT));
 }
 
 Datum

@@ -10,6 +10,7 @@
 #ifndef RM_STATE_H
 #define RM_STATE_H
 
+#include "nodes/pg_list.h"
 #include "utils/relcache.h"
 
 #define RM_SCHEMA "risky_migrations"
@@ -42,6 +43,9 @@ extern void rm_state_execute(const char *sql, int nargs, Oid *argtypes,
  * Needs what rm_state_execute needs, and leaves its result there.
  */
 extern void rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values);
+
+/* int2[] of a list of integers */
+extern Datum rm_attnum_array(List *attnums);
 
 /* fields of the current SPI_tuptable; row and column count from 0 and 1 */
 extern bool rm_result_isnull(int row, int col);

@@ -84,6 +84,7 @@
 #include "tcop/tcopprot.h"
 #include "utils/acl.h"
 #include "utils/builtins.h"
+#include "utils/jsonb.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/snapmgr.h"
@@ -93,9 +94,11 @@
 #define PAUSE_LOOK 500
 
 PG_FUNCTION_INFO_V1(rm_alter_type);
+PG_FUNCTION_INFO_V1(rm_alter_types);
 PG_FUNCTION_INFO_V1(rm_cut_over);
 PG_FUNCTION_INFO_V1(rm_run);
 PG_FUNCTION_INFO_V1(rm_start);
+PG_FUNCTION_INFO_V1(rm_start_types);
 PG_FUNCTION_INFO_V1(rm_pause);
 PG_FUNCTION_INFO_V1(rm_resume);
 PG_FUNCTION_INFO_V1(rm_cancel);
@@ -410,7 +413,7 @@ method_argument(FunctionCallInfo fcinfo, int arg)
 				(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
 				 errmsg("unknown method \"%s\"", name),
 				 errdetail("There are three_step and online_rewrite, which let everybody go on, and direct, which locks the table; auto chooses one of them."),
-				 errhint("Give one of these, or leave it out for three_step.")));
+				 errhint("Give one of these.")));
 	return rm_method_by_name(name);
 }
 
@@ -441,6 +444,105 @@ read_arguments(FunctionCallInfo fcinfo, RmMigrationSpec *spec)
 		rm_spec_use_method(spec, method);
 	if (spec->reverse_expr)
 		rm_conversion_check_text(spec->reverse_expr, "the reverse expression");
+	spec->relid = rm_find_relation(relation);
+}
+
+/* for how a change is given to rm_alter_types() */
+static void
+refuse_changes(const char *detail)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_INVALID_PARAMETER_VALUE),
+			 errmsg("changes are not what they should be"),
+			 errdetail("%s", detail),
+			 errhint("Give an object of column names and types, such as {\"id\": \"bigint\", \"at\": {\"type\": \"timestamptz\", \"using\": \"at AT TIME ZONE 'UTC'\"}}; {} to write the table anew.")));
+}
+
+static char *
+string_of(const JsonbValue *v)
+{
+	return pnstrdup(v->val.string.val, v->val.string.len);
+}
+
+/* the value of one column: its type, or an object of type and using */
+static RmColumnSpec *
+read_change(JsonbIterator **it, JsonbIteratorToken token, JsonbValue *v, const char *column)
+{
+	RmColumnSpec *c = palloc0(sizeof(RmColumnSpec));
+
+	c->column = column;
+	if (token == WJB_VALUE && v->type == jbvString)
+		c->new_type = string_of(v);
+	else if (token != WJB_BEGIN_OBJECT)
+		refuse_changes(psprintf("What is given for column \"%s\" is neither a type nor an object.", column));
+	else
+		while (JsonbIteratorNext(it, v, false) != WJB_END_OBJECT)
+		{
+			char	   *key = string_of(v);
+			const char **field = strcmp(key, "type") == 0 ? &c->new_type :
+				strcmp(key, "using") == 0 ? &c->using_expr : NULL;
+
+			if (field == NULL)
+				refuse_changes(psprintf("Column \"%s\" is given a \"%s\"; there are \"type\" and \"using\".",
+										column, key));
+			if (JsonbIteratorNext(it, v, true) != WJB_VALUE || v->type != jbvString)
+				refuse_changes(psprintf("The \"%s\" of column \"%s\" is not a string.", key, column));
+			*field = string_of(v);
+		}
+	if (c->new_type == NULL || c->new_type[0] == '\0')
+		refuse_changes(psprintf("Column \"%s\" is given no type.", column));
+	return c;
+}
+
+/* the columns of an object; the first one as rm_alter_type() has it */
+static void
+read_changes(FunctionCallInfo fcinfo, int arg, RmMigrationSpec *spec)
+{
+	JsonbIterator *it;
+	JsonbIteratorToken token;
+	JsonbValue	v;
+
+	if (PG_ARGISNULL(arg))
+		ereport(ERROR,
+				(errcode(ERRCODE_NULL_VALUE_NOT_ALLOWED),
+				 errmsg("changes must not be NULL"),
+				 errdetail("The call does not say which columns are meant."),
+				 errhint("Give an object of column names and types; {} to write the table anew.")));
+	it = JsonbIteratorInit(&PG_GETARG_JSONB_P(arg)->root);
+	if (JsonbIteratorNext(&it, &v, false) != WJB_BEGIN_OBJECT)
+		refuse_changes("It is not an object.");
+	while ((token = JsonbIteratorNext(&it, &v, false)) == WJB_KEY)
+	{
+		char	   *column = string_of(&v);
+		RmColumnSpec *c;
+
+		token = JsonbIteratorNext(&it, &v, false);
+		c = read_change(&it, token, &v, column);
+		if (spec->column)
+		{
+			spec->further = lappend(spec->further, c);
+			continue;
+		}
+		spec->column = c->column;
+		spec->new_type = c->new_type;
+		spec->using_expr = c->using_expr;
+	}
+}
+
+/* the arguments of rm_alter_types() and of rm_start() that takes the same */
+static void
+read_types_arguments(FunctionCallInfo fcinfo, RmMigrationSpec *spec)
+{
+	const char *relation = rm_text_argument(fcinfo, 0, "relation");
+	const RmMethod *method;
+
+	read_changes(fcinfo, 1, spec);
+	method = method_argument(fcinfo, 2);
+	spec->manual_cut_over = is_second_word(fcinfo, 3, "cut_over", "auto", "manual");
+	spec->batch = (int) rm_count_argument(fcinfo, 4, "batch", 1, RM_MAX_BATCH);
+	spec->all_steps = true;
+	if (method)
+		rm_spec_use_method(spec, method);
 	spec->relid = rm_find_relation(relation);
 }
 
@@ -479,6 +581,15 @@ choose_method(void *arg)
 	rm_choose_method(c->spec, c->cxt);
 }
 
+/* starts what is asked for and runs all of its steps */
+static void
+run_new(RmMigrationSpec *spec)
+{
+	if (spec->method == NULL)
+		rm_transaction(choose_method, &(Chooser) {.spec = spec,.cxt = CurrentMemoryContext});
+	run_all_steps(rm_migration_new(spec)->id, true);
+}
+
 /*
  * rm_alter_type(relation text, column_name text, new_type text, using_expr text,
  *				 method text, reverse_expr text, cut_over text, on_error text,
@@ -488,14 +599,26 @@ Datum
 rm_alter_type(PG_FUNCTION_ARGS)
 {
 	RmMigrationSpec spec = {0};
-	RmMigration *m;
 
 	rm_procedure_begin(fcinfo, "rm_alter_type");
 	read_arguments(fcinfo, &spec);
-	if (spec.method == NULL)
-		rm_transaction(choose_method, &(Chooser) {.spec = &spec,.cxt = CurrentMemoryContext});
-	m = rm_migration_new(&spec);
-	run_all_steps(m->id, true);
+	run_new(&spec);
+	rm_procedure_end();
+	PG_RETURN_VOID();
+}
+
+/*
+ * rm_alter_types(relation text, changes jsonb, method text, cut_over text,
+ *				  batch bigint)
+ */
+Datum
+rm_alter_types(PG_FUNCTION_ARGS)
+{
+	RmMigrationSpec spec = {0};
+
+	rm_procedure_begin(fcinfo, "rm_alter_types");
+	read_types_arguments(fcinfo, &spec);
+	run_new(&spec);
 	rm_procedure_end();
 	PG_RETURN_VOID();
 }
@@ -757,29 +880,58 @@ check_session_user(void)
 				 errhint("Connect as a role that may log in, then SET ROLE.")));
 }
 
+/* may this call start a migration in the background? */
+static void
+check_start(void)
+{
+	check_background("rm_start");
+	check_session_user();
+	(void) rm_state_relid("migration", false);
+}
+
+/*
+ * Everything is refused here; the worker begins when this transaction commits.
+ * Returns the migration's id.
+ */
+static int64
+start_new(RmMigrationSpec *spec)
+{
+	int64		id;
+
+	spec->background = true;
+	SPI_connect();
+	if (spec->method == NULL)
+		rm_choose_method(spec, CurrentMemoryContext);
+	id = rm_migration_create(spec, CurrentMemoryContext)->id;
+	(void) rm_steer_launch(id, GetSessionUserId(), GetTopTransactionId(), "a migration");
+	SPI_finish();
+	return id;
+}
+
 /*
  * rm_start(as rm_alter_type) returns bigint
- *
- * Everything is parsed and refused here; the worker begins when this
- * transaction commits.  Returns the migration's id.
  */
 Datum
 rm_start(PG_FUNCTION_ARGS)
 {
-	RmMigrationSpec spec = {.background = true};
-	int64		id;
+	RmMigrationSpec spec = {0};
 
-	check_background("rm_start");
-	check_session_user();
-	(void) rm_state_relid("migration", false);
+	check_start();
 	read_arguments(fcinfo, &spec);
-	SPI_connect();
-	if (spec.method == NULL)
-		rm_choose_method(&spec, CurrentMemoryContext);
-	id = rm_migration_create(&spec, CurrentMemoryContext)->id;
-	(void) rm_steer_launch(id, GetSessionUserId(), GetTopTransactionId(), "a migration");
-	SPI_finish();
-	PG_RETURN_INT64(id);
+	PG_RETURN_INT64(start_new(&spec));
+}
+
+/*
+ * rm_start(as rm_alter_types) returns bigint
+ */
+Datum
+rm_start_types(PG_FUNCTION_ARGS)
+{
+	RmMigrationSpec spec = {0};
+
+	check_start();
+	read_types_arguments(fcinfo, &spec);
+	PG_RETURN_INT64(start_new(&spec));
 }
 
 /*-------------------------------------------------------------------------

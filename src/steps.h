@@ -41,6 +41,7 @@ extern char *rm_shadow_column_name(const char *column);
 extern char *rm_old_column_name(const char *column);
 
 /* swap.c */
+extern bool rm_swap_to_be_rehearsed(const RmMigration *m);
 extern void rm_swap_rehearse(RmRun *run);
 extern void rm_swap_names(const RmMigration *m, bool forward);
 extern void rm_bind_shadow_column(const RmMigration *m);

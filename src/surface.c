@@ -242,8 +242,10 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 	int64		steps;
 	int			pid = 0;
 
-	rm_state_execute("SELECT id, steps_done::int8 + (phase <> 0)::int FROM risky_migrations.migration"
-					 " WHERE state = 'open' AND relid = $1 AND attnum = $2 ORDER BY id",
+	rm_state_execute("SELECT id, steps_done::int8 + (phase <> 0)::int FROM risky_migrations.migration m"
+					 " WHERE state = 'open' AND relid = $1 AND (attnum = $2"
+					 " OR EXISTS (SELECT FROM risky_migrations.further_column f"
+					 " WHERE f.migration_id = m.id AND f.attnum = $2)) ORDER BY id",
 					 2, types, v, NULL);
 	if (SPI_processed == 0)
 		return;
@@ -300,6 +302,18 @@ rm_spec_use_method(RmMigrationSpec *spec, const RmMethod *method)
 {
 	spec->method = method;
 	spec->new_column = NULL;
+	if (spec->column == NULL && method != &rm_method_online_rewrite)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("the method %s needs a column that changes", method->name),
+				 errdetail("Without one there is nothing to do but to write the table anew."),
+				 errhint("Use the method online_rewrite.")));
+	if (spec->further && method == &rm_method_three_step)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("the method %s changes one column at a time", method->name),
+				 errdetail("%d columns are to be changed.", list_length(spec->further) + 1),
+				 errhint("Call rm_alter_type() for each, or use the method online_rewrite.")));
 	if (method == &rm_method_three_step)
 		spec->new_column = rm_shadow_column_name(spec->column);
 	else if (spec->manual_cut_over && method == &rm_method_direct)
@@ -341,14 +355,34 @@ refuse_beside_rewrite(const RmMigrationSpec *spec)
 						 (long long) rm_result_int64(0, 1))));
 }
 
+/* 42701 if two of them are the same */
+static void
+refuse_column_twice(List *columns)
+{
+	for (int i = 1; i < list_length(columns); i++)
+		for (int j = 0; j < i; j++)
+		{
+			const RmConversionDef *c = list_nth(columns, i);
+
+			if (c->attnum == ((RmConversionDef *) list_nth(columns, j))->attnum)
+				ereport(ERROR,
+						(errcode(ERRCODE_DUPLICATE_COLUMN),
+						 errmsg("column \"%s\" is named more than once", c->column),
+						 errdetail("A column gets one type."),
+						 errhint("Name it once.")));
+		}
+}
+
 /*
  * Opens the table, with ACCESS SHARE to be kept, and parses what is to be done
- * with it: refuses what no method can do.  The method need not be known yet.
+ * with it (a list of RmConversionDef): refuses what no method can do.  The method
+ * need not be known yet.
  */
 Relation
-rm_migration_open(const RmMigrationSpec *spec, RmConversionDef **def)
+rm_migration_open(const RmMigrationSpec *spec, List **columns)
 {
 	Relation	rel = relation_open(spec->relid, AccessShareLock);
+	ListCell   *lc;
 
 	rm_check_owner(spec->relid, RelationGetRelationName(rel));
 	if (rel->rd_rel->relkind != RELKIND_RELATION &&
@@ -358,23 +392,36 @@ rm_migration_open(const RmMigrationSpec *spec, RmConversionDef **def)
 				 errmsg("\"%s\" is not a table", RelationGetRelationName(rel)),
 				 errdetail("Only the type of a table's column can be changed."),
 				 errhint("Name the table.")));
-	*def = rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr);
+	*columns = NIL;
+	if (spec->column)
+		*columns = list_make1(rm_conversion_parse(rel, spec->column, spec->new_type, spec->using_expr));
+	foreach(lc, spec->further)
+	{
+		const RmColumnSpec *c = lfirst(lc);
+
+		*columns = lappend(*columns, rm_conversion_parse(rel, c->column, c->new_type, c->using_expr));
+	}
+	refuse_column_twice(*columns);
 	return rel;
 }
 
 /*
  * Parses and refuses all that the method cannot do: the migration as it would
- * begin, in cxt (but for its settings), not written anywhere.  Needs SPI.
+ * begin, in cxt (but for its settings and columns), not written anywhere.  Needs SPI.
  */
 RmMigration *
 rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 {
-	RmConversionDef *def;
-	Relation	rel = rm_migration_open(spec, &def);
+	List	   *columns;
+	Relation	rel = rm_migration_open(spec, &columns);
+	RmConversionDef *def = columns ? linitial(columns) : rm_conversion_none(rel);
 	RmMigration *m;
 	MemoryContext oldcxt;
+	ListCell   *lc;
 
 	refuse_open_migration(spec->relid, def->attnum);
+	foreach(lc, columns)
+		refuse_open_migration(spec->relid, ((RmConversionDef *) lfirst(lc))->attnum);
 	if (spec->null_on_error)
 		refuse_null_on_error(rel, spec);
 	if (spec->new_column)
@@ -386,7 +433,7 @@ rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 	}
 	refuse_beside_rewrite(spec);
 	if (spec->method == &rm_method_online_rewrite)
-		rm_rewrite_refuse(rel, def);
+		rm_rewrite_refuse(rel, columns);
 
 	oldcxt = MemoryContextSwitchTo(cxt);
 	m = palloc0(sizeof(RmMigration));
@@ -395,8 +442,9 @@ rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 	m->relid = spec->relid;
 	m->relation = quote_qualified_identifier(get_namespace_name(RelationGetNamespace(rel)),
 											 RelationGetRelationName(rel));
+	m->columns = columns;
 	m->attnum = def->attnum;
-	m->column = pstrdup(spec->column);
+	m->column = pstrdup(def->column);
 	m->old_type = pstrdup(def->old_type_name);
 	m->old_type_id = def->old_type;
 	m->old_collation = def->old_collation ? pstrdup(def->old_collation) : NULL;
@@ -436,12 +484,13 @@ rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt)
 	rm_migration_insert(m);
 	if (spec->all_steps)
 		rm_steer_order(m, spec);
-	m->settings = NIL;			/* lives in this transaction only */
 	/* PostgreSQL itself says whether it could do it, on an empty copy */
 	if (spec->new_column)
 		(void) rm_dependents_derive(m, true, CurrentMemoryContext);
 	else if (spec->method == &rm_method_online_rewrite)
 		rm_rewrite_rehearse(m);
+	/* these live in this transaction only */
+	m->settings = m->columns = NIL;
 	return m;
 }
 

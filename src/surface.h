@@ -13,15 +13,24 @@
 #include "fmgr.h"
 #include "migration.h"
 
+/* a column that changes besides the first one */
+typedef struct RmColumnSpec
+{
+	const char *column;
+	const char *new_type;
+	const char *using_expr;		/* NULL: the assignment cast */
+} RmColumnSpec;
+
 /* what a migration is to do, as it was asked for */
 typedef struct RmMigrationSpec
 {
 	const RmMethod *method;
 	const char *method_reason;	/* why, where it was chosen for the user */
 	Oid			relid;
-	const char *column;
+	const char *column;			/* NULL: none, the table is only written anew */
 	const char *new_type;
 	const char *using_expr;		/* NULL: the assignment cast */
+	List	   *further;		/* of RmColumnSpec */
 	const char *new_column;		/* shadow column, NULL where there is none */
 	const char *reverse_expr;	/* see RmMigration */
 	const char *exact_check;
@@ -45,7 +54,7 @@ extern char *rm_first_failure(Oid relid, const char *column,
 extern RmMigration *rm_migration_read(int64 id);
 extern RmMigration *rm_migration_resolve(int64 id, MemoryContext cxt);
 extern void rm_spec_use_method(RmMigrationSpec *spec, const RmMethod *method);
-extern Relation rm_migration_open(const RmMigrationSpec *spec, RmConversionDef **def);
+extern Relation rm_migration_open(const RmMigrationSpec *spec, List **columns);
 extern RmMigration *rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt);
 extern RmMigration *rm_migration_create(const RmMigrationSpec *spec, MemoryContext cxt);
 extern RmMigration *rm_migration_new(const RmMigrationSpec *spec);

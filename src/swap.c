@@ -851,7 +851,7 @@ static void
 exchange(RmRun *run, List *list, bool forward)
 {
 	RmMigration *m = run->m;
-	List	   *definitions = rm_definitions_on(m, forward ? m->attnum : m->new_attnum);
+	List	   *definitions = rm_definitions_on(m, list_make1_int(forward ? m->attnum : m->new_attnum));
 	List	   *copies = rm_copies_wanted(m, forward);
 
 	rm_definitions_drop(definitions);
@@ -881,7 +881,7 @@ static void
 rehearse_exchange(void *arg)
 {
 	RmMigration *m = arg;
-	List	   *definitions = rm_definitions_on(m, m->attnum);
+	List	   *definitions = rm_definitions_on(m, list_make1_int(m->attnum));
 
 	rm_definitions_drop(definitions);
 	rm_swap_names(m, true);
@@ -895,6 +895,37 @@ rehearse_copies(void *arg)
 	rm_copies_rehearse(arg);
 }
 
+/* what hangs on the column, or seems to */
+typedef struct Hangs
+{
+	const RmMigration *m;
+	bool		any;
+} Hangs;
+
+static void
+look_for_definitions(void *arg)
+{
+	Hangs	   *h = arg;
+
+	h->any = rm_definitions_on(h->m, list_make1_int(h->m->attnum)) != NIL;
+}
+
+/*
+ * Is there anything that rm_swap_rehearse() would try?  To be asked before the table
+ * is locked: reading all that may hang on a column takes longer than all the rest of
+ * what is done under that lock.  No lock remains.
+ */
+bool
+rm_swap_to_be_rehearsed(const RmMigration *m)
+{
+	Hangs		h = {.m = m};
+	ErrorData  *error = rm_rehearse(look_for_definitions, &h, CurrentMemoryContext);
+
+	if (error)
+		ReThrowError(error);
+	return h.any;
+}
+
 /*
  * Tries whether views, rules, policies and triggers can be made again on the
  * new column, as soon as that exists; nothing of it stays.  The relations are
@@ -906,11 +937,9 @@ void
 rm_swap_rehearse(RmRun *run)
 {
 	RmMigration *m = run->m;
-	List	   *relids = rm_relations_of_definitions(m, m->attnum);
+	List	   *relids = rm_relations_of_definitions(m, list_make1_int(m->attnum));
 	ErrorData  *error;
 
-	if (rm_definitions_on(m, m->attnum) == NIL)
-		return;
 	rm_lock_relations(&run->locks, lcons_oid(m->relid, relids), AccessExclusiveLock, 0);
 	error = rm_rehearse(rehearse_copies, m, CurrentMemoryContext);
 	if (error && error->sqlerrcode == ERRCODE_GROUPING_ERROR)
@@ -938,13 +967,13 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	RmMigration *m = run->m;
 	AttrNumber	attnum = forward ? m->attnum : m->new_attnum;
 	List	   *relids = list_concat_unique_oid(rm_dependents_relations(m, list),
-												rm_relations_of_definitions(m, attnum));
+												rm_relations_of_definitions(m, list_make1_int(attnum)));
 	Relation	rel;
 
 	relids = list_concat_unique_oid(relids, rm_copies_there(m, forward));
 	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
 	/* a view or a partition that was made before we had the locks: again */
-	if (list_difference_oid(rm_relations_of_definitions(m, attnum), relids) != NIL ||
+	if (list_difference_oid(rm_relations_of_definitions(m, list_make1_int(attnum)), relids) != NIL ||
 		list_difference_oid(rm_tree(m->relid), relids) != NIL)
 		rm_refuse_just_changed(m);
 	rm_check_owner(m->relid, m->relation);
@@ -1372,7 +1401,7 @@ refuse_new_dependents(RmRun *run, List *list)
 	v[2] = rm_settings_array(names);
 	v[3] = CStringGetTextDatum(rm_built_prefix(m, true));
 	rm_catalog_query("SELECT string_agg(pg_catalog.format('%s %s', kind, name), ', ')"
-					 " FROM risky_migrations.member_columns($1, $2) m, LATERAL"
+					 " FROM risky_migrations.member_columns($1, ARRAY[$2]) m, LATERAL"
 					 " risky_migrations.dependents(m.member, m.number, 0::smallint, m.member, m.number, '', '', $4)"
 					 " WHERE coalesce(build_name, build_sql, make_sql, validate_sql) IS NOT NULL"
 					 " AND kind <> 'not null' AND name <> ALL ($3)"

@@ -105,11 +105,10 @@ rm_twin_make(Oid relid, const char *schema, const char *name, const char *prefix
 	return twin;
 }
 
-/* the ALTER TABLE that is all about */
+/* the ALTER TABLE that is all about, if there is anything to alter */
 void
-rm_twin_alter_type(const RmTwin *twin, const char *column, const char *type,
-				   const char *using_expr)
+rm_twin_alter(const RmTwin *twin, const char *clauses)
 {
-	rm_execute(psprintf("ALTER TABLE %s ALTER COLUMN %s TYPE %s USING %s", twin->sql,
-						quote_identifier(column), type, using_expr));
+	if (clauses[0])
+		rm_execute(psprintf("ALTER TABLE %s %s", twin->sql, clauses));
 }

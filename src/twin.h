@@ -21,7 +21,6 @@ typedef struct RmTwin
 
 extern RmTwin rm_twin_make(Oid relid, const char *schema, const char *name,
 						   const char *prefix);
-extern void rm_twin_alter_type(const RmTwin *twin, const char *column,
-							   const char *type, const char *using_expr);
+extern void rm_twin_alter(const RmTwin *twin, const char *clauses);
 
 #endif							/* RM_TWIN_H */

@@ -354,7 +354,7 @@ INSERT INTO pg_seclabel VALUES ('o.labelled'::regclass, 'pg_class'::regclass, 1,
 	('o.labelled_view'::regclass, 'pg_class'::regclass, 0, 'se linux', 'it''s'),
 	('o.labelled_view'::regclass, 'pg_class'::regclass, 1, 'other', 'x');
 SELECT array(SELECT obstacles('o.labelled')) AS obstacles, array(SELECT s
-	FROM risky_migrations.column_objects('o.labelled'::regclass, 1::smallint) o, unnest(o.make_sql) s WHERE s ~ 'LABEL') AS made \gset
+	FROM risky_migrations.column_objects('o.labelled'::regclass, ARRAY[1::smallint]) o, unnest(o.make_sql) s WHERE s ~ 'LABEL') AS made \gset
 ROLLBACK;
 SELECT is(:'obstacles'::text[], ARRAY['security label | o.labelled.c | provider "se linux" has labelled it'], 'a label on the column');
 SELECT is(:'made'::text[], ARRAY['SECURITY LABEL FOR "se linux" ON VIEW o.labelled_view IS ''it''''s''',

@@ -58,7 +58,7 @@ sub exchange
 	as($role, ($settings // '') . qq{
 BEGIN;
 CREATE TEMP TABLE hanging ON COMMIT DROP AS
-SELECT o.* FROM pg_attribute a, risky_migrations.column_objects(a.attrelid, a.attnum) o
+SELECT o.* FROM pg_attribute a, risky_migrations.column_objects(a.attrelid, ARRAY[a.attnum]) o
 WHERE a.attrelid = '$table'::regclass AND a.attname = \$name\$$column\$name\$;
 SELECT drop_sql FROM hanging ORDER BY ord \\gexec
 $between
@@ -194,7 +194,7 @@ my $c = "(SELECT attnum FROM pg_attribute WHERE attrelid = '$table'::regclass AN
 my $original = dump_schema();
 
 is(as('app', "SELECT * FROM risky_migrations.column_obstacles('$table'::regclass, $c)"), '', 'nothing is in the way');
-is( as('app', "SELECT kind || ' ' || name FROM risky_migrations.column_objects('$table'::regclass, $c) ORDER BY kind <> 'view', kind, name"),
+is( as('app', "SELECT kind || ' ' || name FROM risky_migrations.column_objects('$table'::regclass, ARRAY[$c]) ORDER BY kind <> 'view', kind, name"),
 	join("\n", (map { "view $_" } sort qw(app.v1 app.v2 app.v3 app.v4 app.checked app.checked_locally app.invoker
 			app.recursive app.grouped app.whole_row app.whole_text app.no_columns app.of_row_type app.constants app.joined app.keepers),
 			'"Other Schema".v1', qq{"Other Schema".$long}),
@@ -206,7 +206,7 @@ is( as('app', "SELECT kind || ' ' || name FROM risky_migrations.column_objects('
 			'"Disabled ""one" on app.t', 'replica on app.t', 'always on app.t', 'transition on app.t', 'deferred on app.t')),
 	'what hangs on the column, and nothing else');
 is( as('app', "SELECT string_agg(r::regclass::text, ' ' ORDER BY r::regclass::text COLLATE \"C\")
-		FROM risky_migrations.column_relations('$table'::regclass, $c) r WHERE r::regclass::text ~ '^[uv]'"),
+		FROM risky_migrations.column_relations('$table'::regclass, ARRAY[$c]) r WHERE r::regclass::text ~ '^[uv]'"),
 	'u v1 v2 v3 v4', 'what the exchange locks besides the table');
 
 # nothing changed in between
@@ -260,7 +260,7 @@ same_dump(dump_schema(), $original, 'and back: no difference at all');
 # the sync trigger of a migration is not among them
 as('app', "ALTER TABLE $table DISABLE ROW LEVEL SECURITY; DROP RULE on_action ON $table; DROP TRIGGER always ON $table; DROP TRIGGER replica ON $table");
 as('app', "CALL rm_add_column('$table', 'c', 'text', 'c::text')");
-is( as('app', "SELECT count(*) FROM risky_migrations.column_objects('$table'::regclass, $c) WHERE name ~ 'rm_sync'"),
+is( as('app', "SELECT count(*) FROM risky_migrations.column_objects('$table'::regclass, ARRAY[$c]) WHERE name ~ 'rm_sync'"),
 	0, 'the sync trigger is not touched');
 is(as('app', "SELECT * FROM risky_migrations.column_obstacles('$table'::regclass, $c)"), '', 'nor is it in the way');
 as('app', 'CALL rm_rollback()');
@@ -278,7 +278,7 @@ CREATE RULE "ru le" AS ON DELETE TO $odd WHERE OLD."Co (l) ""umn" IS NULL DO INS
 my $odd_original = dump_schema();
 exchange('app', $odd, 'Co (l) "umn', '');
 same_dump(dump_schema(), $odd_original, 'quoted names');
-is( as('app', "SELECT count(*) FROM risky_migrations.column_objects('$odd'::regclass, 2::smallint)"), 5, 'of five objects');
+is( as('app', "SELECT count(*) FROM risky_migrations.column_objects('$odd'::regclass, ARRAY[2::smallint])"), 5, 'of five objects');
 is( as('app', "SELECT * FROM risky_migrations.column_obstacles('$odd'::regclass, 2::smallint)"), '', 'which are not in the way');
 
 $node->stop;

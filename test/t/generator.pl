@@ -133,6 +133,11 @@ my @fillers = (
 	[ 'bytea', q{'\x00ff'} ], [ 'text', 'truth.long_text(3)' ], [ 'inet', q{'10.0.0.1/8'} ], [ 'char(7)', q{'abc'} ],
 	[ 'text', 'NULL' ], [ 'double precision', q{'NaN'} ], [ 'int4range', q{'[1,5)'} ]);
 
+# What some of them may become meanwhile, with the same text for each value
+my %becomes = (
+	'int' => 'bigint', 'bigint' => 'numeric', 'text' => 'varchar', 'varchar(30)' => 'text COLLATE "C"', 'numeric' => 'text', 'uuid' => 'text', 'jsonb' => 'text',
+	'int[]' => 'bigint[]', 'mood' => 'text', 'bounded' => 'bigint', 'inet' => 'text', 'int4range' => 'text', 'double precision' => 'numeric');
+
 # ---------------------------------------------------------------------------
 # A table and what hangs on it
 # ---------------------------------------------------------------------------
@@ -197,9 +202,10 @@ sub make_table_sql
 	foreach my $n (1 .. int rand 7)
 	{
 		my $filler = pick(@fillers);
-		my $name = ident(pick("f$n", "F $n"));
+		my $plain = pick("f$n", "F $n");
+		my $name = ident($plain);
 		push @columns, "$name $filler->[0]";
-		push @{ $s->{fillers} }, [ $name, $filler->[1] ];
+		push @{ $s->{fillers} }, [ $name, $filler->[1], $plain, $filler->[0] ];
 	}
 	foreach my $n (1 .. int rand 3)
 	{
@@ -540,6 +546,36 @@ SELECT m.state, m.running_pid IS NOT NULL, coalesce(m.next_call, ''), m.steps_do
 FROM rm_migrations m WHERE m.id = $s->{id}}), -1;
 }
 
+# Columns that change with it, by rm_alter_types(): name and type
+sub further_columns
+{
+	my ($s) = @_;
+	my @columns = map { [ $_->[2], $becomes{ $_->[3] } ] } grep { $becomes{ $_->[3] } && chance(0.5) } @{ $s->{fillers} // [] };
+	push @columns, [ 'note', 'varchar(90)' ] if chance(0.3) && !$s->{text};
+	push @columns, [ 'rid', 'bigint' ] if chance(0.4) && !$s->{parted};
+	return @columns;
+}
+
+# What ALTER TABLE has to be told
+sub alter_clauses
+{
+	my ($s) = @_;
+	return join ', ', "ALTER COLUMN $s->{c} TYPE $s->{new}" . ($s->{using} ? " USING $s->{using_sql}" : ''),
+	  map { 'ALTER COLUMN ' . ident($_->[0]) . " TYPE $_->[1] USING " . ident($_->[0]) . '::' . $_->[1] } @{ $s->{further} };
+}
+
+# The same as an SQL expression for rm_alter_types()
+sub changes
+{
+	my ($s) = @_;
+	my $change = sub {
+		my ($column, $type, $using) = @_;
+		return literal($column) . ', ' . (defined $using ? "jsonb_build_object('type', " . literal($type) . ", 'using', " . literal($using) . ')' : 'to_jsonb(' . literal($type) . '::text)');
+	};
+	return 'jsonb_build_object(' . join(', ', $change->($s->{column}, $s->{new}, $s->{using_sql}),
+		map { $change->($_->[0], $_->[1], ident($_->[0]) . '::' . $_->[1]) } @{ $s->{further} }) . ')';
+}
+
 # Nothing of the migration is to be done any more once the column has its new type.
 sub rewrites { my ($s) = @_; return $s->{method} eq 'online_rewrite'; }
 
@@ -653,12 +689,14 @@ sub begin
 	my @arguments = ($tablename, literal($s->{column}), literal($s->{new}), literal($s->{using_sql}));
 	my $way = $s->{on_error} eq 'null' || rewrites($s) ? pick('call', 'start') : pick('call', 'start', 'steps');
 
-	push @{ $s->{story} }, $way;
+	push @{ $s->{story} }, $way, map { "$_->[0] too" } @{ $s->{further} };
 	my $head = join(', ', @arguments);
 	my $tail = join ', ', rewrites($s) ? () : 'reverse_expr => ' . literal($s->{reverse_sql}),
-	  "method => '$s->{method}'", "on_error => '$s->{on_error}'", 'batch => ' . pick(1, 50, 1000, 100000);
+	  "method => '$s->{method}'", @{ $s->{further} } ? () : "on_error => '$s->{on_error}'", 'batch => ' . pick(1, 50, 1000, 100000);
+	$head = "$tablename, " . changes($s) if @{ $s->{further} };
 	$s->{call} = start_statement($s,
-		$way eq 'call' ? "CALL rm_alter_type($head, $tail)"
+		$way eq 'call' && @{ $s->{further} } ? "CALL rm_alter_types($head, $tail)"
+		: $way eq 'call' ? "CALL rm_alter_type($head, $tail)"
 		: $way eq 'start' ? "SELECT rm_start($head, $tail)"
 		: "CALL rm_add_column($head, " . literal($s->{reverse_sql}) . ')');
 	my $until = time + $PostgreSQL::Test::Utils::timeout_default;
@@ -714,10 +752,11 @@ sub check_advice
 {
 	my ($s) = @_;
 	my $path = 'SET search_path = tw, public';
-	my $alter = "ALTER TABLE $s->{t} ALTER COLUMN $s->{c} TYPE $s->{new}" . ($s->{using} ? " USING $s->{using_sql}" : '');
-	if ($s->{parted})
+	my $alter = "ALTER TABLE $s->{t} " . alter_clauses($s);
+	if ($s->{parted} || @{ $s->{further} })
 	{
-		# what is read and written of which partition is too much to count here
+		# what is read and written of which partition is too much to count here, and
+		# advice is of one column
 		sql("SET ROLE keeper; $path; $alter");
 		return '';
 	}
@@ -847,6 +886,7 @@ sub migrate
 	if (rewrites($s) && $amiss =~ $needs_key)
 	{
 		$s->{method} = 'three_step';
+		$s->{further} = [];
 		$amiss = begin($s);
 	}
 	return $amiss if $amiss;
@@ -893,6 +933,7 @@ sub one_round
 	my $s = make_up($seed % 4 == 0);
 	$s->{method} = pick('three_step', 'online_rewrite');
 	$s->{end} = pick('cleanup', 'cleanup', rewrites($s) ? () : 'rollback', 'rollback anywhere');
+	$s->{further} = [ rewrites($s) && $s->{on_error} eq 'stop' && chance(0.6) ? further_columns($s) : () ];
 	$s->{writers} = pick(1, 2, 2);
 	$s->{writer_settings} = [ map { chance(0.5) ? other_settings($s) : [] } 1 .. $s->{writers} ];
 	# every other round by two workers, however few pages there are
