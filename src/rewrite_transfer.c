@@ -11,8 +11,8 @@
  *	rm_transfer_make()		t->made[] are the new rows of t->rows[]
  *	rm_transfer_clear()
  *
- * To make a row is to evaluate the expression, and to check the result against
- * the constraints on the column that the changed table will have.  Any of that
+ * To make a row is to evaluate the expressions, each on the old row, and to check the
+ * result against the constraints on the columns that the changed table will have.  Any of that
  * may fail, so it is done in a subtransaction; and since most rows do not fail,
  * in one for all of them.  Only if that has failed, each row gets one of its own,
  * to find out which are at fault.  Those are recorded, and have no new row, or,
