@@ -100,30 +100,17 @@ rm_members(Oid relid)
 	return rm_tree(relid);
 }
 
-/* of these tables those that hold rows */
-static List *
-that_hold_rows(List *relids)
+/* those of them that hold rows */
+List *
+rm_tree_leaves(Oid relid)
 {
 	List	   *leaves = NIL;
 	ListCell   *lc;
 
-	foreach(lc, relids)
+	foreach(lc, rm_tree(relid))
 		if (get_rel_relkind(lfirst_oid(lc)) != RELKIND_PARTITIONED_TABLE)
 			leaves = lappend_oid(leaves, lfirst_oid(lc));
 	return leaves;
-}
-
-List *
-rm_tree_leaves(Oid relid)
-{
-	return that_hold_rows(rm_tree(relid));
-}
-
-/* for a method that knows partitions only */
-List *
-rm_leaves(Oid relid)
-{
-	return that_hold_rows(rm_members(relid));
 }
 
 /* the beginning of an ALTER TABLE that concerns the table and all below it */
@@ -141,10 +128,17 @@ rm_alter_sql(const RmMigration *m)
 void
 rm_lock_tree(RmRun *run, LOCKMODE mode)
 {
+	rm_lock_tree_and(run, mode, NIL);
+}
+
+/* the same with further tables, in one set */
+void
+rm_lock_tree_and(RmRun *run, LOCKMODE mode, List *others)
+{
 	RmMigration *m = run->m;
 	List	   *relids = rm_tree(m->relid);
 
-	rm_lock_relations(&run->locks, relids, mode, run->tries);
+	rm_lock_relations(&run->locks, list_concat_unique_oid(list_copy(relids), others), mode, run->tries);
 	if (list_difference_oid(rm_tree(m->relid), relids) != NIL)
 		ereport(ERROR,
 				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),

@@ -16,9 +16,9 @@ extern bool rm_is_parted(const RmMigration *m);
 extern List *rm_tree(Oid relid);
 extern List *rm_tree_leaves(Oid relid);
 extern List *rm_members(Oid relid);
-extern List *rm_leaves(Oid relid);
 extern const char *rm_alter_sql(const RmMigration *m);
 extern void rm_lock_tree(RmRun *run, LOCKMODE mode);
+extern void rm_lock_tree_and(RmRun *run, LOCKMODE mode, List *others);
 extern void rm_invalidate_tree(const RmMigration *m);
 
 extern bool rm_is_leaf_of(Relation rel, Oid root);

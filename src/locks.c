@@ -53,7 +53,9 @@
 #include "access/transam.h"
 #include "access/xact.h"
 #include "catalog/namespace.h"
+#include "catalog/pg_attribute.h"
 #include "catalog/pg_class.h"
+#include "common/hashfn.h"
 #include "common/pg_prng.h"
 #include "compat.h"
 #include "locks.h"
@@ -67,6 +69,7 @@
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "utils/builtins.h"
+#include "utils/catcache.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -1050,4 +1053,32 @@ rm_runner_pid(RmRunnerLock kind, int64 id)
 			memcmp(&data->locks[i].locktag, &tag, sizeof(LOCKTAG)) == 0)
 			return data->locks[i].pid;
 	return 0;
+}
+
+/*
+ * A mark of each of these relations that is another one when somebody has written its
+ * rows in pg_class or pg_attribute, as GRANT does without any lock.
+ */
+List *
+rm_relation_marks(List *relids)
+{
+	List	   *marks = NIL;
+	ListCell   *lc;
+
+	foreach(lc, relids)
+	{
+		HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(lfirst_oid(lc)));
+		CatCList   *columns = SearchSysCacheList1(ATTNUM, ObjectIdGetDatum(lfirst_oid(lc)));
+		uint32		mark = HeapTupleIsValid(tup) ? HeapTupleHeaderGetRawXmin(tup->t_data) : 0;
+
+		/* they come in any order */
+		for (int i = 0; i < columns->n_members; i++)
+			mark += hash_combine(((Form_pg_attribute) GETSTRUCT(&columns->members[i]->tuple))->attnum,
+								 HeapTupleHeaderGetRawXmin(columns->members[i]->tuple.t_data));
+		ReleaseSysCacheList(columns);
+		if (HeapTupleIsValid(tup))
+			ReleaseSysCache(tup);
+		marks = lappend_int(marks, (int) mark);
+	}
+	return marks;
 }

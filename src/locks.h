@@ -97,6 +97,7 @@ extern void rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode);
 extern void rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode,
 							  int tries);
 extern List *rm_lock_blocking_pids(RmLockAccount *account);
+extern List *rm_relation_marks(List *relids);
 extern char *rm_lock_blockers(Oid relid, LOCKMODE mode);
 extern int	rm_wraparound_vacuum(Oid relid);
 

@@ -290,7 +290,7 @@ rm_copies_good(const RmMigration *m, const RmCopies *copies, bool forward)
 
 /* tries it, as soon as there is a new column; in a subtransaction that is undone */
 void
-rm_copies_rehearse(RmMigration *m)
+rm_copies_rehearse(RmMigration *m, List *wanted)
 {
-	make_copies(m, rm_copies_wanted(m, true), true);
+	make_copies(m, wanted, true);
 }

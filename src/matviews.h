@@ -44,6 +44,6 @@ extern void rm_copies_make(RmRun *run, RmCopies *copies, bool forward);
 extern bool rm_copies_choose(RmRun *run, RmCopies *copies, bool forward);
 extern void rm_copies_fill(RmRun *run, RmCopies *copies);
 extern bool rm_copies_good(const RmMigration *m, const RmCopies *copies, bool forward);
-extern void rm_copies_rehearse(RmMigration *m);
+extern void rm_copies_rehearse(RmMigration *m, List *wanted);
 
 #endif							/* RM_MATVIEWS_H */

@@ -684,23 +684,23 @@ find_constraint(const RmMigration *m, TupleDesc desc)
 
 /* what is wrong with the columns of the migration, or NULL */
 static const char *
-find_changed_column(const RmMigration *m, TupleDesc desc)
+find_changed_column(const RmMigration *m, Relation rel)
 {
+	TupleDesc	desc = RelationGetDescr(rel);
 	Form_pg_attribute att;
+	ListCell   *lc;
 
-	att = m->attnum <= desc->natts ? TupleDescAttr(desc, m->attnum - 1) : NULL;
-	if (att == NULL || att->attisdropped)
-		return psprintf("The column \"%s\" has been dropped.", m->column);
-	/* desc is that of the table itself where there are further ones */
-	for (int i = 1; i < list_length(m->columns); i++)
+	foreach(lc, m->columns)
 	{
-		const RmConversionDef *c = list_nth(m->columns, i);
+		const RmConversionDef *c = lfirst(lc);
+		AttrNumber	attnum = rm_leaf_attnum(m->relid, c->attnum, RelationGetRelid(rel));
 
-		if (c->attnum > desc->natts || TupleDescAttr(desc, c->attnum - 1)->attisdropped)
+		if (attnum <= 0 || attnum > desc->natts || TupleDescAttr(desc, attnum - 1)->attisdropped)
 			return psprintf("The column \"%s\" has been dropped.", c->column);
 	}
 	if (m->new_attnum == 0)
 		return NULL;
+	att = TupleDescAttr(desc, m->attnum - 1);
 	if (att->atttypid != m->old_type_id)
 		return psprintf("The column \"%s\" has another type now.", NameStr(att->attname));
 	att = m->new_attnum <= desc->natts ? TupleDescAttr(desc, m->new_attnum - 1) : NULL;
@@ -742,7 +742,7 @@ find_changed_trigger(const RmMigration *m, TriggerDesc *desc)
 void
 rm_check_ground(const RmMigration *m, Relation rel)
 {
-	const char *broken = find_changed_column(m, RelationGetDescr(rel));
+	const char *broken = find_changed_column(m, rel);
 
 	if (broken == NULL && m->new_attnum != 0)
 		broken = find_changed_trigger(m, rel->trigdesc);

@@ -20,12 +20,15 @@
  *	finish		foreign keys that were carried over unproven are proven; ANALYZE
  *				where there are statistics objects.
  *
- * A partitioned table is rewritten partition by partition: each that holds rows has
+ * A partitioned table is rewritten partition by partition, and a table with children
+ * (m->by_leaf) one after the other: each that holds rows has
  * a shadow, a log and a row of state of its own, with the steps that are done for it.
  * A step takes one after the other (rm_rewrite_next()); the cut-over takes all at
  * once.  Rows that move from one to another are deleted here and inserted there, for
- * the logs as well.  The partitions are compared with the catalogs before each that
- * is taken: what has come since is begun, with an S0 of its own.
+ * the logs as well.  The tables are compared with the catalogs before each that
+ * is taken: what has come since is begun, with an S0 of its own.  Partitions get their
+ * trigger from above; a child has one for itself, also when it is taken away: it does
+ * nothing without a log, and goes in the end.
  *
  * What the shadow must look like is not for us to say: PostgreSQL is asked.  A
  * twin (twin.c) on which the very ALTER has been run tells what the column
@@ -152,6 +155,13 @@ rm_rewrite_key_converts(const RmRewrite *rw)
 		converts |= list_member_int(rw->attnums, index->rd_index->indkey.values[i]);
 	index_close(index, NoLock);
 	return converts;
+}
+
+/* is there more than one table that holds rows, each of which has steps of its own? */
+bool
+rm_rewrite_by_leaf(const RmMigration *m)
+{
+	return rm_is_parted(m) || m->by_leaf;
 }
 
 static char *
@@ -360,11 +370,6 @@ refuse_storage(Relation rel)
 	if (RelationUsesLocalBuffers(rel))
 		refuse(rel, "It is a temporary table.",
 			   "Nobody else can be waiting for it: use ALTER TABLE.");
-	/* relhassubclass stays when the last child goes */
-	if (list_length(rm_tree(RelationGetRelid(rel))) > 1 ||
-		(!rel->rd_rel->relispartition && has_superclass(RelationGetRelid(rel))))
-		refuse(rel, "It has parents or children by inheritance.",
-			   "Use the method three_step.");
 }
 
 static void
@@ -492,24 +497,25 @@ refuse_table(Relation rel, Oid root, List *columns)
 	refuse_key(rel, root, columns);
 }
 
-/* the same of one below a partitioned table */
+/* the same of one below it, a partition or a child */
 static void
-refuse_partition(Relation part, Oid root, List *columns)
+refuse_leaf(Relation part, Oid root, List *columns)
 {
 	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(root));
+	const char *what = part->rd_rel->relispartition ? "is a partition of" : "inherits from";
 	Form_pg_class form;
 
 	if (!HeapTupleIsValid(tup))
 		elog(ERROR, "cache lookup failed for relation %u", root);
 	form = (Form_pg_class) GETSTRUCT(tup);
 	if (part->rd_rel->relowner != form->relowner)
-		refuse(part, psprintf("It is a partition of \"%s\", and has another owner.",
+		refuse(part, psprintf("It %s \"%s\", and has another owner.", what,
 							  NameStr(form->relname)),
 			   "Give both the same owner.");
 	if (part->rd_rel->relkind == RELKIND_RELATION)
 		refuse_table(part, root, columns);
 	else if (part->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
-		refuse(part, psprintf("It is a partition of \"%s\", and no ordinary table.",
+		refuse(part, psprintf("It %s \"%s\", and is no ordinary table.", what,
 							  NameStr(form->relname)),
 			   "Detach it first; its column is changed where it is stored.");
 	ReleaseSysCache(tup);
@@ -520,18 +526,18 @@ refuse_partition(Relation part, Oid root, List *columns)
  * anything begins may wait for.
  */
 static void
-refuse_partitions(Relation root, List *columns)
+refuse_leaves(Relation root, List *columns)
 {
 	ListCell   *lc;
 
-	foreach(lc, rm_members(RelationGetRelid(root)))
+	foreach(lc, rm_tree(RelationGetRelid(root)))
 	{
 		Relation	part;
 
 		if (lfirst_oid(lc) == RelationGetRelid(root))
 			continue;
 		part = relation_open(lfirst_oid(lc), AccessShareLock);
-		refuse_partition(part, RelationGetRelid(root), columns);
+		refuse_leaf(part, RelationGetRelid(root), columns);
 		relation_close(part, NoLock);
 	}
 }
@@ -544,10 +550,9 @@ void
 rm_rewrite_refuse(Relation rel, List *columns)
 {
 	refuse_kind(rel);
-	if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
-		refuse_partitions(rel, columns);
-	else
+	if (rel->rd_rel->relkind != RELKIND_PARTITIONED_TABLE)
 		refuse_table(rel, RelationGetRelid(rel), columns);
+	refuse_leaves(rel, columns);
 	rm_rewrite_refuse_obstacles(rel, columns);
 }
 
@@ -654,27 +659,41 @@ rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel)
 
 /*
  * The method goes on with the copy, which begins with what "begin" does, when
- * this transaction has committed: for that table, a partition, or for all where
- * the partitioned table itself has lost the trigger.  What there is stays until
- * then.
+ * this transaction has committed: for that table, a partition or one of a tree, or
+ * for all where there is no other or the partitioned table itself has lost the trigger.
+ * What there is stays until then.
  */
 RmStepResult
 rm_rewrite_start_over(RmRun *run, Oid relid, const char *why)
 {
 	RmMigration *m = run->m;
+	bool		alone = m->by_leaf ||
+		(rm_is_parted(m) && rm_trigger_row_xmin(m->relid, log_trigger_name(m)) != InvalidTransactionId);
 
-	if (relid == m->relid)
+	if (alone)
 		ereport(NOTICE,
-				(errmsg("migration %lld begins again: %s", (long long) m->id, why)));
+				(errmsg("migration %lld begins again with %s %s: %s", (long long) m->id,
+						rm_is_parted(m) ? "partition" : "table", rm_relation_sql(relid), why)));
 	else
 		ereport(NOTICE,
-				(errmsg("migration %lld begins again with partition %s: %s", (long long) m->id,
-						rm_relation_sql(relid), why)));
+				(errmsg("migration %lld begins again: %s", (long long) m->id, why)));
 	m->steps_done = RM_REWRITE_COPY;
 	m->phase = RM_BEGIN_ANEW;
-	m->leaf = relid != m->relid &&
-		rm_trigger_row_xmin(m->relid, log_trigger_name(m)) != InvalidTransactionId ? relid : InvalidOid;
+	m->leaf = alone ? relid : InvalidOid;
 	return RM_STEP_BACK;
+}
+
+/*
+ * Has a table that stood alone got a child, to which ALTER TABLE would go down?  What
+ * cannot be changed is refused before anything is given up.
+ */
+static const char *
+first_child(RmMigration *m, Relation rel)
+{
+	if (rm_rewrite_by_leaf(m) || list_length(rm_tree(m->relid)) == 1)
+		return NULL;
+	refuse_leaves(rel, m->columns);
+	return "a table inherits from it now";
 }
 
 /*
@@ -696,6 +715,8 @@ rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result)
 	}
 	check_ground(run->m, rw, changed);
 	missed = rm_rewrite_missed(run->m, rw, rel);
+	if (missed == NULL)
+		missed = first_child(run->m, rel);
 	if (missed == NULL)
 		return true;
 	*result = rm_rewrite_start_over(run, rw->relid, missed);
@@ -728,7 +749,7 @@ bool
 rm_rewrite_all(RmRun *run, List **list, RmStepResult *result)
 {
 	RmMigration *m = run->m;
-	List	   *missing = rm_leaves(m->relid);
+	List	   *missing = rm_tree_leaves(m->relid);
 	ListCell   *lc;
 
 	*list = NIL;
@@ -744,11 +765,21 @@ rm_rewrite_all(RmRun *run, List **list, RmStepResult *result)
 	}
 	if (missing == NIL)
 		return true;
-	*result = rm_rewrite_start_over(run, linitial_oid(missing), "it has come since");
+	if (!rm_rewrite_by_leaf(m))
+	{
+		Relation	rel;
+
+		rm_lock_relation(&run->locks, m->relid, AccessShareLock);
+		rel = table_open(m->relid, NoLock);
+		(void) first_child(m, rel);
+		table_close(rel, NoLock);
+	}
+	*result = rm_rewrite_start_over(run, linitial_oid(missing), rm_rewrite_by_leaf(m) ?
+									"it has come since" : "a table inherits from it now");
 	return false;
 }
 
-/* of a partitioned table: which partition comes next? */
+/* of a partitioned table, or one with children: which one that holds rows comes next? */
 static RmStepResult
 choose_table(RmRun *run)
 {
@@ -797,7 +828,7 @@ rm_rewrite_next(RmRun *run, Relation *rel, RmStepResult *result)
 	RmRewrite  *rw;
 
 	*result = RM_STEP_AGAIN;
-	if (rm_is_parted(m) && !OidIsValid(m->leaf))
+	if (rm_rewrite_by_leaf(m) && !OidIsValid(m->leaf))
 	{
 		*result = choose_table(run);
 		return NULL;
@@ -825,7 +856,7 @@ rm_rewrite_help(RmRun *run, Relation *rel)
 	RmRewrite  *rw;
 
 	run->pause_ms = RM_LOOK_AT_OTHERS;
-	m->leaf = run->range.relid == m->relid ? InvalidOid : run->range.relid;
+	m->leaf = m->by_leaf || run->range.relid != m->relid ? run->range.relid : InvalidOid;
 	*rel = rm_leaf_open(run, AccessShareLock);
 	if (*rel == NULL)
 		return NULL;
@@ -850,7 +881,7 @@ rm_rewrite_table_done(RmRun *run, RmRewrite *rw)
 	rw->steps_done = run->step_index + 1;
 	rm_rewrite_save(rw);
 	m->phase = 0;
-	if (!rm_is_parted(m))
+	if (!rm_rewrite_by_leaf(m))
 		return RM_STEP_DONE;
 	m->leaf = InvalidOid;
 	return RM_STEP_AGAIN;
@@ -860,7 +891,7 @@ rm_rewrite_table_done(RmRun *run, RmRewrite *rw)
 void
 rm_rewrite_progress(RmRun *run, RmRewrite *rw)
 {
-	if (rw->relid != run->m->relid)
+	if (rm_rewrite_by_leaf(run->m))
 		rm_add_other_leaves(run, rw->relid,
 							"SELECT coalesce(sum(end_block) FILTER (WHERE steps_done > $3), 0)::bigint,"
 							" coalesce(sum(end_block), 0)::bigint"
@@ -1009,21 +1040,27 @@ create_shadow(int64 id, Relation rel, Twin *twin)
 
 /* of a partitioned table: every partition gets one, also those to come */
 static void
-create_trigger(RmMigration *m)
+create_trigger(RmMigration *m, Oid relid)
 {
 	const char *log = quote_identifier(log_trigger_name(m));
 
 	rm_execute(psprintf("CREATE OR REPLACE TRIGGER %s AFTER INSERT OR UPDATE OR DELETE ON %s"
 						" FOR EACH ROW EXECUTE FUNCTION " RM_SCHEMA ".log_change(%lld)",
-						log, rm_relation_sql(m->relid), (long long) m->id));
-	rm_execute(psprintf("%s ENABLE ALWAYS TRIGGER %s", rm_alter_sql(m), log));
+						log, rm_relation_sql(relid), (long long) m->id));
+	rm_execute(psprintf("ALTER TABLE %s%s ENABLE ALWAYS TRIGGER %s", rm_is_parted(m) ? "" : "ONLY ",
+						rm_relation_sql(relid), log));
 	CommandCounterIncrement();
 }
 
-/* the one that a partition has got */
+/* the trigger of one table below the top: a partition has got it, and a child has not */
 static void
-enable_trigger(RmMigration *m, Oid relid)
+arm_leaf(RmMigration *m, Oid relid)
 {
+	if (!rm_is_parted(m))
+	{
+		create_trigger(m, relid);
+		return;
+	}
 	rm_execute(psprintf("ALTER TABLE ONLY %s ENABLE ALWAYS TRIGGER %s",
 						rm_relation_sql(relid),
 						quote_identifier(log_trigger_name(m))));
@@ -1084,12 +1121,32 @@ rm_rewrite_drop(const RmRewrite *rw)
 	drop_relation(rw->log);
 }
 
-/* the trigger that writes the log, likewise; the caller holds ACCESS EXCLUSIVE */
+/*
+ * The tables that have a trigger of ours for themselves, also such as do not inherit
+ * from the table any more; no locks.  Needs SPI.
+ */
+List *
+rm_rewrite_tables_with_trigger(const RmMigration *m)
+{
+	List	   *relids = NIL;
+
+	rm_execute(psprintf("SELECT tgrelid FROM pg_catalog.pg_trigger WHERE tgname = %s AND tgparentid = 0"
+						" AND tgfoid = '" RM_SCHEMA ".log_change'::pg_catalog.regproc ORDER BY 1",
+						quote_literal_cstr(log_trigger_name(m))));
+	for (uint64 i = 0; i < SPI_processed; i++)
+		relids = lappend_oid(relids, DatumGetObjectId(rm_result_datum(i, 1)));
+	return relids;
+}
+
+/* the triggers that write the logs, likewise; the caller holds ACCESS EXCLUSIVE on these tables */
 void
 rm_rewrite_drop_trigger(const RmMigration *m)
 {
-	rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
-						quote_identifier(log_trigger_name(m)), rm_relation_sql(m->relid)));
+	ListCell   *lc;
+
+	foreach(lc, rm_rewrite_tables_with_trigger(m))
+		rm_execute(psprintf("DROP TRIGGER IF EXISTS %s ON %s",
+							quote_identifier(log_trigger_name(m)), rm_relation_sql(lfirst_oid(lc))));
 }
 
 /* shadow and log, and with them their row of state */
@@ -1171,7 +1228,7 @@ make_tables(RmRun *run, Oid relid)
 	if (relid == m->relid)
 		rm_rewrite_refuse(rel, m->columns);
 	else if (rm_is_leaf_of(rel, m->relid))
-		refuse_partition(rel, m->relid, m->columns);
+		refuse_leaf(rel, m->relid, m->columns);
 	else
 	{
 		table_close(rel, NoLock);
@@ -1196,7 +1253,7 @@ make_tables(RmRun *run, Oid relid)
 static Oid
 table_without_shadow(RmMigration *m)
 {
-	List	   *relids = OidIsValid(m->leaf) ? list_make1_oid(m->leaf) : rm_leaves(m->relid);
+	List	   *relids = OidIsValid(m->leaf) ? list_make1_oid(m->leaf) : rm_tree_leaves(m->relid);
 	ListCell   *lc;
 
 	foreach(lc, rm_rewrite_load_all(m))
@@ -1253,7 +1310,7 @@ begin_log(RmMigration *m, RmRewrite *rw, Relation rel)
 	m->end_block = rw->end_block;
 }
 
-/* the same for one partition, which has the trigger by being one */
+/* the same for one of the tables that hold rows */
 static RmStepResult
 begin_log_of_leaf(RmRun *run)
 {
@@ -1271,7 +1328,7 @@ begin_log_of_leaf(RmRun *run)
 		m->phase = RM_BEGIN_ANEW;
 		return RM_STEP_AGAIN;
 	}
-	enable_trigger(m, rw->relid);
+	arm_leaf(m, rw->relid);
 	rel = table_open(rw->relid, NoLock);
 	check_ground(m, rw, changed_ground(rw));
 	begin_log(m, rw, rel);
@@ -1299,14 +1356,18 @@ begin_logs(RmRun *run)
 		m->phase = RM_BEGIN_TABLES; /* a partition that has come meanwhile */
 		return RM_STEP_AGAIN;
 	}
-	create_trigger(m);
+	m->by_leaf = !rm_is_parted(m) && list_length(rm_tree(m->relid)) > 1;
+	create_trigger(m, m->relid);
+	if (m->by_leaf)
+		foreach(lc, rm_tree_leaves(m->relid))
+			create_trigger(m, lfirst_oid(lc));
 	m->rows_done = m->rows_estimated = 0;
 	foreach(lc, rm_rewrite_load_all(m))
 	{
 		RmRewrite  *rw = lfirst(lc);
 		Relation	rel;
 
-		if (!list_member_oid(rm_leaves(m->relid), rw->relid))
+		if (!list_member_oid(rm_tree_leaves(m->relid), rw->relid))
 			continue;			/* no partition any more */
 		rel = table_open(rw->relid, NoLock);
 		check_ground(m, rw, changed_ground(rw));
@@ -1342,7 +1403,7 @@ begin_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
 
-	rm_lock_tree(run, AccessExclusiveLock);
+	rm_lock_tree_and(run, AccessExclusiveLock, rm_rewrite_tables_with_trigger(m));
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
 	rm_rewrite_drop_trigger(m);
@@ -1383,12 +1444,6 @@ typedef struct Wanted
 	Oid			original;
 	IndexStmt  *stmt;			/* for the shadow */
 } Wanted;
-
-/* the step; lives across transactions */
-typedef struct IndexWork
-{
-	char	   *building;		/* name of the table's index, while its like is built */
-} IndexWork;
 
 /* what the twin is asked */
 typedef struct Indexes
@@ -1525,7 +1580,6 @@ index_apply(RmRun *run)
 	RmStepResult result;
 	Relation	rel;
 	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
-	IndexWork  *work = run->work;
 	List	   *wanted;
 	ListCell   *lc;
 	char	   *fingerprint;
@@ -1535,9 +1589,9 @@ index_apply(RmRun *run)
 		return result;
 	/* what changes after this is seen by those who compare it */
 	fingerprint = rm_catalog_fingerprint(rw->relid, CurrentMemoryContext);
-	if (work == NULL)
+	if (run->work == NULL)
 	{
-		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
+		run->work = MemoryContextAlloc(run->cxt, 1);	/* this has been done */
 		if (OidIsValid(rm_rewrite_shadow_index(rw, rw->key_index)))
 		{
 			(void) rm_replay(run, rw, rel, NULL);
@@ -1562,9 +1616,7 @@ index_apply(RmRun *run)
 		}
 		/* nobody's DDL is to wait for the building */
 		UnlockRelationOid(rw->relid, AccessShareLock);
-		work->building = MemoryContextStrdup(run->cxt, get_rel_name(w->original));
 		(void) rm_define_index(rw->shadow, w->stmt);
-		work->building = NULL;
 		return RM_STEP_AGAIN;
 	}
 	drop_stale_indexes(rw, wanted);
@@ -1572,22 +1624,31 @@ index_apply(RmRun *run)
 	return rm_rewrite_table_done(run, rw);
 }
 
-/* tells it of the table's index, not of the shadow's */
-static void
-index_explain(RmRun *run, ErrorData *error)
+/*
+ * For the steps that may find that new values are not unique, or conflict: tells it of
+ * the table's index, not of the shadow's.
+ */
+void
+rm_rewrite_explain(RmRun *run, ErrorData *error)
 {
-	IndexWork  *work = run->work;
+	char	   *prefix = psprintf("shadow_%lld_", (long long) run->migration_id);
 	MemoryContext oldcxt;
+	char	   *name;
 
-	if (work == NULL || work->building == NULL ||
-		(error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION &&
-		 error->sqlerrcode != ERRCODE_EXCLUSION_VIOLATION))
+	if ((error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION &&
+		 error->sqlerrcode != ERRCODE_EXCLUSION_VIOLATION) ||
+		error->constraint_name == NULL ||
+		strncmp(error->constraint_name, prefix, strlen(prefix)) != 0)
 		return;
 	oldcxt = MemoryContextSwitchTo(run->cxt);
-	error->message = psprintf("the new values do not fit index \"%s\"", work->building);
-	error->constraint_name = work->building;
-	error->hint = psprintf("The old type tells rows apart that the new one does not: mend them, then SELECT rm_resume(%lld); or give it up with CALL rm_rollback(%lld).",
-						   (long long) run->migration_id, (long long) run->migration_id);
+	name = get_rel_name((Oid) strtoul(error->constraint_name + strlen(prefix), NULL, 10));
+	if (name)
+	{
+		error->message = psprintf("the new values do not fit index \"%s\"", name);
+		error->constraint_name = name;
+		error->hint = psprintf("The old type tells rows apart that the new one does not: mend them, then SELECT rm_resume(%lld); or give it up with CALL rm_rollback(%lld).",
+							   (long long) run->migration_id, (long long) run->migration_id);
+	}
 	MemoryContextSwitchTo(oldcxt);
 }
 
@@ -1597,7 +1658,7 @@ const RmStep rm_step_rewrite_index = {
 	.writes_pages = true,
 	.apply = index_apply,
 	.revert = rm_rewrite_nothing,
-	.explain = index_explain,
+	.explain = rm_rewrite_explain,
 };
 
 /*-------------------------------------------------------------------------

@@ -144,6 +144,8 @@ extern void rm_rewrite_refuse_obstacles(Relation rel, List *columns);
 extern Oid	rm_rewrite_shadow_index(const RmRewrite *rw, Oid original);
 extern Oid	rm_rewrite_shadow_key(const RmRewrite *rw);
 extern bool rm_rewrite_key_converts(const RmRewrite *rw);
+extern bool rm_rewrite_by_leaf(const RmMigration *m);
+extern List *rm_rewrite_tables_with_trigger(const RmMigration *m);
 extern RmStepResult rm_rewrite_begin(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);
 extern void rm_rewrite_drop(const RmRewrite *rw);
@@ -159,6 +161,7 @@ extern RmStepResult rm_rewrite_back_to(RmRun *run, RmRewrite *rw, RmRewriteStep 
 extern RmStepResult rm_rewrite_start_over(RmRun *run, Oid relid, const char *why);
 extern void rm_rewrite_progress(RmRun *run, RmRewrite *rw);
 extern bool rm_rewrite_indexes_complete(const RmRewrite *rw);
+extern void rm_rewrite_explain(RmRun *run, ErrorData *error);
 
 /* rewrite_transfer.c */
 extern RmTransfer *rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel,

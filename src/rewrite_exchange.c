@@ -445,9 +445,10 @@ static List *
 relations_to_lock(const RmMigration *m, List *tables)
 {
 	List	   *list = list_concat_unique_oid(rm_relations_of_definitions(m, rm_attnums_of(m->columns)),
-											  rm_members(m->relid));
+											  rm_tree(m->relid));
 	ListCell   *lc;
 
+	list = list_concat_unique_oid(list, rm_rewrite_tables_with_trigger(m));
 	foreach(lc, foreign_keys(m))
 	{
 		list = list_append_unique_oid(list, ((ForeignKey *) lfirst(lc))->relid);
@@ -516,30 +517,12 @@ exchange_files(RmRewrite *rw, List *pairs)
 typedef struct ExchangePlan
 {
 	List	   *relids;			/* to be locked */
-	List	   *xmins;			/* of their rows in pg_class */
+	List	   *marks;			/* of them, see rm_relation_marks() */
 	List	   *definitions;
 	List	   *keys;
 	List	   *tables;			/* of RmRewrite */
 	List	   *pairs;			/* of List of IndexPair, for each of them */
 } ExchangePlan;
-
-static List *
-class_xmins(List *relids)
-{
-	List	   *xmins = NIL;
-	ListCell   *lc;
-
-	foreach(lc, relids)
-	{
-		HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(lfirst_oid(lc)));
-
-		xmins = lappend_int(xmins, HeapTupleIsValid(tup) ?
-							(int) HeapTupleHeaderGetRawXmin(tup->t_data) : 0);
-		if (HeapTupleIsValid(tup))
-			ReleaseSysCache(tup);
-	}
-	return xmins;
-}
 
 /* does each table stand as its shadow was made for?  If not, *result is what the step returns */
 static bool
@@ -578,28 +561,11 @@ indexes_complete(RmRun *run, List *tables, RmStepResult *result)
 	return true;
 }
 
-/* 55000 if a table inherits from this one since it began: ALTER TABLE would go down to it */
-static void
-refuse_children(const RmMigration *m)
-{
-	List	   *children = list_difference_oid(rm_tree(m->relid), rm_members(m->relid));
-
-	if (children != NIL)
-		ereport(ERROR,
-				(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
-				 errmsg("table %s has been changed while migration %lld was open",
-						m->relation, (long long) m->id),
-				 errdetail("%s inherits from it now, and has no shadow. Nothing has been exchanged.",
-						   rm_relation_sql(linitial_oid(children))),
-				 errhint("Take it away with ALTER TABLE ... NO INHERIT, then SELECT rm_resume(%lld); or give the migration up with CALL rm_rollback(%lld).",
-						 (long long) m->id, (long long) m->id)));
-}
-
 /*
  * Reads the catalogs, with SHARE UPDATE EXCLUSIVE on all that they tell of: others
  * read and write, but whoever would change a definition waits, and finds it
  * exchanged.  Only privileges can be changed without any lock; those are seen
- * by the xmins.  NULL if something has to be done before: *result is what the step
+ * by the marks.  NULL if something has to be done before: *result is what the step
  * returns.
  */
 static ExchangePlan *
@@ -619,8 +585,7 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 	plan->tables = tables_now;
 	if (!tables_stand(run, plan->tables, result) || !indexes_complete(run, plan->tables, result))
 		return NULL;
-	refuse_children(m);
-	if (rm_is_parted(m))
+	if (rm_rewrite_by_leaf(m))
 	{
 		/* such as have come since it began */
 		Relation	rel = table_open(m->relid, NoLock);
@@ -632,7 +597,7 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 	plan->keys = foreign_keys(m);
 	foreach(lc, plan->tables)
 		plan->pairs = lappend(plan->pairs, index_pairs(lfirst(lc)));
-	plan->xmins = class_xmins(plan->relids);
+	plan->marks = rm_relation_marks(plan->relids);
 	return plan;
 }
 
@@ -822,7 +787,7 @@ try_exchange(RmRun *run, List *tables)
 		if (missed)
 			return rm_rewrite_start_over(run, rw->relid, missed);
 	}
-	if (!equal(plan->xmins, class_xmins(plan->relids)))
+	if (!equal(plan->marks, rm_relation_marks(plan->relids)))
 		rm_refuse_just_changed(m);
 	if (logs_are_long(plan->tables, FEW_UNDER_LOCK))
 		return RM_STEP_AGAIN;
@@ -962,6 +927,7 @@ cut_over_explain(RmRun *run, ErrorData *error)
 {
 	MemoryContext oldcxt;
 
+	rm_rewrite_explain(run, error);
 	if (error->sqlerrcode != ERRCODE_DUPLICATE_TABLE)
 		return;
 	oldcxt = MemoryContextSwitchTo(run->cxt);
@@ -1002,19 +968,19 @@ const RmStep rm_step_rewrite_cut_over = {
 
 /*
  * Statistics objects have lost what they had gathered with the ALTER TABLE, as
- * they do in an ordinary one; so has a partitioned table, of all its rows.
+ * they do in an ordinary one; so has a table that is partitioned, or has children, of
+ * all rows.
  */
 static void
 analyze_where_needed(RmMigration *m)
 {
 	ListCell   *lc;
 
-	if (rm_is_parted(m))
-	{
+	if (rm_rewrite_by_leaf(m))
 		rm_execute(psprintf("ANALYZE %s", rm_relation_sql(m->relid)));
+	if (rm_is_parted(m))
 		return;
-	}
-	foreach(lc, rm_leaves(m->relid))
+	foreach(lc, rm_tree_leaves(m->relid))
 	{
 		Relation	rel = table_open(lfirst_oid(lc), NoLock);
 		bool		needed = RelationGetStatExtList(rel) != NIL;

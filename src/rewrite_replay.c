@@ -483,4 +483,5 @@ const RmStep rm_step_rewrite_catch_up = {
 	.throttled = true,
 	.apply = catch_up_apply,
 	.revert = rm_rewrite_nothing,
+	.explain = rm_rewrite_explain,
 };

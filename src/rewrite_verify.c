@@ -542,7 +542,7 @@ begin_verification(RmMigration *m, RmRewrite *rw, Relation rel)
 
 	table_close(shadow, NoLock);
 	rm_backfill_fix_end(m, rel);
-	if (!rm_is_parted(m))
+	if (!rm_rewrite_by_leaf(m))
 		m->rows_done = 0;
 	rm_state_execute("DELETE FROM risky_migrations.rewrite_chunk WHERE shadow = $1 AND NOT copied",
 					 1, types, v, NULL);

@@ -30,6 +30,7 @@
 #include "utils/guc.h"
 #include "utils/hsearch.h"
 #include "utils/lsyscache.h"
+#include "utils/memutils.h"
 #include "utils/rel.h"
 
 /* longest command of ours, and then some */
@@ -125,10 +126,13 @@ void
 rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
 {
 	int			save_nestlevel = NewGUCNestLevel();
+	MemoryContext oldcxt = CurrentMemoryContext;
 	int			rc;
 
 	without_jit();
 	rc = SPI_execute_with_args(sql, nargs, argtypes, values, NULL, false, 0);
+	/* SPI leaves its own behind */
+	MemoryContextSwitchTo(oldcxt);
 	AtEOXact_GUC(false, save_nestlevel);
 	if (rc != SPI_OK_SELECT)
 		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);

@@ -40,7 +40,8 @@ extern void rm_state_execute(const char *sql, int nargs, Oid *argtypes,
 /*
  * Runs one query over the catalogs, usually one of the extension's functions that
  * read them, through SPI as the current role and with the current search_path.
- * Needs what rm_state_execute needs, and leaves its result there.
+ * Needs what rm_state_execute needs, and leaves its result there; the memory context
+ * stays the caller's.
  */
 extern void rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values);
 

@@ -41,8 +41,10 @@ extern char *rm_shadow_column_name(const char *column);
 extern char *rm_old_column_name(const char *column);
 
 /* swap.c */
-extern bool rm_swap_to_be_rehearsed(const RmMigration *m);
-extern void rm_swap_rehearse(RmRun *run);
+typedef struct RmExchange RmExchange;
+
+extern RmExchange *rm_swap_to_be_rehearsed(RmMigration *m);
+extern void rm_swap_rehearse(RmRun *run, RmExchange *e);
 extern void rm_swap_names(const RmMigration *m, bool forward);
 extern void rm_bind_shadow_column(const RmMigration *m);
 extern void rm_release_shadow_column(const RmMigration *m);

@@ -343,14 +343,16 @@ refuse_beside_rewrite(const RmMigrationSpec *spec)
 	BoolGetDatum(spec->method == &rm_method_online_rewrite)};
 
 	rm_state_execute("SELECT id FROM risky_migrations.migration WHERE state = 'open'"
-					 " AND relid = $1 AND (steps_done > 0 OR phase <> 0) AND ($2 OR method = 'online_rewrite')"
+					 " AND (relid IN (SELECT risky_migrations.members($1))"
+					 " OR $1 IN (SELECT risky_migrations.members(relid)))"
+					 " AND (steps_done > 0 OR phase <> 0) AND ($2 OR method = 'online_rewrite')"
 					 " ORDER BY id LIMIT 1", 2, types, v, NULL);
 	if (SPI_processed > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_IN_USE),
 				 errmsg("migration %lld of the same table is open",
 						(long long) rm_result_int64(0, 1)),
-				 errdetail("online_rewrite needs the table for itself."),
+				 errdetail("online_rewrite needs the table, and what inherits from it, for itself."),
 				 errhint("Take that one to its end first, or give it up with CALL rm_rollback(%lld).",
 						 (long long) rm_result_int64(0, 1))));
 }
@@ -739,7 +741,8 @@ close_migration(void *arg)
 	if ((m->steps_done > 0 || m->phase != 0) && SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
 		refuse_wrong_state(m, "the rollback",
 						   "Another session has gone on with it meanwhile; call it again.");
-	/* those of partitions that were detached have not gone with the table */
+	/* those of tables that were detached have not gone with it, nor their triggers */
+	rm_rewrite_drop_trigger(m);
 	rm_rewrite_forget(m);
 	m->state = "rolled back";
 	m->steps_done = 0;

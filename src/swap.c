@@ -703,12 +703,13 @@ drop_built(RmRun *run, bool new_side)
 {
 	RmMigration *m = run->m;
 	List	   *list = load_present(m, new_side);
+	List	   *commands = rm_dependents_leftovers(m, new_side, NIL);	/* nobody else makes such */
 	ListCell   *lc;
 
 	rm_lock_relations(&run->locks, rm_dependents_relations(m, list), AccessExclusiveLock,
 					  run->tries);
 	rm_check_owner(m->relid, m->relation);
-	foreach(lc, rm_dependents_leftovers(m, new_side, NIL))
+	foreach(lc, commands)
 		rm_execute(lfirst(lc));
 	rm_dependents_save(m, new_side, NIL);
 }
@@ -846,21 +847,34 @@ put_in_force(RmRun *run, List *list, bool forward)
 	}
 }
 
+/*
+ * What the exchange has to know of the catalogs.  To read all that takes longer than
+ * to do it.  So it is read before the strong locks, under SHARE UPDATE EXCLUSIVE on
+ * all that it tells of: others read and write, but whoever would change a definition
+ * waits.  What can be changed without any lock (privileges) is known by the marks, and
+ * a view that is made meanwhile is found by check_nothing_left_behind().
+ */
+struct RmExchange
+{
+	List	   *relids;			/* to be locked */
+	List	   *marks;			/* of them, see rm_relation_marks() */
+	List	   *definitions;
+	List	   *copies;
+};
+
 /* the columns change places, with all that hangs on them; the locks are held */
 static void
-exchange(RmRun *run, List *list, bool forward)
+exchange(RmRun *run, List *list, const RmExchange *e, bool forward)
 {
 	RmMigration *m = run->m;
-	List	   *definitions = rm_definitions_on(m, list_make1_int(forward ? m->attnum : m->new_attnum));
-	List	   *copies = rm_copies_wanted(m, forward);
 
-	rm_definitions_drop(definitions);
+	rm_definitions_drop(e->definitions);
 	put_out_of_force(run, list, forward);
 	make_between(list);
 	rm_swap_names(m, forward);
 	rm_swap_definers(m);
 	put_in_force(run, list, forward);
-	rm_definitions_make(definitions, copies);
+	rm_definitions_make(e->definitions, e->copies);
 
 	check_nothing_left_behind(m, forward ? m->attnum : m->new_attnum);
 	m->swapped = forward;
@@ -876,54 +890,63 @@ exchange(RmRun *run, List *list, bool forward)
 	rm_invalidate_tree(m);
 }
 
+/* a rehearsal of the exchange */
+typedef struct Rehearsal
+{
+	RmMigration *m;
+	MemoryContext cxt;
+	RmExchange *e;
+} Rehearsal;
+
 /* the part of the exchange that nothing has been built for */
 static void
 rehearse_exchange(void *arg)
 {
-	RmMigration *m = arg;
-	List	   *definitions = rm_definitions_on(m, list_make1_int(m->attnum));
+	Rehearsal  *r = arg;
 
-	rm_definitions_drop(definitions);
-	rm_swap_names(m, true);
-	rm_definitions_make(definitions, NIL);
-	check_nothing_left_behind(m, m->attnum);
+	rm_definitions_drop(r->e->definitions);
+	rm_swap_names(r->m, true);
+	rm_definitions_make(r->e->definitions, NIL);
+	check_nothing_left_behind(r->m, r->m->attnum);
 }
 
 static void
 rehearse_copies(void *arg)
 {
-	rm_copies_rehearse(arg);
+	Rehearsal  *r = arg;
+
+	rm_copies_rehearse(r->m, r->e->copies);
 }
 
-/* what hangs on the column, or seems to */
-typedef struct Hangs
-{
-	const RmMigration *m;
-	bool		any;
-} Hangs;
-
 static void
-look_for_definitions(void *arg)
+read_for_rehearsal(void *arg)
 {
-	Hangs	   *h = arg;
+	Rehearsal  *r = arg;
+	List	   *attnums = list_make1_int(r->m->attnum);
+	MemoryContext oldcxt = MemoryContextSwitchTo(r->cxt);
 
-	h->any = rm_definitions_on(h->m, list_make1_int(h->m->attnum)) != NIL;
+	r->e = palloc0(sizeof(RmExchange));
+	r->e->relids = rm_relations_of_definitions(r->m, attnums);
+	r->e->marks = rm_relation_marks(r->e->relids);
+	r->e->definitions = rm_definitions_on(r->m, attnums);
+	r->e->copies = rm_copies_wanted(r->m, true);
+	MemoryContextSwitchTo(oldcxt);
 }
 
 /*
- * Is there anything that rm_swap_rehearse() would try?  To be asked before the table
- * is locked: reading all that may hang on a column takes longer than all the rest of
- * what is done under that lock.  No lock remains.
+ * What rm_swap_rehearse() is to try; NULL if there is nothing.  To be asked before the
+ * table is locked: reading all that may hang on a column takes longer than all the
+ * rest of what is done under that lock.  No lock remains.
  */
-bool
-rm_swap_to_be_rehearsed(const RmMigration *m)
+RmExchange *
+rm_swap_to_be_rehearsed(RmMigration *m)
 {
-	Hangs		h = {.m = m};
-	ErrorData  *error = rm_rehearse(look_for_definitions, &h, CurrentMemoryContext);
+	Rehearsal	r = {.m = m,.cxt = CurrentMemoryContext};
+	ErrorData  *error = rm_rehearse(read_for_rehearsal, &r, CurrentMemoryContext);
 
 	if (error)
 		ReThrowError(error);
-	return h.any;
+	return r.e->definitions == NIL ? NULL : r.e;
 }
 
 /*
@@ -934,14 +957,17 @@ rm_swap_to_be_rehearsed(const RmMigration *m)
  * not if a materialized view reads it, which is made before.
  */
 void
-rm_swap_rehearse(RmRun *run)
+rm_swap_rehearse(RmRun *run, RmExchange *e)
 {
 	RmMigration *m = run->m;
-	List	   *relids = rm_relations_of_definitions(m, list_make1_int(m->attnum));
-	ErrorData  *error;
+	Rehearsal	r = {.m = m,.e = e};
+	ErrorData  *error = NULL;
 
-	rm_lock_relations(&run->locks, lcons_oid(m->relid, relids), AccessExclusiveLock, 0);
-	error = rm_rehearse(rehearse_copies, m, CurrentMemoryContext);
+	rm_lock_relations(&run->locks, lcons_oid(m->relid, list_copy(e->relids)), AccessExclusiveLock, 0);
+	if (!equal(e->marks, rm_relation_marks(e->relids)))
+		rm_refuse_just_changed(m);
+	if (e->copies != NIL)
+		error = rm_rehearse(rehearse_copies, &r, CurrentMemoryContext);
 	if (error && error->sqlerrcode == ERRCODE_GROUPING_ERROR)
 	{
 		error->detail = psprintf("A materialized view on column \"%s\" of %s has to be filled before the primary key is on the new column.",
@@ -949,7 +975,7 @@ rm_swap_rehearse(RmRun *run)
 		error->hint = "Name in its GROUP BY, and in those of the views that it reads, all columns that are selected.";
 	}
 	if (error == NULL)
-		error = rm_rehearse(rehearse_exchange, m, CurrentMemoryContext);
+		error = rm_rehearse(rehearse_exchange, &r, CurrentMemoryContext);
 	if (error == NULL || (error->sqlerrcode == ERRCODE_GROUPING_ERROR && error->hint == NULL))
 		return;
 	if (error->detail == NULL)
@@ -960,18 +986,19 @@ rm_swap_rehearse(RmRun *run)
 	ReThrowError(error);
 }
 
-/* locks all relations that the exchange changes, the table among them */
-static void
-lock_for_exchange(RmRun *run, List *list, bool forward)
+/* holds all relations still that the exchange changes, the table among them */
+static RmExchange *
+hold_still(RmRun *run, List *list, bool forward)
 {
 	RmMigration *m = run->m;
+	RmExchange *e = palloc0(sizeof(RmExchange));
 	AttrNumber	attnum = forward ? m->attnum : m->new_attnum;
 	List	   *relids = list_concat_unique_oid(rm_dependents_relations(m, list),
 												rm_relations_of_definitions(m, list_make1_int(attnum)));
 	Relation	rel;
 
 	relids = list_concat_unique_oid(relids, rm_copies_there(m, forward));
-	rm_lock_relations(&run->locks, relids, AccessExclusiveLock, run->tries);
+	rm_lock_relations(&run->locks, relids, ShareUpdateExclusiveLock, run->tries);
 	/* a view or a partition that was made before we had the locks: again */
 	if (list_difference_oid(rm_relations_of_definitions(m, list_make1_int(attnum)), relids) != NIL ||
 		list_difference_oid(rm_tree(m->relid), relids) != NIL)
@@ -980,6 +1007,22 @@ lock_for_exchange(RmRun *run, List *list, bool forward)
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
 	table_close(rel, NoLock);
+	e->relids = relids;
+	return e;
+}
+
+/* reads the rest; then nobody else comes to these relations */
+static void
+lock_for_exchange(RmRun *run, RmExchange *e, bool forward)
+{
+	RmMigration *m = run->m;
+
+	e->definitions = rm_definitions_on(m, list_make1_int(forward ? m->attnum : m->new_attnum));
+	e->copies = rm_copies_wanted(m, forward);
+	e->marks = rm_relation_marks(e->relids);
+	rm_lock_relations(&run->locks, e->relids, AccessExclusiveLock, run->tries);
+	if (!equal(e->marks, rm_relation_marks(e->relids)))
+		rm_refuse_just_changed(m);
 }
 
 /* one transaction's worth of work on materialized views; true when they are filled */
@@ -1050,6 +1093,7 @@ swap_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
 	List	   *list;
+	RmExchange *e;
 
 	if (m->swapped)
 		return prove_next(run, true) ? RM_STEP_AGAIN : RM_STEP_DONE;
@@ -1073,7 +1117,7 @@ swap_apply(RmRun *run)
 	}
 
 	list = load_present(m, true);
-	lock_for_exchange(run, list, true);
+	e = hold_still(run, list, true);
 	if (!catalogs_unchanged(m))
 	{
 		m->phase = PHASE_PLAN;	/* somebody's DDL came in between */
@@ -1082,8 +1126,9 @@ swap_apply(RmRun *run)
 	refuse_unverified(m);
 	if (refill_needed(run, true))
 		return RM_STEP_AGAIN;
+	lock_for_exchange(run, e, true);
 	run->old_storage = rm_relation_storage(m->relid);
-	exchange(run, list, true);
+	exchange(run, list, e, true);
 	return to_be_proven(run, list) ? RM_STEP_AGAIN : RM_STEP_DONE;
 }
 
@@ -1456,6 +1501,7 @@ swap_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
 	List	   *list;
+	RmExchange *e;
 	ListCell   *lc;
 
 	run->back_to = RM_BUILD;	/* what was built on the new column is not there any more */
@@ -1484,7 +1530,7 @@ swap_revert(RmRun *run)
 	}
 
 	list = load_present(m, false);
-	lock_for_exchange(run, list, false);
+	e = hold_still(run, list, false);
 	refuse_renamed(m);
 	if (m->trigger_xmin != rm_trigger_xmin(m) || misfits_recorded(m))
 	{
@@ -1496,8 +1542,15 @@ swap_revert(RmRun *run)
 	refuse_new_dependents(run, rm_dependents_load(m, false, CurrentMemoryContext));
 	if (refill_needed(run, false))
 		return RM_STEP_AGAIN;
+	lock_for_exchange(run, e, false);
+	if (misfits_recorded(m))
+	{
+		/* by somebody who wrote until then */
+		memset(get_work(run), 0, sizeof(Swap));
+		return RM_STEP_AGAIN;
+	}
 	run->old_storage = rm_relation_storage(m->relid);
-	exchange(run, list, false);
+	exchange(run, list, e, false);
 	/* what was kept on the old column and is not needed any more */
 	foreach(lc, rm_dependents_leftovers(m, false, NIL))
 		rm_execute(lfirst(lc));
@@ -1590,7 +1643,7 @@ static RmStepResult
 cleanup_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
-	List	   *commands;
+	List	   *commands = rm_dependents_leftovers(m, false, NIL);	/* nobody else makes such */
 	ListCell   *lc;
 
 	/* a way back that was interrupted may have left foreign keys of others */
@@ -1599,7 +1652,6 @@ cleanup_apply(RmRun *run)
 					  AccessExclusiveLock, run->tries);
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
-	commands = rm_dependents_leftovers(m, false, NIL);
 	foreach(lc, commands)
 		rm_execute(lfirst(lc));
 	rm_drop_trigger_and_column(m, m->attnum);

@@ -643,7 +643,7 @@ add_column_apply(RmRun *run)
 	Relation	rel;
 	RmConversionDef def = {.attnum = m->attnum,.type = m->new_type_id};
 	Reverse		reverse = {.m = m,.cxt = CurrentMemoryContext};
-	bool		hangs = rm_swap_to_be_rehearsed(m);
+	RmExchange *exchange = rm_swap_to_be_rehearsed(m);
 	ErrorData  *error;
 
 	rm_lock_tree(run, AccessExclusiveLock);
@@ -664,8 +664,8 @@ add_column_apply(RmRun *run)
 	if (m->reverse_tree)
 		rm_refuse_entangled(m->relid, m->attnum, m->reverse_tree);
 	record_reverse_dependencies(m);
-	if (hangs)
-		rm_swap_rehearse(run);
+	if (exchange)
+		rm_swap_rehearse(run, exchange);
 	return RM_STEP_DONE;
 }
 

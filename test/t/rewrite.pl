@@ -269,7 +269,8 @@ foreach my $round (1 .. 4)
 	my $id = sql("SELECT id FROM rm_migrations WHERE state = 'open'");
 	if ($id)
 	{
-		if ($round == 2)
+		# after the cut-over there is no way back
+		if ($round == 2 && sql("SELECT steps_done < 6 FROM rm_migrations WHERE id = $id") eq 't')
 		{
 			sql("CALL rm_rollback($id)");
 			nothing_is_left('killed and taken back');
