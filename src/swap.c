@@ -926,7 +926,8 @@ read_for_rehearsal(void *arg)
 	MemoryContext oldcxt = MemoryContextSwitchTo(r->cxt);
 
 	r->e = palloc0(sizeof(RmExchange));
-	r->e->relids = rm_relations_of_definitions(r->m, attnums);
+	/* partitions and children get the new column before this is looked at again */
+	r->e->relids = list_difference_oid(rm_relations_of_definitions(r->m, attnums), rm_tree(r->m->relid));
 	r->e->marks = rm_relation_marks(r->e->relids);
 	r->e->definitions = rm_definitions_on(r->m, attnums);
 	r->e->copies = rm_copies_wanted(r->m, true);
