@@ -52,9 +52,16 @@
 #include "access/table.h"
 #include "access/transam.h"
 #include "access/xact.h"
+#include "catalog/indexing.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_attribute.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_default_acl.h"
+#include "catalog/pg_depend.h"
+#include "catalog/pg_description.h"
+#include "catalog/pg_index.h"
+#include "catalog/pg_statistic_ext.h"
+#include "catalog/pg_type.h"
 #include "common/hashfn.h"
 #include "common/pg_prng.h"
 #include "compat.h"
@@ -69,7 +76,7 @@
 #include "storage/proc.h"
 #include "storage/procarray.h"
 #include "utils/builtins.h"
-#include "utils/catcache.h"
+#include "utils/fmgroids.h"
 #include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -1055,30 +1062,114 @@ rm_runner_pid(RmRunnerLock kind, int64 id)
 	return 0;
 }
 
+/*-------------------------------------------------------------------------
+ * Marks
+ *-------------------------------------------------------------------------
+ */
+
 /*
- * A mark of each of these relations that is another one when somebody has written its
- * rows in pg_class or pg_attribute, as GRANT does without any lock.
+ * Adds up the rows of a catalog that an index finds by one or two OIDs; with
+ * InvalidOid for the index, all.  Another sum when one was written, came or went.
+ * tell is called for each, and gives what else is to be added.
+ */
+static uint32
+mark_of_rows(Oid catalog_oid, Oid index, Oid key, Oid second_key, Snapshot snapshot,
+			 uint32 (*tell) (HeapTuple tup, TupleDesc desc, Snapshot snapshot))
+{
+	Relation	catalog = table_open(catalog_oid, AccessShareLock);
+	ScanKeyData keys[2];
+	int			nkeys = OidIsValid(index) ? (OidIsValid(second_key) ? 2 : 1) : 0;
+	SysScanDesc scan;
+	HeapTuple	tup;
+	uint32		mark = 0;
+
+	/* the indexes that are used here have the OIDs as their first columns */
+	if (nkeys > 0)
+	{
+		Relation	rel = index_open(index, AccessShareLock);
+
+		ScanKeyInit(&keys[0], rel->rd_index->indkey.values[0], BTEqualStrategyNumber, F_OIDEQ,
+					ObjectIdGetDatum(key));
+		if (nkeys > 1)
+			ScanKeyInit(&keys[1], rel->rd_index->indkey.values[1], BTEqualStrategyNumber, F_OIDEQ,
+						ObjectIdGetDatum(second_key));
+		index_close(rel, AccessShareLock);
+	}
+	scan = systable_beginscan(catalog, index, nkeys > 0, snapshot, nkeys, keys);
+	while (HeapTupleIsValid(tup = systable_getnext(scan)))
+	{
+		/* they come in any order */
+		mark += hash_combine(HeapTupleHeaderGetRawXmin(tup->t_data),
+							 hash_combine(ItemPointerGetBlockNumberNoCheck(&tup->t_self),
+										  ItemPointerGetOffsetNumberNoCheck(&tup->t_self)));
+		if (tell)
+			mark += tell(tup, RelationGetDescr(catalog), snapshot);
+	}
+	systable_endscan(scan);
+	table_close(catalog, AccessShareLock);
+	return mark;
+}
+
+/* what hangs on a relation: its comment */
+static uint32
+mark_of_dependent(HeapTuple tup, TupleDesc desc, Snapshot snapshot)
+{
+	Form_pg_depend d = (Form_pg_depend) GETSTRUCT(tup);
+
+	/* rowtypes, and what is found by pg_index */
+	if (d->classid == TypeRelationId || d->classid == RelationRelationId)
+		return 0;
+	return mark_of_rows(DescriptionRelationId, DescriptionObjIndexId, d->objid, d->classid,
+						snapshot, NULL);
+}
+
+/* an index: its name and options, its comment */
+static uint32
+mark_of_index(HeapTuple tup, TupleDesc desc, Snapshot snapshot)
+{
+	Oid			index = ((Form_pg_index) GETSTRUCT(tup))->indexrelid;
+
+	return mark_of_rows(RelationRelationId, ClassOidIndexId, index, InvalidOid, snapshot, NULL) +
+		mark_of_rows(DescriptionRelationId, DescriptionObjIndexId, index, RelationRelationId,
+					 snapshot, NULL);
+}
+
+/*
+ * A mark of each of these relations, and of default privileges, that is another one
+ * when somebody has changed what SHARE UPDATE EXCLUSIVE on the relation does not keep
+ * from being changed: privileges (GRANT takes no lock); what depends on it, as a view
+ * or a sequence may from now on; names, options and comments of its indexes and
+ * statistics objects, which have locks of their own; and comments on its constraints,
+ * triggers, rules and policies.
  */
 List *
 rm_relation_marks(List *relids)
 {
+	Snapshot	snapshot = RegisterSnapshot(GetLatestSnapshot());
 	List	   *marks = NIL;
 	ListCell   *lc;
 
 	foreach(lc, relids)
 	{
-		HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(lfirst_oid(lc)));
-		CatCList   *columns = SearchSysCacheList1(ATTNUM, ObjectIdGetDatum(lfirst_oid(lc)));
-		uint32		mark = HeapTupleIsValid(tup) ? HeapTupleHeaderGetRawXmin(tup->t_data) : 0;
+		Oid			relid = lfirst_oid(lc);
+		Oid			type = get_rel_type_id(relid);
+		uint32		mark;
 
-		/* they come in any order */
-		for (int i = 0; i < columns->n_members; i++)
-			mark += hash_combine(((Form_pg_attribute) GETSTRUCT(&columns->members[i]->tuple))->attnum,
-								 HeapTupleHeaderGetRawXmin(columns->members[i]->tuple.t_data));
-		ReleaseSysCacheList(columns);
-		if (HeapTupleIsValid(tup))
-			ReleaseSysCache(tup);
+		mark = mark_of_rows(RelationRelationId, ClassOidIndexId, relid, InvalidOid, snapshot, NULL);
+		mark += mark_of_rows(AttributeRelationId, AttributeRelidNumIndexId, relid, InvalidOid,
+							 snapshot, NULL);
+		if (OidIsValid(type))
+			mark += mark_of_rows(TypeRelationId, TypeOidIndexId, type, InvalidOid, snapshot, NULL);
+		mark += mark_of_rows(DependRelationId, DependReferenceIndexId, RelationRelationId, relid,
+							 snapshot, mark_of_dependent);
+		mark += mark_of_rows(IndexRelationId, IndexIndrelidIndexId, relid, InvalidOid, snapshot,
+							 mark_of_index);
+		mark += mark_of_rows(StatisticExtRelationId, StatisticExtRelidIndexId, relid, InvalidOid,
+							 snapshot, NULL);
 		marks = lappend_int(marks, (int) mark);
 	}
+	marks = lappend_int(marks, (int) mark_of_rows(DefaultAclRelationId, InvalidOid, InvalidOid, InvalidOid,
+												  snapshot, NULL));
+	UnregisterSnapshot(snapshot);
 	return marks;
 }

@@ -97,11 +97,13 @@ load_further_columns(const RmMigration *m)
 	Oid			types[] = {INT8OID};
 	Datum		v[] = {Int64GetDatum(m->id)};
 	List	   *list = NIL;
+	MemoryContext cxt = CurrentMemoryContext;
 
 	rm_state_execute("SELECT attnum::int8, column_name, old_type, old_type_id::int8, new_type,"
 					 " new_type_id::int8, new_typmod::int8, using_expr, conversion_tree"
 					 " FROM risky_migrations.further_column WHERE migration_id = $1 ORDER BY number",
 					 1, types, v, NULL);
+	MemoryContextSwitchTo(cxt); /* SPI leaves its own behind */
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		RmConversionDef *c = palloc0(sizeof(RmConversionDef));

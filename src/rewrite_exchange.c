@@ -564,8 +564,8 @@ indexes_complete(RmRun *run, List *tables, RmStepResult *result)
 /*
  * Reads the catalogs, with SHARE UPDATE EXCLUSIVE on all that they tell of: others
  * read and write, but whoever would change a definition waits, and finds it
- * exchanged.  Only privileges can be changed without any lock; those are seen
- * by the marks.  NULL if something has to be done before: *result is what the step
+ * exchanged.  What that lock does not hold still (privileges, comments, a new view) is
+ * known by the marks.  NULL if something has to be done before: *result is what the step
  * returns.
  */
 static ExchangePlan *
@@ -578,6 +578,7 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 
 	plan->relids = relations_to_lock(m, tables);
 	rm_lock_relations(&run->locks, plan->relids, ShareUpdateExclusiveLock, run->tries);
+	plan->marks = rm_relation_marks(plan->relids);	/* before anything else is read */
 	if (!rm_rewrite_all(run, &tables_now, result))
 		return NULL;
 	if (list_difference_oid(relations_to_lock(m, tables_now), plan->relids) != NIL)
@@ -597,7 +598,6 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 	plan->keys = foreign_keys(m);
 	foreach(lc, plan->tables)
 		plan->pairs = lappend(plan->pairs, index_pairs(lfirst(lc)));
-	plan->marks = rm_relation_marks(plan->relids);
 	return plan;
 }
 

@@ -851,13 +851,15 @@ put_in_force(RmRun *run, List *list, bool forward)
  * What the exchange has to know of the catalogs.  To read all that takes longer than
  * to do it.  So it is read before the strong locks, under SHARE UPDATE EXCLUSIVE on
  * all that it tells of: others read and write, but whoever would change a definition
- * waits.  What can be changed without any lock (privileges) is known by the marks, and
- * a view that is made meanwhile is found by check_nothing_left_behind().
+ * waits.  What that lock does not hold still (privileges, comments, a new view) is known
+ * by the marks, and the functions of the expression, on which there is no lock, by
+ * theirs.
  */
 struct RmExchange
 {
 	List	   *relids;			/* to be locked */
 	List	   *marks;			/* of them, see rm_relation_marks() */
+	uint64		expression_mark;	/* see rm_expression_mark() */
 	List	   *definitions;
 	List	   *copies;
 };
@@ -926,8 +928,9 @@ read_for_rehearsal(void *arg)
 	MemoryContext oldcxt = MemoryContextSwitchTo(r->cxt);
 
 	r->e = palloc0(sizeof(RmExchange));
-	/* partitions and children get the new column before this is looked at again */
-	r->e->relids = list_difference_oid(rm_relations_of_definitions(r->m, attnums), rm_tree(r->m->relid));
+	/* those below the table are about to get a column from it */
+	r->e->relids = list_difference_oid(rm_relations_of_definitions(r->m, attnums),
+									   rm_tree(r->m->relid));
 	r->e->marks = rm_relation_marks(r->e->relids);
 	r->e->definitions = rm_definitions_on(r->m, attnums);
 	r->e->copies = rm_copies_wanted(r->m, true);
@@ -1000,6 +1003,10 @@ hold_still(RmRun *run, List *list, bool forward)
 
 	relids = list_concat_unique_oid(relids, rm_copies_there(m, forward));
 	rm_lock_relations(&run->locks, relids, ShareUpdateExclusiveLock, run->tries);
+	/* before anything else is read */
+	e->relids = relids;
+	e->marks = rm_relation_marks(relids);
+	e->expression_mark = rm_expression_mark(m);
 	/* a view or a partition that was made before we had the locks: again */
 	if (list_difference_oid(rm_relations_of_definitions(m, list_make1_int(attnum)), relids) != NIL ||
 		list_difference_oid(rm_tree(m->relid), relids) != NIL)
@@ -1008,7 +1015,6 @@ hold_still(RmRun *run, List *list, bool forward)
 	rel = table_open(m->relid, NoLock);
 	rm_check_ground(m, rel);
 	table_close(rel, NoLock);
-	e->relids = relids;
 	return e;
 }
 
@@ -1020,9 +1026,9 @@ lock_for_exchange(RmRun *run, RmExchange *e, bool forward)
 
 	e->definitions = rm_definitions_on(m, list_make1_int(forward ? m->attnum : m->new_attnum));
 	e->copies = rm_copies_wanted(m, forward);
-	e->marks = rm_relation_marks(e->relids);
 	rm_lock_relations(&run->locks, e->relids, AccessExclusiveLock, run->tries);
-	if (!equal(e->marks, rm_relation_marks(e->relids)))
+	if (!equal(e->marks, rm_relation_marks(e->relids)) ||
+		e->expression_mark != rm_expression_mark(m))
 		rm_refuse_just_changed(m);
 }
 
