@@ -1123,15 +1123,20 @@ rm_rewrite_drop(const RmRewrite *rw)
 
 /*
  * The tables that have a trigger of ours for themselves, also such as do not inherit
- * from the table any more; no locks.  Needs SPI.
+ * from the table any more; no locks.  One that has got another owner meanwhile keeps it,
+ * for it is not ours to lock or change: without a log the trigger does nothing.
+ * Needs SPI.
  */
 List *
 rm_rewrite_tables_with_trigger(const RmMigration *m)
 {
 	List	   *relids = NIL;
 
-	rm_execute(psprintf("SELECT tgrelid FROM pg_catalog.pg_trigger WHERE tgname = %s AND tgparentid = 0"
-						" AND tgfoid = '" RM_SCHEMA ".log_change'::pg_catalog.regproc ORDER BY 1",
+	rm_execute(psprintf("SELECT g.tgrelid FROM pg_catalog.pg_trigger g"
+						" JOIN pg_catalog.pg_class c ON c.oid = g.tgrelid"
+						" WHERE g.tgname = %s AND g.tgparentid = 0"
+						" AND g.tgfoid = '" RM_SCHEMA ".log_change'::pg_catalog.regproc"
+						" AND pg_catalog.pg_has_role(c.relowner, 'USAGE') ORDER BY 1",
 						quote_literal_cstr(log_trigger_name(m))));
 	for (uint64 i = 0; i < SPI_processed; i++)
 		relids = lappend_oid(relids, DatumGetObjectId(rm_result_datum(i, 1)));

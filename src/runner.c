@@ -31,9 +31,10 @@
  * and when something wakes a rest or interrupts a wait; steer.c obeys.
  *
  * Easy to get wrong: a transaction that holds a lock which blocks others
- * must not wait for a standby in its commit, for that would be a wait without
- * bound; it commits with synchronous_commit = local, and the next one (the
- * log's) waits in its stead.  And statement_timeout would count the whole
+ * must wait in its commit neither for a standby, for that would be a wait without
+ * bound, nor for the disk; it commits with synchronous_commit = off, its WAL is
+ * flushed when the locks are gone, before anything else is done, and the next
+ * transaction (the log's) waits for standbys in its stead.  And statement_timeout would count the whole
  * CALL, so it is switched off for it.
  *
  * Copyright (c) 2026, risky_migrations contributors

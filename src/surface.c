@@ -343,8 +343,9 @@ refuse_beside_rewrite(const RmMigrationSpec *spec)
 	BoolGetDatum(spec->method == &rm_method_online_rewrite)};
 
 	rm_state_execute("SELECT id FROM risky_migrations.migration WHERE state = 'open'"
-					 " AND (relid IN (SELECT risky_migrations.members($1))"
-					 " OR $1 IN (SELECT risky_migrations.members(relid)))"
+					 /* also where a table inherits from both */
+					 " AND EXISTS (SELECT risky_migrations.members($1)"
+					 " INTERSECT SELECT risky_migrations.members(relid))"
 					 " AND (steps_done > 0 OR phase <> 0) AND ($2 OR method = 'online_rewrite')"
 					 " ORDER BY id LIMIT 1", 2, types, v, NULL);
 	if (SPI_processed > 0)

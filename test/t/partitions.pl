@@ -221,5 +221,21 @@ sql('CALL rm_rollback()');
 is(sql($fk), $proven, 'or goes back, and proves the old one');
 is(sql(q{SELECT count(*) || ' ' || pg_typeof(min(id)) FROM orders}), '100 integer', 'with the old column in force');
 
+# What hangs on a partition's own column is known before the table is locked, and the
+# partition gets a column then.
+sql(q{
+CREATE TABLE own (id int PRIMARY KEY, v int NOT NULL) PARTITION BY RANGE (id);
+CREATE TABLE own_1 PARTITION OF own FOR VALUES FROM (0) TO (1000);
+CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
+CREATE TRIGGER a_trigger BEFORE UPDATE OF v ON own_1 FOR EACH ROW EXECUTE FUNCTION nothing();
+CREATE POLICY a_policy ON own_1 USING (v > 0);
+INSERT INTO own SELECT g, g FROM generate_series(1, 100) g;
+SET risky_migrations.lock_retries = 0;
+CALL rm_alter_type('own', 'v', 'bigint', method => 'three_step');
+});
+is(sql(q{SELECT string_agg(tgattr::text, ', ') = (SELECT attnum::text FROM pg_attribute WHERE attrelid = 'own_1'::regclass AND attname = 'v')
+	FROM pg_trigger WHERE tgname = 'a_trigger'}), 't', q{a partition's own trigger goes over});
+is(sql(q{SELECT qual FROM pg_policies WHERE policyname = 'a_policy'}), '(v > 0)', 'and its policy');
+
 $node->stop;
 done_testing();

@@ -235,6 +235,44 @@ sql('DROP TABLE f1');
 sql('CALL rm_cut_over()');
 is(sql('SELECT count(*), pg_typeof(min(v)) FROM f'), '3000|numeric', 'without its last child');
 
+# What has been taken away and given to somebody else is not touched any more.
+sql(q{
+CREATE ROLE seller;
+CREATE ROLE buyer;
+GRANT ALL ON SCHEMA public TO seller, buyer;
+});
+for my $end ('rm_cut_over', 'rm_rollback')
+{
+	sql(q{
+	SET ROLE seller;
+	CREATE TABLE sold (id int PRIMARY KEY, v int);
+	CREATE TABLE sold1 (PRIMARY KEY (id)) INHERITS (sold);
+	CREATE TABLE sold2 (PRIMARY KEY (id)) INHERITS (sold);
+	CALL rm_alter_type('sold', 'v', 'bigint', method => 'online_rewrite', cut_over => 'manual');
+	ALTER TABLE sold1 NO INHERIT sold;
+	RESET ROLE;
+	ALTER TABLE sold1 OWNER TO buyer;
+	});
+	($status, $out, $err) = $node->psql('postgres', "SET ROLE seller; CALL $end()");
+	is($status, 0, "$end: a child that was sold is not in the way");
+	is(sql('SELECT state FROM rm_migrations ORDER BY id DESC LIMIT 1'), $end eq 'rm_cut_over' ? 'done' : 'rolled back', 'all is done');
+	sql('INSERT INTO sold1 VALUES (1, 1)');
+	is(sql('SELECT pg_typeof(v) FROM sold1'), 'integer', 'it is its own');
+	is(sql(q{SELECT count(*) FROM pg_class WHERE relname ~ '^(shadow|log)_\d'}), '0', 'without a log');
+	sql('DROP TABLE sold1; DROP TABLE sold CASCADE');
+}
+
+# A table that inherits from two, each of which is to change.
+sql(q{
+CREATE TABLE father (id int PRIMARY KEY, v int);
+CREATE TABLE mother (id int PRIMARY KEY, w int);
+CREATE TABLE child (PRIMARY KEY (id)) INHERITS (father, mother);
+CALL rm_alter_type('father', 'v', 'bigint', method => 'online_rewrite', cut_over => 'manual');
+});
+($status, $out, $err) = $node->psql('postgres', q{CALL rm_alter_type('mother', 'w', 'bigint', method => 'online_rewrite')});
+like($err, qr/migration \d+ of the same table is open/, 'one after the other');
+sql('CALL rm_rollback()');
+
 # ---------------------------------------------------------------------------
 # Rows that cannot be made, other migrations, none of the columns
 # ---------------------------------------------------------------------------
