@@ -692,6 +692,7 @@ first_child(RmMigration *m, Relation rel)
 {
 	if (rm_rewrite_by_leaf(m) || list_length(rm_tree(m->relid)) == 1)
 		return NULL;
+	rm_check_ground(m, rel);	/* a column that was dropped has no number there */
 	refuse_leaves(rel, m->columns);
 	return "a table inherits from it now";
 }
@@ -1230,15 +1231,17 @@ make_tables(RmRun *run, Oid relid)
 		return false;
 	rel = table_open(relid, NoLock);
 	rm_check_owner(relid, m->relation);
-	if (relid == m->relid)
-		rm_rewrite_refuse(rel, m->columns);
-	else if (rm_is_leaf_of(rel, m->relid))
-		refuse_leaf(rel, m->relid, m->columns);
-	else
+	if (!rm_is_leaf_of(rel, m->relid))
 	{
 		table_close(rel, NoLock);
 		return false;
 	}
+	/* a column that was dropped has no number here */
+	rm_check_ground(m, rel);
+	if (relid == m->relid)
+		rm_rewrite_refuse(rel, m->columns);
+	else
+		refuse_leaf(rel, m->relid, m->columns);
 	twin = rehearse_on_twin(m, relid);
 
 	rw.key_index = find_key_index(rel);

@@ -263,7 +263,8 @@ settle(RmTransfer *t, int i, ErrorData *error)
 		Oid			out;
 		bool		varlena;
 
-		getTypeOutputInfo(c->def->old_type, &out, &varlena);
+		/* which it has now: an expression that does not read it is not concerned */
+		getTypeOutputInfo(TupleDescAttr(RelationGetDescr(t->rel), c->attnum - 1)->atttypid, &out, &varlena);
 		value = OidOutputFunctionCall(out, d);
 	}
 	rm_record_failure(t->m, rm_row_key(t->rel, row), &row->tts_tid, value, error);

@@ -235,6 +235,17 @@ sql('DROP TABLE f1');
 sql('CALL rm_cut_over()');
 is(sql('SELECT count(*), pg_typeof(min(v)) FROM f'), '3000|numeric', 'without its last child');
 
+# or that has lost the column before it got its first one
+sql(q{
+CREATE TABLE lost (id int PRIMARY KEY, v int, w int);
+CALL rm_alter_type('lost', 'v', 'bigint', method => 'online_rewrite', cut_over => 'manual');
+ALTER TABLE lost DROP COLUMN v;
+CREATE TABLE lost1 (PRIMARY KEY (id)) INHERITS (lost);
+});
+($status, $out, $err) = $node->psql('postgres', 'CALL rm_cut_over()');
+like($err, qr/The column "v" has been dropped/, 'a first child without the column is not begun');
+sql('CALL rm_rollback()');
+
 # What has been taken away and given to somebody else is not touched any more.
 sql(q{
 CREATE ROLE seller;

@@ -327,5 +327,16 @@ sql(q{CREATE TABLE other (id bigint PRIMARY KEY); INSERT INTO other SELECT g FRO
 ($status, $out, $err) = $node->psql('postgres', q{CALL rm_alter_type('k', 'id', 'numeric', method => 'online_rewrite')});
 like($err, qr/foreign key.*it is one of a partitioned table/s, 'a foreign key of the partitioned table itself is refused');
 
+# a new partition of a table that has lost one of the columns
+sql(q{CREATE TABLE lost (id int PRIMARY KEY, v int, w int) PARTITION BY RANGE (id);
+	CREATE TABLE lost1 PARTITION OF lost FOR VALUES FROM (0) TO (1000);
+	INSERT INTO lost SELECT g, g, g FROM generate_series(1, 100) g;
+	CALL rm_alter_types('lost', '{"v": "bigint", "w": "bigint"}', method => 'online_rewrite', cut_over => 'manual');
+	ALTER TABLE lost DROP COLUMN w;
+	CREATE TABLE lost2 PARTITION OF lost FOR VALUES FROM (1000) TO (2000)});
+($status, $out, $err) = $node->psql('postgres', 'CALL rm_cut_over()');
+like($err, qr/has been changed while migration \d+ was open.*The column "w" has been dropped/s, 'a new partition without the column is not begun');
+sql('CALL rm_rollback()');
+
 $node->stop;
 done_testing();
