@@ -1488,6 +1488,15 @@ BEGIN ATOMIC
 			row_number() OVER (PARTITION BY e.stxrelid ORDER BY e.oid) AS nth
 		FROM pg_statistic_ext e JOIN pg_namespace n ON n.oid = e.stxnamespace
 		WHERE e.stxrelid IN (name_twins.relid, name_twins.twin)
+	), seq AS (
+		SELECT d.refobjid, a.attname, s.seqtypid, c.relname, n.nspname
+		FROM pg_depend d
+		JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+		JOIN pg_sequence s ON s.seqrelid = d.objid
+		JOIN pg_class c ON c.oid = s.seqrelid
+		JOIN pg_namespace n ON n.oid = c.relnamespace
+		WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass AND d.deptype = 'i'
+			AND a.attidentity <> '' AND d.refobjid IN (name_twins.relid, name_twins.twin)
 	)
 	SELECT format('ALTER INDEX %I.%I RENAME TO %I', t.nspname, t.relname, name_twins.prefix || o.indexrelid)
 	FROM idx o JOIN idx t ON t.nth = o.nth AND t.indisunique = o.indisunique
@@ -1496,10 +1505,15 @@ BEGIN ATOMIC
 	UNION ALL
 	SELECT format('ALTER STATISTICS %I.%I RENAME TO %I', t.nspname, t.stxname, name_twins.prefix || o.oid)
 	FROM sta o JOIN sta t ON t.nth = o.nth AND t.nkeys = o.nkeys
-	WHERE o.stxrelid = name_twins.relid AND t.stxrelid = name_twins.twin;
+	WHERE o.stxrelid = name_twins.relid AND t.stxrelid = name_twins.twin
+	UNION ALL
+	-- LIKE makes each a bigint, within the bounds of the original
+	SELECT format('ALTER SEQUENCE %I.%I AS %s', t.nspname, t.relname, format_type(o.seqtypid, NULL))
+	FROM seq o JOIN seq t ON t.attname = o.attname AND t.seqtypid <> o.seqtypid
+	WHERE o.refobjid = name_twins.relid AND t.refobjid = name_twins.twin;
 END;
 COMMENT ON FUNCTION risky_migrations.name_twins(oid, oid, text) IS
-	'commands that name each index and statistics object of a twin after the original''s OID';
+	'commands that name each index and statistics object of a twin after the original''s OID, and give identity sequences their type';
 
 CREATE FUNCTION risky_migrations.dependents(relid oid, attnum smallint, shadow smallint,
 	twin oid, twin_attnum smallint, build_column text, final_column text, prefix text,

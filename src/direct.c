@@ -16,7 +16,8 @@
  * (reverse_check, over the new one); if either is not zero, it refuses.
  *
  * Easy to get wrong: ALTER TABLE says which value does not convert, but not in
- * which row.  The row is looked for afterwards, without the lock.
+ * which row.  The row is looked for afterwards, without the lock: one that fails with
+ * that very message, for others may fail in other columns.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -212,10 +213,11 @@ typedef struct FindRow
 {
 	RmRun	   *run;
 	MemoryContext cxt;
+	const char *message;		/* what ALTER TABLE said */
 	char	   *detail;
 } FindRow;
 
-/* the first row in which one of the columns does not convert */
+/* the first row in which that column does not convert, with that message */
 static void
 find_row_of_column(FindRow *find, const RmMigration *all, const RmConversionDef *column, Relation rel)
 {
@@ -246,7 +248,8 @@ find_row_of_column(FindRow *find, const RmMigration *all, const RmConversionDef 
 			ErrorData  *error;
 
 			rm_row_get(rows, buf, offsets[i]);
-			if (!rm_row_convert(rows, true, &value, &isnull, &error))
+			if (!rm_row_convert(rows, true, &value, &isnull, &error) &&
+				strcmp(error->message, find->message) == 0)
 				find->detail =
 					MemoryContextStrdup(find->cxt,
 										psprintf("Row %s of %s does not convert. Nothing was changed.",
@@ -275,7 +278,7 @@ find_row(void *arg)
 static void
 alter_type_explain(RmRun *run, ErrorData *error)
 {
-	FindRow		find = {.run = run,.cxt = run->cxt};
+	FindRow		find = {.run = run,.cxt = run->cxt,.message = error->message};
 
 	if (run->revert || !rm_is_conversion_failure(error->sqlerrcode))
 		return;

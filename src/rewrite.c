@@ -1178,16 +1178,22 @@ rm_rewrite_forget(const RmMigration *m)
 		drop_tables(m, lfirst(lc));
 }
 
-/* and what is recorded of rows that could not be made */
-static void
-forget_all(const RmMigration *m)
+/* what is recorded of rows that could not be made */
+void
+rm_rewrite_forget_failures(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID};
 	Datum		v[] = {Int64GetDatum(m->id)};
 
-	rm_rewrite_forget(m);
 	rm_state_execute("DELETE FROM risky_migrations.conversion_error WHERE migration_id = $1",
 					 1, types, v, NULL);
+}
+
+static void
+forget_all(const RmMigration *m)
+{
+	rm_rewrite_forget(m);
+	rm_rewrite_forget_failures(m);
 }
 
 /*

@@ -150,6 +150,7 @@ extern RmStepResult rm_rewrite_begin(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);
 extern void rm_rewrite_drop(const RmRewrite *rw);
 extern void rm_rewrite_forget(const RmMigration *m);
+extern void rm_rewrite_forget_failures(const RmMigration *m);
 extern void rm_rewrite_drop_trigger(const RmMigration *m);
 extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);
 extern bool rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result);

@@ -125,6 +125,7 @@ typedef struct CutOver
 	int			waits;			/* that were begun */
 	bool		again;			/* everybody has to be waited for once more */
 	bool		inexact;		/* that has been done often enough */
+	bool		failed;			/* the round has met rows that cannot be made */
 } CutOver;
 
 /*-------------------------------------------------------------------------
@@ -646,15 +647,26 @@ exchange(RmRun *run, ExchangePlan *plan)
 	rm_definitions_make(plan->definitions, NIL);
 }
 
-/* 23514 and the like: rows that cannot be made stand in the way */
-static void
-refuse_failed_rows(RmRun *run, List *tables)
+static int64
+failed_rows(List *tables)
 {
 	int64		failed = 0;
 	ListCell   *lc;
 
 	foreach(lc, tables)
 		failed += ((RmRewrite *) lfirst(lc))->rows_failed;
+	return failed;
+}
+
+/*
+ * Rows that cannot be made stand in the way.  Not in the transaction that has met
+ * them: it would take back what it has recorded of them.
+ */
+static void
+refuse_failed_rows(RmRun *run, List *tables)
+{
+	int64		failed = failed_rows(tables);
+
 	if (failed > 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_NOT_NULL_VIOLATION),
@@ -687,6 +699,9 @@ replay_all(RmRun *run, List *tables, RmStepResult *result)
 		rm_lock_relations(&run->locks, relids, AccessShareLock, run->tries);
 	if (!tables_stand(run, tables, result))
 		return false;
+	/* the keys of all rows that could not be made are in the logs: they are met again */
+	if (!run->m->null_on_error)
+		rm_rewrite_forget_failures(run->m);
 	snapshot = RegisterSnapshot(GetTransactionSnapshot());
 	foreach(lc, tables)
 	{
@@ -731,7 +746,13 @@ replay_rest(RmRun *run, List *tables)
 		rm_rewrite_save(rw);
 		table_close(rel, NoLock);
 	}
-	refuse_failed_rows(run, tables);
+	if (failed_rows(tables) > 0)
+	{
+		c->again = true;		/* the next round records and refuses them */
+		ereport(ERROR,
+				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+				 errmsg("rows that cannot be made have to be recorded")));
+	}
 }
 
 /* are there more changes than so many? */
@@ -860,6 +881,9 @@ cut_over_apply(RmRun *run)
 	if (c->again)
 		m->phase = CUT_ANALYZE;
 	c->again = false;
+	if (c->failed)
+		refuse_failed_rows(run, tables);
+	c->failed = false;
 	foreach(lc, tables)
 		if (((RmRewrite *) lfirst(lc))->steps_done < RM_REWRITE_CUT_OVER)
 			return rm_rewrite_back_to(run, lfirst(lc), ((RmRewrite *) lfirst(lc))->steps_done);
@@ -876,7 +900,9 @@ cut_over_apply(RmRun *run)
 				break;
 			if (!replay_all(run, tables, &result))
 				return result;
-			refuse_failed_rows(run, tables);
+			c->failed = failed_rows(tables) > 0;
+			if (c->failed)
+				break;
 			c->wait = (RmSnapshotWait) {0};
 			c->inexact = ++c->waits > MANY_WAITS;
 			m->phase = CUT_WAIT;

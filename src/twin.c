@@ -42,7 +42,10 @@
 #include "utils/rel.h"
 #include "utils/syscache.h"
 
-/* gives its indexes and statistics the names prefix<OID of the original> */
+/*
+ * Gives its indexes and statistics the names prefix<OID of the original>, and its
+ * identity sequences the type of the original's.
+ */
 static void
 name_twins(Oid relid, Oid twin, const char *prefix)
 {
