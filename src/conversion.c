@@ -483,6 +483,12 @@ rm_conversion_parse(Relation rel, const char *column, const char *type_name,
 				 errdetail("System columns are PostgreSQL's own."),
 				 errhint("Name a column of your own.")));
 	att = TupleDescAttr(RelationGetDescr(rel), def->attnum - 1);
+	if (att->attgenerated)
+		ereport(ERROR,
+				(errcode(ERRCODE_FEATURE_NOT_SUPPORTED),
+				 errmsg("cannot change the type of generated column \"%s\"", column),
+				 errdetail("Its values are made by its own expression, and by no other."),
+				 errhint("Drop it and add it again with the new type; or use ALTER TABLE, which rewrites the table under its lock.")));
 
 	parse_type(type_name, &def->type, &def->typmod, &collation);
 	if (get_typtype(def->type) == TYPTYPE_PSEUDO)

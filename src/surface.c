@@ -230,8 +230,9 @@ log_interruption(int64 id)
 }
 
 /*
- * A migration of the same column that is still open: refused if it has done
- * anything, else (its first step failed or was killed) given up.
+ * A migration of the same column (of either, where it has made another) that is still
+ * open: refused if it has done anything, else (its first step failed or was killed)
+ * given up.  attnum 0: one of no column.
  */
 static void
 refuse_open_migration(Oid relid, AttrNumber attnum)
@@ -240,10 +241,11 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 	Datum		v[] = {ObjectIdGetDatum(relid), Int64GetDatum(attnum)};
 	int64		id;
 	int64		steps;
+	bool		begun;
 	int			pid = 0;
 
-	rm_state_execute("SELECT id, steps_done::int8 + (phase <> 0)::int FROM risky_migrations.migration m"
-					 " WHERE state = 'open' AND relid = $1 AND (attnum = $2"
+	rm_state_execute("SELECT id, steps_done::int8, (phase <> 0)::int::int8 FROM risky_migrations.migration m"
+					 " WHERE state = 'open' AND relid = $1 AND (attnum = $2 OR ($2 <> 0 AND new_attnum = $2)"
 					 " OR EXISTS (SELECT FROM risky_migrations.further_column f"
 					 " WHERE f.migration_id = m.id AND f.attnum = $2)) ORDER BY id",
 					 2, types, v, NULL);
@@ -251,12 +253,14 @@ refuse_open_migration(Oid relid, AttrNumber attnum)
 		return;
 	id = rm_result_int64(0, 1);
 	steps = rm_result_int64(0, 2);
-	if (steps == 0)
+	begun = steps > 0 || rm_result_int64(0, 3) != 0;
+	if (!begun)
 		pid = rm_runner_pid(RM_RUNNER_MIGRATION, id);
-	if (steps > 0 || pid != 0)
+	if (begun || pid != 0)
 		ereport(ERROR,
 				(errcode(ERRCODE_OBJECT_IN_USE),
-				 errmsg("migration %lld of this column is open", (long long) id),
+				 attnum != 0 ? errmsg("migration %lld of this column is open", (long long) id) :
+				 errmsg("migration %lld of this table is open", (long long) id),
 				 errdetail(pid ? "Process %d runs it." : "%d of its steps are done.",
 						   pid ? pid : (int) steps),
 				 errhint("Go on with it, or give it up with CALL rm_rollback(%lld).",

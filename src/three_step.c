@@ -348,9 +348,6 @@ rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 	if (IsCatalogRelation(rel) || RelationGetNamespace(rel) == state_nspid)
 		refuse(rel, "It is a system catalog, or belongs to this extension.",
 			   "Name a table of your own.");
-	if (att->attgenerated)
-		refuse(rel, psprintf("The column \"%s\" is generated.", NameStr(att->attname)),
-			   "Change the columns that it is generated from.");
 	if (DomainHasConstraints(def->type))
 		refuse(rel, psprintf("The type %s is a domain with constraints, and adding a column of it would rewrite the table.",
 							 format_type_be(def->type)),

@@ -541,6 +541,8 @@ CALL rm_add_column('one', 'v', 'int', 'v::int');
 SELECT max(id) AS one FROM rm_migrations \gset
 CALL rm_add_column('one', 'v', 'bigint', 'v::bigint');
 \echo SQLSTATE :SQLSTATE
+CALL rm_alter_type('one', 'v_new', 'bigint', method => 'direct');
+\echo SQLSTATE :SQLSTATE
 CALL rm_enforce_not_null();
 \echo SQLSTATE :SQLSTATE
 CALL rm_add_column('two', 'v', 'int', 'v::int');
