@@ -796,6 +796,9 @@ choose(Advice *a, const RmMigrationSpec *spec, bool all, Choice *c)
 		Attempt		t = {.i = i,.asked = spec,.a = a};
 		bool		candidate = methods[i].method != &rm_method_direct || wants_direct(a);
 
+		/* the others change a column, or do nothing */
+		if (a->columns == NIL && methods[i].method != &rm_method_online_rewrite)
+			continue;
 		if (!candidate && !all)
 			continue;
 		c->refusals[i] = rehearse(begin_method, &t);
@@ -848,6 +851,7 @@ rm_choose_method(RmMigrationSpec *spec, MemoryContext cxt)
 	initStringInfo(&hint);
 	appendStringInfo(&detail, "%s%s.", cost_text(&a),
 					 a.columns == NIL || wants_direct(&a) ? "" : " under ACCESS EXCLUSIVE");
+	detail.data[0] = pg_toupper((unsigned char) detail.data[0]);
 	for (int i = 0; i < lengthof(methods); i++)
 	{
 		if (c.refusals[i] == NULL)

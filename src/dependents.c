@@ -754,3 +754,45 @@ rm_move_identity(Oid relid, AttrNumber from, AttrNumber to, Oid sequence)
 	recordDependencyOn(&seq, &column, DEPENDENCY_INTERNAL);
 	CommandCounterIncrement();
 }
+
+/*
+ * A foreign key that refers to a partitioned table has a part for each partition.
+ * Before PostgreSQL 18 VALIDATE CONSTRAINT proves the whole and leaves these marked as
+ * NOT VALID for good: by itself none would hold, for it knows one partition only.  ALTER
+ * TABLE leaves them valid.  The caller holds a lock on that table.  Needs SPI.
+ */
+void
+rm_mark_parts_proven(Oid referenced)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(referenced)};
+	Relation	rel = table_open(ConstraintRelationId, RowExclusiveLock);
+	List	   *parts;
+	ListCell   *lc;
+
+	do							/* a part may have parts of its own */
+	{
+		parts = NIL;
+		rm_catalog_query("SELECT k.oid FROM pg_catalog.pg_constraint k JOIN pg_catalog.pg_constraint p"
+						 " ON p.oid OPERATOR(pg_catalog.=) k.conparentid"
+						 " AND p.conrelid OPERATOR(pg_catalog.=) k.conrelid"
+						 " WHERE k.contype OPERATOR(pg_catalog.=) 'f' AND p.convalidated AND NOT k.convalidated"
+						 " AND k.confrelid OPERATOR(pg_catalog.=) ANY"
+						 " (ARRAY(SELECT t.relid FROM pg_catalog.pg_partition_tree($1) t))",
+						 lengthof(types), types, v);
+		for (uint64 i = 0; i < SPI_processed; i++)
+			parts = lappend_oid(parts, DatumGetObjectId(rm_result_datum(i, 1)));
+		foreach(lc, parts)
+		{
+			HeapTuple	tup = SearchSysCacheCopy1(CONSTROID, ObjectIdGetDatum(lfirst_oid(lc)));
+
+			if (!HeapTupleIsValid(tup))
+				elog(ERROR, "cache lookup failed for constraint %u", lfirst_oid(lc));
+			((Form_pg_constraint) GETSTRUCT(tup))->convalidated = true;
+			CatalogTupleUpdate(rel, &tup->t_self, tup);
+			heap_freetuple(tup);
+		}
+		CommandCounterIncrement();
+	} while (parts != NIL);
+	table_close(rel, RowExclusiveLock);
+}

@@ -49,6 +49,7 @@ extern List *rm_dependents_copies(const RmMigration *m, bool new_side);
 extern List *rm_dependents_relations(const RmMigration *m, List *list);
 extern void rm_name_not_null(const RmDependent *d, AttrNumber attnum);
 extern void rm_swap_definers(const RmMigration *m);
+extern void rm_mark_parts_proven(Oid referenced);
 extern void rm_move_identity(Oid relid, AttrNumber from, AttrNumber to, Oid sequence);
 extern char *rm_catalog_fingerprint(Oid relid, MemoryContext cxt);
 

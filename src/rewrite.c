@@ -372,6 +372,14 @@ refuse_storage(Relation rel)
 			   "Nobody else can be waiting for it: use ALTER TABLE.");
 }
 
+/* where online_rewrite cannot do it: three_step changes a column, and only one */
+static const char *
+hint_three_step(int ncolumns)
+{
+	return ncolumns == 1 ? "Use the method three_step" :
+		"Change one column after the other, with the method three_step";
+}
+
 static void
 refuse_columns(Relation rel, List *attnums)
 {
@@ -387,7 +395,8 @@ refuse_columns(Relation rel, List *attnums)
 		if (TupleDescAttr(desc, i)->attgenerated == 'v')
 			refuse(rel, psprintf("The column \"%s\" is a virtual generated column.",
 								 NameStr(TupleDescAttr(desc, i)->attname)),
-				   "Use the method three_step.");
+				   attnums == NIL ? "Drop that column, and add it again afterwards." :
+				   psprintf("%s.", hint_three_step(list_length(attnums))));
 }
 
 /* do the key columns of that index tell all rows apart? */
@@ -450,7 +459,8 @@ refuse_key(Relation rel, Oid root, List *columns)
 
 	if (!OidIsValid(index_oid))
 		refuse(rel, "It has no primary key, and no other unique index on columns that are NOT NULL.",
-			   "Use the method three_step, or add a primary key.");
+			   columns == NIL ? "Add a primary key." :
+			   psprintf("%s, or add a primary key.", hint_three_step(list_length(columns))));
 	index = index_open(index_oid, AccessShareLock);
 	for (int i = 0; i < index->rd_index->indnkeyatts; i++)
 		key = bms_add_member(key, index->rd_index->indkey.values[i] - FirstLowInvalidHeapAttributeNumber);
@@ -464,8 +474,10 @@ refuse_key(Relation rel, Oid root, List *columns)
 			pull_varattnos(rm_leaf_expression(stringToNode(c->tree), root, rel), 1, &reads);
 	}
 	if (!bms_is_subset(reads, key))
-		refuse(rel, "The column is part of its key, and the expression reads columns that are not.",
-			   "Use the method three_step.");
+		refuse(rel, list_length(columns) == 1 ?
+			   "The column is part of its key, and the expression reads columns that are not." :
+			   "Columns are part of its key, and their expressions read columns that are not.",
+			   psprintf("%s.", hint_three_step(list_length(columns))));
 }
 
 /* what hangs on the columns and ALTER TABLE would refuse, or we could not make again */

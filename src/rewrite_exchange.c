@@ -1038,6 +1038,8 @@ finish_apply(RmRun *run)
 		return RM_STEP_DONE;
 	}
 	rm_execute(sql);
+	if (rm_is_parted(m))
+		rm_mark_parts_proven(m->relid);
 	rm_state_execute("UPDATE risky_migrations.migration SET to_prove = to_prove[2:]"
 					 " WHERE id = $1", 1, types, v, NULL);
 	return RM_STEP_AGAIN;

@@ -441,6 +441,7 @@ prove_next(RmRun *run, bool new_side)
 		rm_lock_relation(&run->locks, d->relid, ShareUpdateExclusiveLock);
 		rm_check_owner(run->m->relid, run->m->relation);
 		rm_execute(d->validate_sql);
+		rm_mark_parts_proven(run->m->relid);
 		return true;
 	}
 	return false;

@@ -192,6 +192,13 @@ CREATE TABLE made (id int PRIMARY KEY, g int GENERATED ALWAYS AS (id * 2) STORED
 CALL rm_alter_types('made', '{"g": "bigint"}');
 \echo SQLSTATE :SQLSTATE
 DROP TABLE made;
+-- without a key: what to do instead
+CREATE TABLE keyless (a int, b int);
+CALL rm_alter_types('keyless', '{}');
+\echo SQLSTATE :SQLSTATE
+CALL rm_alter_types('keyless', '{"a": "bigint", "b": "bigint"}', 'online_rewrite');
+\echo SQLSTATE :SQLSTATE
+DROP TABLE keyless;
 -- a key that the old one does not tell
 CALL rm_alter_types('item', '{"id": {"type": "bigint", "using": "id + n"}, "word": "text"}', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE

@@ -207,6 +207,7 @@ sql('CALL rm_rollback()');
 is(sql($fk), $proven, 'and is as before');
 sql(q{CALL rm_alter_type('orders', 'id', 'bigint')});
 is(sql($fk), $proven, 'it is proven when the step is done');
+is(sql(q{SELECT bool_and(convalidated), count(*) FROM pg_constraint WHERE conrelid = 'line'::regclass AND contype = 'f'}), 't|2', 'with its part for the partition');
 
 # as a crash between the exchange and the proof leaves it
 my $unproven = q{
