@@ -43,7 +43,7 @@ CALL rm_alter_types('item', $${
 UPDATE child SET part = upper(part);
 SELECT rm_resume();
 DO $$BEGIN
-	FOR i IN 1 .. 1000 LOOP
+	FOR i IN 1 .. 10000 LOOP
 		EXIT WHEN (SELECT state FROM rm_migrations WHERE id = 1) = 'done';
 		PERFORM pg_sleep(0.01);
 	END LOOP;
@@ -121,7 +121,7 @@ DROP TABLE small;
 -- in the background
 SELECT rm_start('item', '{"n": "bigint", "word": "varchar(40)"}', cut_over => 'manual', method => 'online_rewrite') > 0 AS started;
 DO $$BEGIN
-	FOR i IN 1 .. 1000 LOOP
+	FOR i IN 1 .. 10000 LOOP
 		EXIT WHEN (SELECT next_call ~ 'cut_over' FROM rm_migrations ORDER BY id DESC LIMIT 1);
 		PERFORM pg_sleep(0.01);
 	END LOOP;
