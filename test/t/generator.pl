@@ -36,7 +36,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(time usleep);
 
-my $rounds = $ENV{RM_ROUNDS} || 14;
+my $rounds = $ENV{RM_ROUNDS} || 12;
 my $base_seed = $ENV{RM_SEED} // 1;
 $base_seed = int(time) if $base_seed eq 'random';
 die "RM_SEED is a number or \"random\", not \"$base_seed\"" if $base_seed !~ /^\d+$/;
