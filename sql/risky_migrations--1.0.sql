@@ -2049,7 +2049,9 @@ LEFT JOIN LATERAL (
 	SELECT f.number, f.column_name, f.old_type, f.new_type, f.using_expr
 	FROM risky_migrations.further_column f WHERE f.migration_id = m.id
 ) c (number, column_name, old_type, new_type, using_expr) ON true
+WHERE risky_migrations.may_see(m.relid, m.owner)
 GROUP BY m.id;
+GRANT SELECT ON risky_migrations.migration_columns TO PUBLIC;
 COMMENT ON VIEW risky_migrations.migration_columns IS 'the columns that a migration changes, for people; NULL where none is';
 
 CREATE VIEW rm_migrations WITH (security_barrier) AS

@@ -82,6 +82,9 @@
  */
 #define LET_THROUGH 50
 
+/* until when no work begins for it */
+static TimestampTz let_through_until = 0;
+
 /* the transaction that has just begun is READ COMMITTED, READ WRITE */
 static void
 begin_transaction(void)
@@ -879,7 +882,7 @@ after_commit(RmRun *run, RmStepResult result)
 	{
 		if (synchronous_commit > SYNCHRONOUS_COMMIT_OFF)
 			XLogFlush(XactLastCommitEnd);
-		run->pause_ms = Max(run->pause_ms, LET_THROUGH);
+		let_through_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LET_THROUGH);
 	}
 	run->duration_ms = rm_elapsed_ms(run->started);
 	if (run->step->committed)
@@ -963,12 +966,16 @@ run_transactions(RmRun *run)
 	{
 		Attempt		attempt = {.run = run,.result = RM_STEP_AGAIN};
 		ErrorData  *error;
+		long		let_through;
 		int			pause_ms = 0;
 		int			tries = run->tries;
 
 		MemoryContextSwitchTo(xact_cxt);
 		MemoryContextReset(xact_cxt);
-		error = rm_throttle(run);
+		let_through = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), let_through_until);
+		error = rest_out(run, (int) Min(let_through, LET_THROUGH), false, run->cxt);
+		if (error == NULL)
+			error = rm_throttle(run);
 		if (error && !rm_steer_interrupted(run, error))
 			fail(run, error);
 		error = rm_crew_tend(run);
@@ -993,8 +1000,8 @@ run_transactions(RmRun *run)
 		if (error == NULL)
 		{
 			result = attempt.result;
-			error = after_commit(run, result);
 			pause_ms = run->pause_ms;
+			error = after_commit(run, result);
 		}
 		else
 			rm_lock_account_end(&run->locks);

@@ -193,12 +193,12 @@ CALL rm_alter_types('made', '{"g": "bigint"}');
 \echo SQLSTATE :SQLSTATE
 DROP TABLE made;
 -- without a key: what to do instead
-CREATE TABLE keyless (a int, b int);
-CALL rm_alter_types('keyless', '{}');
+CREATE TABLE unkeyed (a int, b int);
+CALL rm_alter_types('unkeyed', '{}');
 \echo SQLSTATE :SQLSTATE
-CALL rm_alter_types('keyless', '{"a": "bigint", "b": "bigint"}', 'online_rewrite');
+CALL rm_alter_types('unkeyed', '{"a": "bigint", "b": "bigint"}', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE
-DROP TABLE keyless;
+DROP TABLE unkeyed;
 -- a key that the old one does not tell
 CALL rm_alter_types('item', '{"id": {"type": "bigint", "using": "id + n"}, "word": "text"}', 'online_rewrite');
 \echo SQLSTATE :SQLSTATE
