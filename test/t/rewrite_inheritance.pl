@@ -34,7 +34,7 @@ sub make_table
 		CREATE TABLE $name (gone int, id int NOT NULL, v varchar(40) NOT NULL, want bigint NOT NULL, PRIMARY KEY (id), CONSTRAINT fine CHECK (v <> ''));
 		ALTER TABLE $name DROP gone;
 		CREATE INDEX ${name}_v ON $name (v, want);
-		CREATE TABLE ${name}1 (PRIMARY KEY (v, id)) INHERITS ($name);
+		CREATE TABLE ${name}1 (PRIMARY KEY (id), UNIQUE (v, id)) INHERITS ($name);
 		CREATE TABLE ${name}2 (want bigint NOT NULL, extra text DEFAULT 'e', gone text, v varchar(40) NOT NULL, CONSTRAINT fine CHECK (v <> ''), UNIQUE (id)) INHERITS ($name);
 		ALTER TABLE ${name}2 DROP gone;
 		CREATE INDEX "${name}2 only" ON ${name}2 ((length(v::text)), id) WHERE id > 10;
