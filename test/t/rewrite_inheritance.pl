@@ -25,7 +25,12 @@ risky_migrations.lock_retry_max_delay = 50
 my $dir = PostgreSQL::Test::Utils::tempdir;
 sql('CREATE EXTENSION amcheck');
 
-# children of two levels, one with its columns in another order, indexes and columns of its own
+# from 18 on VACUUM and ANALYZE go down to children
+my $only = $node->pg_version >= 18 ? 'ONLY ' : '';
+
+# Children of two levels, one with its columns in another order, indexes and columns of
+# its own; but not such as ALTER TABLE of PostgreSQL 18 itself fails for: with a NOT NULL of
+# another name on the column than the parent's, also by a primary key.
 sub make_table
 {
 	my ($name) = @_;
@@ -35,7 +40,7 @@ sub make_table
 		ALTER TABLE $name DROP gone;
 		CREATE INDEX ${name}_v ON $name (v, want);
 		CREATE TABLE ${name}1 (PRIMARY KEY (id), UNIQUE (v, id)) INHERITS ($name);
-		CREATE TABLE ${name}2 (want bigint NOT NULL, extra text DEFAULT 'e', gone text, v varchar(40) NOT NULL, CONSTRAINT fine CHECK (v <> ''), UNIQUE (id)) INHERITS ($name);
+		CREATE TABLE ${name}2 (want bigint NOT NULL, extra text DEFAULT 'e', gone text, v varchar(40) CONSTRAINT ${name}_v_not_null NOT NULL, CONSTRAINT fine CHECK (v <> ''), UNIQUE (id)) INHERITS ($name);
 		ALTER TABLE ${name}2 DROP gone;
 		CREATE INDEX "${name}2 only" ON ${name}2 ((length(v::text)), id) WHERE id > 10;
 		CREATE TABLE ${name}3 (third int, PRIMARY KEY (id)) INHERITS (${name}1);
@@ -70,7 +75,7 @@ sub nothing_is_left
 	my ($what) = @_;
 	is(sql(q{SELECT string_agg(relname, ', ') FROM pg_class WHERE relname ~ '^(shadow|log)_\d'
 		UNION ALL SELECT string_agg(tgname || ' ' || tgrelid::regclass, ', ') FROM pg_trigger WHERE tgname ~ '^~rm_'
-		UNION ALL SELECT string_agg(relid::text, ', ') FROM risky_migrations.rewrite}), "\n\n", "$what: nothing is left");
+		UNION ALL SELECT string_agg(format('%s of migration %s', relid::regclass, migration_id), ', ') FROM risky_migrations.rewrite}), "\n\n", "$what: nothing is left");
 	return;
 }
 
@@ -122,7 +127,7 @@ sql('DROP VIEW twin_view, twin_leaf_view; ALTER TABLE twin ALTER v TYPE bigint U
 	CREATE VIEW twin_view AS SELECT id, v FROM twin WHERE v IS NOT NULL; CREATE VIEW twin_leaf_view AS SELECT v FROM twin3');
 is(dump_of('busy'), dump_of('twin'), 'the catalogs say what they do after ALTER TABLE');
 is(sql("SELECT string_agg(DISTINCT tablename || inherited, ',' ORDER BY tablename || inherited) FROM pg_stats WHERE attname = 'v' AND tablename ~ '^busy'"),
-	'busy1false,busy2false,busy3false,busyfalse,busytrue', 'there are statistics of the column in each, and of all');
+	$only ? 'busy1false,busy1true,busy2false,busy3false,busyfalse,busytrue' : 'busy1false,busy2false,busy3false,busyfalse,busytrue', 'there are statistics of the column in each, and of all');
 
 # ---------------------------------------------------------------------------
 # Up to the cut-over, and what happens then
@@ -150,7 +155,7 @@ sub cuts_over
 	return;
 }
 
-my $columns = q{id int NOT NULL, want bigint NOT NULL, v varchar(40) NOT NULL, CONSTRAINT fine CHECK (v <> '')};
+my $columns = q{id int NOT NULL, want bigint NOT NULL, v varchar(40) CONSTRAINT busy_v_not_null NOT NULL, CONSTRAINT fine CHECK (v <> '')};
 up_to_cut_over();
 is(sql(q{SELECT string_agg(relid::regclass::text, ' ' ORDER BY relid) FROM risky_migrations.rewrite}), 'busy busy1 busy2 busy3', 'each has a shadow');
 sql("CREATE TABLE more ($columns, PRIMARY KEY (id)); INSERT INTO more SELECT g, g, g FROM generate_series(50001, 51000) g; ALTER TABLE more INHERIT busy");
@@ -166,8 +171,8 @@ sql('DROP TABLE busy2 CASCADE');
 my $switch = sub { my ($table) = @_; return qq{DO \$\$ BEGIN EXECUTE (SELECT format('ALTER TABLE $table DISABLE TRIGGER %I', tgname)
 	FROM pg_trigger WHERE tgrelid = '$table'::regclass AND tgname ~ '^~rm_'); END \$\$; UPDATE ONLY $table SET v = '8', want = 8 WHERE id % 7 = 0} };
 for (
-	[ 'a child is rewritten', 'VACUUM FULL busy1', 'busy1' ],
-	[ 'the parent is rewritten', 'VACUUM FULL busy', 'busy' ],
+	[ 'a child is rewritten', "VACUUM FULL ${only}busy1", 'busy1' ],
+	[ 'the parent is rewritten', "VACUUM FULL ${only}busy", 'busy' ],
 	[ 'a child is emptied', 'TRUNCATE ONLY busy1', 'busy1' ],
 	[ 'a child gets a column', q{ALTER TABLE busy2 ADD more int DEFAULT 1; UPDATE busy2 SET v = '6', want = 6 WHERE id % 7 = 0}, 'busy2' ],
 	[ 'the trigger of a child is switched off', $switch->('busy3'), 'busy3' ],
