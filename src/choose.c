@@ -379,25 +379,13 @@ query_columns(const char *sql, Oid relid, List *attnums)
 	rm_catalog_query(sql, 2, types, v);
 }
 
-/* the numbers of the columns in that table, which is a's or below it */
-static List *
-attnums_in(const Advice *a, Oid relid)
-{
-	List	   *attnums = NIL;
-	ListCell   *lc;
-
-	foreach(lc, a->columns)
-		attnums = lappend_int(attnums, get_attnum(relid, ((RmConversionDef *) lfirst(lc))->column));
-	return attnums;
-}
-
 /* the CHECK constraints that are verified again, where something is */
 static void
 note_checks(Advice *a, Oid relid)
 {
 	query_columns("SELECT pg_catalog.quote_ident(conname) FROM pg_catalog.pg_constraint"
 				  " WHERE conrelid = $1 AND contype = 'c' AND conkey OPERATOR(pg_catalog.&&) $2"
-				  " AND convalidated ORDER BY conname", relid, attnums_in(a, relid));
+				  " AND convalidated ORDER BY conname", relid, rm_attnums_of(a->columns, relid));
 	for (uint64 i = 0; i < SPI_processed; i++)
 		a->scans = lappend(a->scans, psprintf("%s: check constraint %s", name_of(relid),
 											  rm_result_text(i, 1)));
@@ -425,7 +413,7 @@ foreign_keys(const Advice *a, Oid relid)
 				  " FROM pg_catalog.pg_constraint WHERE contype = 'f' AND conparentid = 0"
 				  " AND (conrelid = $1 AND conkey OPERATOR(pg_catalog.&&) $2"
 				  " OR confrelid = $1 AND confkey OPERATOR(pg_catalog.&&) $2)"
-				  " ORDER BY conname, oid", relid, attnums_in(a, relid));
+				  " ORDER BY conname, oid", relid, rm_attnums_of(a->columns, relid));
 	for (uint64 i = 0; i < SPI_processed; i++)
 	{
 		ForeignKey *k = palloc0(sizeof(ForeignKey));

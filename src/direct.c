@@ -59,7 +59,7 @@ static List *
 tables_of_alter(const RmMigration *m)
 {
 	Oid			types[] = {OIDOID, INT2ARRAYOID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(rm_attnums_of(m->columns))};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(rm_attnums_of(m->columns, m->relid))};
 	List	   *relids = find_all_inheritors(m->relid, NoLock, NULL);
 	List	   *peers = NIL;
 	ListCell   *lc;

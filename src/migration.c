@@ -758,15 +758,19 @@ rm_check_ground(const RmMigration *m, Relation rel)
 						 (long long) m->id)));
 }
 
-/* numbers of the columns */
+/* numbers of a table's columns in relid, which is that table or below it */
 List *
-rm_attnums_of(List *columns)
+rm_attnums_of(List *columns, Oid relid)
 {
 	List	   *attnums = NIL;
 	ListCell   *lc;
 
 	foreach(lc, columns)
-		attnums = lappend_int(attnums, ((RmConversionDef *) lfirst(lc))->attnum);
+	{
+		const RmConversionDef *c = lfirst(lc);
+
+		attnums = lappend_int(attnums, rm_leaf_attnum(c->relid, c->attnum, relid));
+	}
 	return attnums;
 }
 

@@ -279,7 +279,7 @@ extern RmConversion *rm_migration_conversion(const RmMigration *m, Relation rel,
 											 MemoryContext cxt);
 extern RmConversion *rm_column_conversion(const RmMigration *m, const RmConversionDef *column,
 										  Relation rel, MemoryContext cxt);
-extern List *rm_attnums_of(List *columns);
+extern List *rm_attnums_of(List *columns, Oid relid);
 extern char *rm_columns_text(List *columns);
 extern char *rm_alter_clauses(List *columns, Oid root, bool emptied);
 extern void rm_record_failure(RmMigration *m, const char *row_key,

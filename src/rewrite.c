@@ -83,7 +83,6 @@
 #include "catalog/objectaddress.h"
 #include "catalog/partition.h"
 #include "catalog/pg_am.h"
-#include "catalog/pg_inherits.h"
 #include "catalog/pg_type.h"
 #include "catalog/toasting.h"
 #include "commands/trigger.h"
@@ -225,19 +224,6 @@ read_rewrite(const RmMigration *m, uint64 i)
 	return rw;
 }
 
-/* numbers of columns of root in relid, which is root or below it */
-static List *
-leaf_attnums(Oid root, List *columns, Oid relid)
-{
-	List	   *attnums = NIL;
-	ListCell   *lc;
-
-	foreach(lc, columns)
-		attnums = lappend_int(attnums, rm_leaf_attnum(root, ((RmConversionDef *) lfirst(lc))->attnum,
-													  relid));
-	return attnums;
-}
-
 /* of all tables, by OID; needs SPI */
 List *
 rm_rewrite_load_all(const RmMigration *m)
@@ -255,7 +241,7 @@ rm_rewrite_load_all(const RmMigration *m)
 	{
 		RmRewrite  *rw = lfirst(lc);
 
-		rw->attnums = leaf_attnums(m->relid, m->columns, rw->relid);
+		rw->attnums = rm_attnums_of(m->columns, rw->relid);
 	}
 	return list;
 }
@@ -492,7 +478,7 @@ rm_rewrite_refuse_obstacles(Relation rel, List *columns)
 	foreach(lc, columns)
 		new_types[foreach_current_index(lc)] = ObjectIdGetDatum(((RmConversionDef *) lfirst(lc))->type);
 	v[0] = ObjectIdGetDatum(RelationGetRelid(rel));
-	v[1] = rm_attnum_array(rm_attnums_of(columns));
+	v[1] = rm_attnum_array(rm_attnums_of(columns, RelationGetRelid(rel)));
 	v[2] = PointerGetDatum(construct_array(new_types, list_length(columns), OIDOID, sizeof(Oid), true,
 										   TYPALIGN_INT));
 	rm_catalog_query("SELECT kind, name, reason, hint FROM risky_migrations.rewrite_obstacles($1, $2, $3)",
@@ -505,7 +491,7 @@ static void
 refuse_table(Relation rel, Oid root, List *columns)
 {
 	refuse_storage(rel);
-	refuse_columns(rel, leaf_attnums(root, columns, RelationGetRelid(rel)));
+	refuse_columns(rel, rm_attnums_of(columns, RelationGetRelid(rel)));
 	refuse_key(rel, root, columns);
 }
 
@@ -1217,7 +1203,7 @@ static Twin
 rehearse_on_twin(RmMigration *m, Oid relid)
 {
 	Twin		twin = {.m = m,.relid = relid,
-		.attnums = leaf_attnums(m->relid, m->columns, relid),
+		.attnums = rm_attnums_of(m->columns, relid),
 	.cxt = CurrentMemoryContext};
 	ErrorData  *error = rm_rehearse(ask_twin, &twin, CurrentMemoryContext);
 

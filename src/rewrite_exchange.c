@@ -382,7 +382,7 @@ static List *
 foreign_keys(const RmMigration *m)
 {
 	Oid			types[] = {OIDOID, INT2ARRAYOID};
-	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(rm_attnums_of(m->columns))};
+	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(rm_attnums_of(m->columns, m->relid))};
 	List	   *list = NIL;
 
 	rm_catalog_query("SELECT relid::int8, peer::int8, drop_sql, add_sql, comment_sql, validate_sql"
@@ -445,7 +445,7 @@ add_storage(List *list, Oid relid)
 static List *
 relations_to_lock(const RmMigration *m, List *tables)
 {
-	List	   *list = list_concat_unique_oid(rm_relations_of_definitions(m, rm_attnums_of(m->columns)),
+	List	   *list = list_concat_unique_oid(rm_relations_of_definitions(m, rm_attnums_of(m->columns, m->relid)),
 											  rm_tree(m->relid));
 	ListCell   *lc;
 
@@ -595,7 +595,7 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 		rm_rewrite_refuse_obstacles(rel, m->columns);
 		table_close(rel, NoLock);
 	}
-	plan->definitions = rm_definitions_on(m, rm_attnums_of(m->columns));
+	plan->definitions = rm_definitions_on(m, rm_attnums_of(m->columns, m->relid));
 	plan->keys = foreign_keys(m);
 	foreach(lc, plan->tables)
 		plan->pairs = lappend(plan->pairs, index_pairs(lfirst(lc)));

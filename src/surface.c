@@ -426,7 +426,8 @@ rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 	MemoryContext oldcxt;
 	ListCell   *lc;
 
-	refuse_open_migration(spec->relid, def->attnum);
+	if (columns == NIL)
+		refuse_open_migration(spec->relid, InvalidAttrNumber);
 	foreach(lc, columns)
 		refuse_open_migration(spec->relid, ((RmConversionDef *) lfirst(lc))->attnum);
 	if (spec->null_on_error)

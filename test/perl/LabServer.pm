@@ -17,7 +17,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-our @EXPORT = qw(start_server start_lab sql wait_for becomes comes_back start_call finish_call ends_well start_pgbench end_pgbench);
+our @EXPORT = qw(start_server start_lab sql wait_for becomes comes_back start_call finish_call ends_well start_pgbench end_pgbench dump_of);
 
 my $node;
 
@@ -51,6 +51,14 @@ sub sql
 {
 	my ($query) = @_;
 	return $node->safe_psql('postgres', $query);
+}
+
+# What pg_dump says of the definitions of what these arguments choose.
+sub dump_of
+{
+	my ($out, $err);
+	IPC::Run::run([ 'pg_dump', '-s', @_, $node->connstr('postgres') ], '>', \$out, '2>', \$err) or die $err;
+	return $out =~ s/^--.*\n|^\\(?:un)?restrict .*\n//mgr;
 }
 
 # Waits until the condition, an SQL expression, is true; dies, with what
