@@ -168,9 +168,11 @@ CREATE TABLE risky_migrations.rewrite_chunk (
 	first_row bigint NOT NULL,
 	end_row bigint NOT NULL,
 	copied boolean NOT NULL DEFAULT true,
+	rows_verified bigint,
 	PRIMARY KEY (shadow, first_block)
 );
 COMMENT ON TABLE risky_migrations.rewrite_chunk IS 'pages of a shadow table, and the rows of the table that they were copied from; pages that are in none are no good';
+COMMENT ON COLUMN risky_migrations.rewrite_chunk.rows_verified IS 'how many rows were compared while the indexes were built, and none has changed since; NULL: not verified yet';
 
 CREATE TABLE risky_migrations.skipped_row (
 	migration_id bigint NOT NULL,

@@ -46,6 +46,10 @@
  * end, they go.  A runner that exits takes them along; and should that fail,
  * go_until passes by itself.
  *
+ * Helpers of a step with help_is_aside do something else than its runner, who may
+ * be in one transaction for hours meanwhile: for them go_until is without end, and they go
+ * when the runner says so, or is not there any more.
+ *
  * What fails in a helper is tried again there where it would be in the runner;
  * other errors end it, and the runner raises them as its own.  A helper that
  * was terminated, or could not be had for want of a worker or of shared memory, is
@@ -220,6 +224,15 @@ rm_workers_for(int64 blocks, int multiple_of)
 	if (rm_range_pages > 0)
 		multiple_of = rm_range_pages;
 	return (int) Max(1, Min(rm_workers, blocks / multiple_of));
+}
+
+/* The same of helpers whose work is not the runner's; 0 if it is not worth the while. */
+int
+rm_helpers_aside_for(int64 blocks, int multiple_of)
+{
+	if (rm_range_pages > 0)
+		multiple_of = rm_range_pages;
+	return blocks < multiple_of ? 0 : Min(rm_workers_for(blocks, multiple_of), RM_MAX_WORKERS - 1);
 }
 
 /*
@@ -662,7 +675,7 @@ adjust_size(RmRun *run)
 		if (!start_helper(run, i))
 		{
 			crew->ask_next = TimestampTzPlusMilliseconds(now, ASK_AGAIN);
-			if (!crew->told)
+			if (!crew->told && !run->step->help_is_aside)
 				ereport(NOTICE,
 						(errmsg("step %s goes on with %d of %d workers, no more background workers are free",
 								run->step->name, n + 1, run->helpers + 1),
@@ -690,7 +703,7 @@ raise_crew(RmRun *run)
 		return NULL;
 	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED)
 		return error;
-	ereport(run->crew_next == 0 ? NOTICE : DEBUG1,
+	ereport(run->crew_next == 0 && !run->step->help_is_aside ? NOTICE : DEBUG1,
 			(errmsg("step %s goes on without helpers", run->step->name),
 			 errdetail("%s", error->message),
 			 errhint("They are asked for again as it goes on.")));
@@ -728,7 +741,7 @@ rm_crew_tend(RmRun *run)
 	if (error)
 		return error;
 	adjust_size(run);
-	pg_atomic_write_u64(&crew->shared->go_until,
+	pg_atomic_write_u64(&crew->shared->go_until, run->step->help_is_aside ? DT_NOEND :
 						TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LEASE));
 	if (crew->holding || run->ranges_new)
 	{

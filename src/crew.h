@@ -42,6 +42,7 @@ typedef enum RmRangeTaken
 #define RM_LOOK_AT_OTHERS 20
 
 extern int	rm_workers_for(int64 blocks, int multiple_of);
+extern int	rm_helpers_aside_for(int64 blocks, int multiple_of);
 extern void rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of);
 extern void rm_ranges_forget(RmMigration *m);
 extern RmRangeTaken rm_range_take(RmRun *run);

@@ -120,6 +120,11 @@ typedef struct RmStep
 	bool		cuts_over;
 	/* in a helper, which has taken run->range: as apply, see crew.h */
 	void		(*help) (RmRun *run);
+	/*
+	 * That is other work than apply does: helpers go on with it however long a
+	 * transaction of the runner takes, and nobody is told if there are none.
+	 */
+	bool		help_is_aside;
 } RmStep;
 
 struct RmMethod

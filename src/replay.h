@@ -47,6 +47,9 @@ typedef struct RmRound
 	FmgrInfo	equal[INDEX_MAX_KEYS];
 	bool		has_last;
 	int64		read;			/* rows of the log */
+	/* where rows have changed, in units of RM_CHUNK_PAGES */
+	Bitmapset  *shadow_pages;
+	Bitmapset  *table_pages;
 } RmRound;
 
 extern RmRound *rm_round_begin(RmTransfer *t);

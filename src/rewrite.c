@@ -733,6 +733,8 @@ rm_rewrite_back_to(RmRun *run, RmRewrite *rw, RmRewriteStep step)
 {
 	rw->steps_done = Min(rw->steps_done, step);
 	rm_rewrite_save(rw);
+	/* the cut-over's last rounds do not look at what was verified before */
+	rm_chunks_unverify(rw->shadow);
 	run->m->steps_done = step;
 	run->m->phase = 0;
 	run->m->leaf = InvalidOid;
@@ -1581,6 +1583,33 @@ rm_rewrite_indexes_complete(const RmRewrite *rw)
 		strcmp(rw->fingerprint, rm_catalog_fingerprint(rw->relid, CurrentMemoryContext)) == 0;
 }
 
+/* building; lives across transactions */
+typedef struct IndexWork
+{
+	Oid			verified;		/* the table whose chunks helpers have been given */
+} IndexWork;
+
+/*
+ * Has helpers verify the shadow while its indexes are built, beginning with the
+ * next transaction; false if it is too small for that.
+ */
+static bool
+verify_beside(RmRun *run, const RmRewrite *rw)
+{
+	RmMigration *m = run->m;
+	int			helpers;
+
+	m->relfilenode = rw->relfilenode;
+	m->next_block = 0;
+	m->end_block = rm_chunks_end(rw->shadow);
+	helpers = rm_helpers_aside_for(m->end_block, RM_REWRITE_RANGE_PAGES);
+	if (helpers == 0)
+		return false;
+	rm_ranges_cut(run, rw->relid, helpers, RM_REWRITE_RANGE_PAGES);
+	run->helpers = helpers;
+	return true;
+}
+
 /*
  * One index each transaction.  What was mended since one could not be built is
  * in the log, so that is replayed first.
@@ -1589,6 +1618,7 @@ static RmStepResult
 index_apply(RmRun *run)
 {
 	RmMigration *m = run->m;
+	IndexWork  *work = run->work;
 	RmStepResult result;
 	Relation	rel;
 	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
@@ -1601,9 +1631,11 @@ index_apply(RmRun *run)
 		return result;
 	/* what changes after this is seen by those who compare it */
 	fingerprint = rm_catalog_fingerprint(rw->relid, CurrentMemoryContext);
-	if (run->work == NULL)
+	if (work == NULL)
 	{
-		run->work = MemoryContextAlloc(run->cxt, 1);	/* this has been done */
+		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
+		/* helpers of an earlier run have gone, or find nothing any more */
+		rm_ranges_forget(m);
 		if (OidIsValid(rm_rewrite_shadow_index(rw, rw->key_index)))
 		{
 			(void) rm_replay(run, rw, rel, NULL);
@@ -1613,6 +1645,12 @@ index_apply(RmRun *run)
 		}
 	}
 	table_close(rel, NoLock);
+	if (work->verified != rw->relid)
+	{
+		work->verified = rw->relid;
+		if (verify_beside(run, rw))
+			return RM_STEP_AGAIN;
+	}
 	wanted = wanted_indexes(m, rw);
 	if (wanted == NIL)
 		return RM_STEP_AGAIN;
@@ -1629,8 +1667,17 @@ index_apply(RmRun *run)
 		/* nobody's DDL is to wait for the building */
 		UnlockRelationOid(rw->relid, AccessShareLock);
 		(void) rm_define_index(rw->shadow, w->stmt);
+		/* what they have not done by the last one is left for the verification */
+		if (built + 1 == list_length(wanted))
+			run->helpers = 0;
 		return RM_STEP_AGAIN;
 	}
+	if (run->helpers > 0)
+	{
+		run->helpers = 0;
+		return RM_STEP_AGAIN;
+	}
+	rm_ranges_forget(m);
 	drop_stale_indexes(rw, wanted);
 	rw->fingerprint = fingerprint;
 	return rm_rewrite_table_done(run, rw);
@@ -1671,6 +1718,8 @@ const RmStep rm_step_rewrite_index = {
 	.apply = index_apply,
 	.revert = rm_rewrite_nothing,
 	.explain = rm_rewrite_explain,
+	.help = rm_verify_beside,
+	.help_is_aside = true,
 };
 
 /*-------------------------------------------------------------------------

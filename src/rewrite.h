@@ -175,6 +175,12 @@ extern void rm_transfer_clear(RmTransfer *t);
 
 /* rewrite_copy.c */
 extern void rm_chunks_forget(Oid shadow);
+extern BlockNumber rm_chunks_end(Oid shadow);
+extern void rm_chunks_unverify(Oid shadow);
+extern void rm_chunks_changed(Oid shadow, const Bitmapset *pages, const Bitmapset *rows);
+
+/* rewrite_verify.c */
+extern void rm_verify_beside(RmRun *run);
 
 /* rewrite_log.c */
 extern Oid	rm_log_create(int64 id, Relation rel, Relation key_index);

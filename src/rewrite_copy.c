@@ -147,8 +147,8 @@ rm_chunks_forget(Oid shadow)
 }
 
 /* pages of the shadow up to the end of the last chunk */
-static BlockNumber
-chunks_end(Oid shadow)
+BlockNumber
+rm_chunks_end(Oid shadow)
 {
 	Oid			types[] = {OIDOID};
 	Datum		v[] = {ObjectIdGetDatum(shadow)};
@@ -167,6 +167,60 @@ is_chunk(Oid shadow, BlockNumber first)
 	rm_state_execute("SELECT FROM risky_migrations.rewrite_chunk WHERE shadow = $1 AND first_block = $2",
 					 2, types, v, NULL);
 	return SPI_processed > 0;
+}
+
+/* none of them is verified any more */
+void
+rm_chunks_unverify(Oid shadow)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(shadow)};
+
+	rm_state_execute("UPDATE risky_migrations.rewrite_chunk SET rows_verified = NULL"
+					 " WHERE shadow = $1 AND rows_verified IS NOT NULL", 1, types, v, NULL);
+}
+
+/* is one of the members from lo to hi in the set? */
+static bool
+any_between(const Bitmapset *set, int64 lo, int64 hi)
+{
+	int			next = bms_next_member(set, (int) lo - 1);
+
+	return next >= 0 && next <= hi;
+}
+
+/*
+ * Rows have changed on these pages of the shadow, and of the table, counted in units
+ * of RM_CHUNK_PAGES: the chunks that have them are not verified any more.
+ */
+void
+rm_chunks_changed(Oid shadow, const Bitmapset *pages, const Bitmapset *rows)
+{
+	Oid			types[] = {OIDOID, INT8ARRAYOID};
+	Datum		v[] = {ObjectIdGetDatum(shadow), (Datum) 0};
+	Datum	   *changed;
+	int			nchanged = 0;
+	uint64		n;
+
+	if (bms_is_empty(pages) && bms_is_empty(rows))
+		return;
+	rm_state_execute("SELECT first_block, end_block - 1, first_row >> 16, (end_row - 1) >> 16"
+					 " FROM risky_migrations.rewrite_chunk WHERE shadow = $1 AND rows_verified IS NOT NULL",
+					 1, types, v, NULL);
+	n = SPI_processed;
+	if (n == 0)
+		return;
+	changed = palloc(sizeof(Datum) * n);
+	for (uint64 i = 0; i < n; i++)
+		if (any_between(pages, rm_result_int64(i, 1) / RM_CHUNK_PAGES, rm_result_int64(i, 2) / RM_CHUNK_PAGES) ||
+			any_between(rows, rm_result_int64(i, 3) / RM_CHUNK_PAGES, rm_result_int64(i, 4) / RM_CHUNK_PAGES))
+			changed[nchanged++] = Int64GetDatum(rm_result_int64(i, 1));
+	if (nchanged == 0)
+		return;
+	v[1] = PointerGetDatum(construct_array(changed, nchanged, INT8OID, sizeof(int64),
+										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	rm_state_execute("UPDATE risky_migrations.rewrite_chunk SET rows_verified = NULL"
+					 " WHERE shadow = $1 AND first_block = ANY ($2)", lengthof(types), types, v, NULL);
 }
 
 /* makes good what this transaction has written */
@@ -638,7 +692,7 @@ static void
 clean_shadow(const RmRewrite *rw)
 {
 	Relation	shadow = table_open(rw->shadow, ShareUpdateExclusiveLock);
-	BlockNumber good = chunks_end(rw->shadow);
+	BlockNumber good = rm_chunks_end(rw->shadow);
 
 	cut_off(shadow, good);
 	empty_gaps(shadow);
@@ -652,7 +706,7 @@ cut_off_rest(const RmRewrite *rw)
 {
 	Relation	shadow = table_open(rw->shadow, ShareUpdateExclusiveLock);
 
-	cut_off(shadow, chunks_end(rw->shadow));
+	cut_off(shadow, rm_chunks_end(rw->shadow));
 	table_close(shadow, NoLock);
 }
 
@@ -661,7 +715,7 @@ static bool
 lacks_pages(const RmRewrite *rw)
 {
 	/* in this order, since others append beside us */
-	BlockNumber good = chunks_end(rw->shadow);
+	BlockNumber good = rm_chunks_end(rw->shadow);
 	Relation	shadow = table_open(rw->shadow, AccessShareLock);
 	bool		result = RelationGetNumberOfBlocks(shadow) < good;
 

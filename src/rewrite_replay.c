@@ -21,6 +21,9 @@
  * The keys are sorted first: each is looked up once however often its row was
  * changed, and in the order of the index.
  *
+ * What was verified while the indexes were built (rewrite_verify.c) is not any more,
+ * where a round has changed something: in the shadow, or in the table.
+ *
  * Rounds follow each other until one finds little; what comes after that is
  * left for the cut-over.
  *
@@ -166,6 +169,13 @@ read_log(RmRound *r)
 	ExecDropSingleTupleTableSlot(slot);
 	table_endscan(scan);
 	tuplesort_performsort(r->keys);
+}
+
+/* rows of the shadow, and of the table, that lie there have changed */
+static void
+note_place(Bitmapset **pages, ItemPointer tid)
+{
+	*pages = bms_add_member(*pages, (int) (ItemPointerGetBlockNumber(tid) / RM_CHUNK_PAGES));
 }
 
 /* takes what the log has, and is ready to go through its keys */
@@ -320,7 +330,10 @@ delete_rows(RmRound *r)
 			continue;
 		/* there is one at most, but look: what is left would be there twice */
 		while (rm_lookup(r->target))
+		{
+			note_place(&r->shadow_pages, &r->target->slot->tts_tid);
 			simple_heap_delete(r->t->shadow, &r->target->slot->tts_tid);
+		}
 	}
 }
 
@@ -332,6 +345,7 @@ rm_round_insert(RmRound *r, HeapTuple tup)
 
 	ExecStoreHeapTuple(tup, r->made_slot, false);
 	table_tuple_insert(t->shadow, r->made_slot, GetCurrentCommandId(true), 0, NULL);
+	note_place(&r->shadow_pages, &r->made_slot->tts_tid);
 	if (t->rri->ri_NumIndices > 0)
 		rm_insert_new_index_tuples(t->rri, r->made_slot, t->estate);
 	ResetPerTupleExprContext(t->estate);
@@ -346,7 +360,10 @@ store_rows(RmRound *r)
 	rm_transfer_make(t);
 	for (int i = 0; i < t->nrows; i++)
 		if (t->made[i])
+		{
+			note_place(&r->table_pages, &t->rows[i]->tts_tid);
 			rm_round_insert(r, t->made[i]);
+		}
 		else
 			rm_log_key(r->log, t->rows[i]);
 	ExecClearTuple(r->made_slot);
@@ -404,6 +421,7 @@ rm_replay(RmRun *run, RmRewrite *rw, Relation rel, int64 *counts)
 
 	delete_rows(r);
 	insert_rows(r);
+	rm_chunks_changed(rw->shadow, r->shadow_pages, r->table_pages);
 	rw->rows_failed = t->failed;
 	replayed = r->read - t->failed;
 	/* another round of the same transaction may meet the same rows */

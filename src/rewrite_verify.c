@@ -24,6 +24,15 @@
  * the shadow's, the rows are counted instead: those of the table, after a round
  * and with its snapshot.
  *
+ * Most of it is done before, while the indexes are built: the runner is busy with
+ * them, and helpers compare the chunks as they were copied (rm_verify_beside).  They have
+ * no index yet to look anything up, so a chunk counts only if its rows are, one
+ * after the other, what those of the table become, and no row is left over on either
+ * side.  A round of catching up that changes a row in it, of the shadow or of the table,
+ * takes that back (rm_chunks_changed).  So what is verified already when the step
+ * begins is still so, and what is not is compared now: on a quiet table that is nothing,
+ * on a busy one it may be all.
+ *
  * For what is in no chunk (pages that table and shadow have got since, pages of which no
  * row was copied) chunks are made up when the verification begins, of some pages of
  * either.  Then each row of the table as of now is in just one chunk, and so is each
@@ -65,8 +74,9 @@
 #include "utils/rel.h"
 #include "utils/snapmgr.h"
 
-/* how long one transaction compares, milliseconds */
+/* how long one transaction compares, milliseconds; when nobody is to wait for it */
 #define VERIFY_TIME 250
+#define VERIFY_TIME_BESIDE 100
 /* chunks that are looked up at once */
 #define MANY_CHUNKS 64
 /* reading goes on behind a row that is found within so many pages, */
@@ -143,6 +153,8 @@ typedef struct Chunk
 typedef struct Verify
 {
 	RmTransfer *t;
+	bool		in_order;		/* nothing is looked up: what differs does */
+	bool		differs;
 	RmLookup   *shadow;			/* by key */
 	RmLookup   *source;			/* the table, by key */
 	bool		key_converts;	/* the column is part of the key */
@@ -314,7 +326,9 @@ check_passed_over(Verify *v)
 static void
 pass_over_rest(Verify *v)
 {
-	while (!v->at_end)
+	if (v->in_order && !v->at_end)
+		v->differs = true;
+	while (!v->at_end && !v->differs)
 	{
 		CHECK_FOR_INTERRUPTS();
 		check_passed_over(v);
@@ -372,6 +386,11 @@ verify_row(Verify *v, int i)
 			v->astray = 0;
 			return;
 		}
+		if (v->in_order)
+		{
+			v->differs = true;
+			return;
+		}
 		rm_lookup_key_of(v->shadow, v->made_slot);
 		if (rm_lookup(v->shadow))
 		{
@@ -380,7 +399,10 @@ verify_row(Verify *v, int i)
 				return;
 		}
 	}
-	suspect(v, t->rows[i], false);
+	if (v->in_order)
+		v->differs = true;
+	else
+		suspect(v, t->rows[i], false);
 }
 
 static int
@@ -390,7 +412,7 @@ verify_rows(Verify *v)
 	int			n = t->nrows;
 
 	rm_transfer_make(t);
-	for (int i = 0; i < n; i++)
+	for (int i = 0; i < n && !v->differs; i++)
 		verify_row(v, i);
 	ExecClearTuple(v->made_slot);
 	rm_transfer_clear(t);
@@ -398,12 +420,17 @@ verify_rows(Verify *v)
 }
 
 static Verify *
-verify_begin(RmRewrite *rw, RmTransfer *t)
+verify_begin(RmRewrite *rw, RmTransfer *t, bool in_order)
 {
 	Verify	   *v = palloc0(sizeof(Verify));
 
 	v->t = t;
+	v->in_order = in_order;
 	v->shadow_blocks = RelationGetNumberOfBlocks(t->shadow);
+	v->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
+	v->next = table_slot_create(t->shadow, NULL);
+	if (in_order)
+		return v;
 	v->shadow = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(rw), t->snapshot);
 	v->source = rm_lookup_begin(t->rel, rw->key_index, t->snapshot);
 	for (int i = 0; i < v->source->nkeys; i++)
@@ -411,8 +438,6 @@ verify_begin(RmRewrite *rw, RmTransfer *t)
 					   CurrentMemoryContext);
 	v->key_converts = rm_rewrite_key_converts(rw);
 	v->suspects_cxt = AllocSetContextCreate(CurrentMemoryContext, "rm suspects", ALLOCSET_DEFAULT_SIZES);
-	v->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
-	v->next = table_slot_create(t->shadow, NULL);
 	return v;
 }
 
@@ -422,9 +447,12 @@ verify_end(Verify *v)
 	judge_suspects(v);
 	ExecDropSingleTupleTableSlot(v->next);
 	ExecDropSingleTupleTableSlot(v->made_slot);
-	rm_lookup_end(v->shadow);
-	rm_lookup_end(v->source);
-	MemoryContextDelete(v->suspects_cxt);
+	if (!v->in_order)
+	{
+		rm_lookup_end(v->shadow);
+		rm_lookup_end(v->source);
+		MemoryContextDelete(v->suspects_cxt);
+	}
 	if (v->suspects)
 		pfree(v->suspects);
 	pfree(v);
@@ -457,12 +485,13 @@ verify_chunk(Verify *v, const Chunk *c, TupleTableSlot *slot)
 	RmTransfer *t = v->t;
 	int64		checked = 0;
 
+	v->differs = false;
 	read_from(v, c);
 	if (c->first_row < c->end_row)
 	{
 		TableScanDesc scan = begin_scan(t->rel, t->snapshot, c->first_row, c->end_row);
 
-		while (table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
+		while (!v->differs && table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
 		{
 			if (rm_transfer_add_slot(t, slot))
 				continue;
@@ -472,12 +501,16 @@ verify_chunk(Verify *v, const Chunk *c, TupleTableSlot *slot)
 		}
 		table_endscan(scan);
 		checked += verify_rows(v);
+		ExecClearTuple(slot);
 	}
 	pass_over_rest(v);
 	return checked;
 }
 
-/* the next chunks of the range; returns how many there are, at most MANY_CHUNKS */
+/*
+ * The next chunks of the range that are not verified yet; returns how many there are,
+ * at most MANY_CHUNKS.
+ */
 static int
 next_chunks(const RmRewrite *rw, const RmRange *range, Chunk *chunks)
 {
@@ -488,7 +521,7 @@ next_chunks(const RmRewrite *rw, const RmRange *range, Chunk *chunks)
 
 	rm_state_execute("SELECT first_block, end_block, first_row, end_row"
 					 " FROM risky_migrations.rewrite_chunk WHERE shadow = $1"
-					 " AND first_block >= $2 AND first_block < $3 ORDER BY first_block LIMIT $4",
+					 " AND first_block >= $2 AND first_block < $3 AND rows_verified IS NULL ORDER BY first_block LIMIT $4",
 					 lengthof(types), types, v, NULL);
 	n = (int) SPI_processed;
 	for (int i = 0; i < n; i++)
@@ -501,27 +534,66 @@ next_chunks(const RmRewrite *rw, const RmRange *range, Chunk *chunks)
 	return n;
 }
 
-/* one transaction's worth of the range under way; returns the rows that were compared */
+/* these chunks, of so many rows each (-1: not), are what they should be */
+static void
+save_verified(Oid shadow, const Chunk *chunks, const int64 *rows, int n)
+{
+	Oid			types[] = {OIDOID, INT8ARRAYOID, INT8ARRAYOID};
+	Datum		first[MANY_CHUNKS];
+	Datum		count[MANY_CHUNKS];
+	Datum		v[] = {ObjectIdGetDatum(shadow), (Datum) 0, (Datum) 0};
+	int			good = 0;
+
+	for (int i = 0; i < n; i++)
+		if (rows[i] >= 0)
+		{
+			first[good] = Int64GetDatum(chunks[i].first_block);
+			count[good++] = Int64GetDatum(rows[i]);
+		}
+	if (good == 0)
+		return;
+	v[1] = PointerGetDatum(construct_array(first, good, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	v[2] = PointerGetDatum(construct_array(count, good, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	rm_state_execute("UPDATE risky_migrations.rewrite_chunk c SET rows_verified = u.n"
+					 " FROM unnest($2, $3) u(first_block, n)"
+					 " WHERE c.shadow = $1 AND c.first_block = u.first_block",
+					 lengthof(types), types, v, NULL);
+}
+
+/*
+ * One transaction's worth of the range under way; returns the rows that were compared.
+ *
+ * in_order: by the order of the rows alone, and what differs is left for later
+ */
 static int64
-verify_range(RmRun *run, RmRewrite *rw, Relation rel)
+verify_range(RmRun *run, RmRewrite *rw, Relation rel, bool in_order)
 {
 	RmRange    *range = &run->range;
 	Chunk		chunks[MANY_CHUNKS];
 	int			n = next_chunks(rw, range, chunks);
 	RmTransfer *t = rm_transfer_begin(run->m, rw, rel, AccessShareLock, false);
-	Verify	   *v = verify_begin(rw, t);
+	Verify	   *v = verify_begin(rw, t, in_order);
 	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	instr_time	started;
+	int64		rows[MANY_CHUNKS];
 	int64		checked = 0;
 	int			i = 0;
 
 	INSTR_TIME_SET_CURRENT(started);
-	while (i < n && (i == 0 || rm_elapsed_ms(started) < VERIFY_TIME))
-		checked += verify_chunk(v, &chunks[i++], slot);
+	while (i < n && (i == 0 || rm_elapsed_ms(started) < (in_order ? VERIFY_TIME_BESIDE : VERIFY_TIME)))
+	{
+		rows[i] = verify_chunk(v, &chunks[i], slot);
+		checked += rows[i];
+		if (v->differs)
+			rows[i] = -1;
+		i++;
+	}
 	range->next_block = i < n || n == MANY_CHUNKS ? chunks[i - 1].end_block : range->end_block;
 	ExecDropSingleTupleTableSlot(slot);
 	verify_end(v);
 	rm_transfer_end(t);
+	if (in_order)
+		save_verified(rw->shadow, chunks, rows, i);
 	run->async_commit = true;	/* nothing but how far it is */
 	run->may_hold = true;
 	return checked;
@@ -561,9 +633,11 @@ begin_verification(RmMigration *m, RmRewrite *rw, Relation rel)
 					 "  coalesce(first_row, 0), coalesce(end_row, 0), false"
 					 " FROM behind, rows FULL JOIN pages USING (n)",
 					 lengthof(types), types, v, NULL);
-	rm_state_execute("SELECT coalesce(max(end_block), 0) FROM risky_migrations.rewrite_chunk WHERE shadow = $1",
+	rm_state_execute("SELECT coalesce(max(end_block), 0), coalesce(sum(rows_verified), 0)::bigint"
+					 " FROM risky_migrations.rewrite_chunk WHERE shadow = $1",
 					 1, types, v, NULL);
 	m->end_block = rm_result_int64(0, 1);
+	m->rows_done += rm_result_int64(0, 2);
 }
 
 /* one transaction's worth of the chunks, alone or beside helpers */
@@ -583,14 +657,14 @@ verify_chunks(RmRun *run, RmRewrite *rw, Relation rel)
 	if (m->ranges == 0)
 	{
 		rm_range_whole(run);
-		m->rows_done += verify_range(run, rw, rel);
+		m->rows_done += verify_range(run, rw, rel, false);
 		m->next_block = run->range.next_block;
 		return;
 	}
 	switch (rm_range_take(run))
 	{
 		case RM_RANGE_TAKEN:
-			run->range.rows_checked += verify_range(run, rw, rel);
+			run->range.rows_checked += verify_range(run, rw, rel, false);
 			rm_range_save(run);
 			break;
 		case RM_RANGE_NONE_FREE:
@@ -672,7 +746,20 @@ verify_help(RmRun *run)
 
 	if (rw == NULL)
 		return;
-	run->range.rows_checked += verify_range(run, rw, rel);
+	run->range.rows_checked += verify_range(run, rw, rel, false);
+	table_close(rel, NoLock);
+}
+
+/* the same in a helper of the step index, of what is as it was copied */
+void
+rm_verify_beside(RmRun *run)
+{
+	Relation	rel;
+	RmRewrite  *rw = rm_rewrite_help(run, &rel);
+
+	if (rw == NULL)
+		return;
+	(void) verify_range(run, rw, rel, true);
 	table_close(rel, NoLock);
 }
 

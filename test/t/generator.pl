@@ -806,7 +806,7 @@ sub check_catalogs
 	sql(join ";\n", @head, $same ? () : @{ $s->{lost} }, @late);
 	my ($is, $should) = map { $same && !$s->{parted} ? dump_of($_) : without_order(dump_of($_)) } 'gen', 'tw';
 	# ALTER TABLE names the indexes of partitions anew, in an order of its own
-	s/\b(part_\w+?_idx)\d+\b/$1/g for grep { $s->{parted} } $is, $should;
+	s/\b(part_[^.\n]*?_idx)\d+\b/$1/g for grep { $s->{parted} } $is, $should;
 	($is, $should) = map { join "\n", sort split /\n/ } $is, $should if $s->{parted};
 	return $advice . ($is eq $should ? '' : "catalogs:\n" . difference($is, $should) . "\n");
 }

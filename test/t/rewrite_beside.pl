@@ -1,0 +1,233 @@
+# online_rewrite verifies the shadow beside the building of its indexes: what counts as
+# verified is so, whatever changes afterwards; and where nobody can be had for it the
+# step verify does it all.
+#
+# Nothing depends on how fast anything is: an index asks for an advisory lock.  While a
+# session holds that (the gate is closed) its building fails and is tried again.
+
+use strict;
+use warnings;
+
+use FindBin;
+use lib "$FindBin::RealBin/../perl";
+
+use LabServer;
+use LabNode;
+use PostgreSQL::Test::Utils;
+use Test::More;
+
+my $rows = 21000;
+my $node = start_server('rewrite_beside', q{
+autovacuum = off
+max_worker_processes = 5
+max_parallel_maintenance_workers = 0
+risky_migrations.lock_timeout = 20ms
+risky_migrations.lock_retries = 100000
+risky_migrations.lock_retry_max_delay = 50ms
+});
+my $helpers = q{(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper')};
+my $chunks = 'risky_migrations.rewrite_chunk';
+
+sql(q{
+CREATE EXTENSION amcheck;
+CREATE FUNCTION gate(id int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
+BEGIN
+	IF id = 1 THEN
+		PERFORM pg_advisory_xact_lock_shared(1);
+	END IF;
+	RETURN id;
+END $$;
+});
+
+# A table of more than 2500 pages, with room on each page of the first quarter; its last
+# row has id 1.
+sub make_table
+{
+	sql(qq{
+DROP TABLE IF EXISTS t;
+CREATE TABLE t (id int PRIMARY KEY, v text NOT NULL, filler text);
+INSERT INTO t SELECT g, g::text, repeat('x', 1000) FROM generate_series(1, $rows) g;
+DELETE FROM t WHERE id = 1 OR id < $rows / 4 AND id % 7 = 0;
+INSERT INTO t VALUES (1, '1', '');
+VACUUM t;
+CREATE INDEX t_gate ON t (gate(id));
+});
+	return;
+}
+
+sub count_rows { return sql('SELECT count(*) FROM t') }
+sub id_of { return sql('SELECT max(id) FROM rm_migrations') }
+sub shadow_of { return sql('SELECT shadow::regclass FROM risky_migrations.rewrite') }
+
+sub close_gate
+{
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	$session->query_safe('SELECT pg_advisory_lock(1)');
+	return $session;
+}
+
+sub start_migration
+{
+	my (@settings) = @_;
+	return start_call('runner', @settings,
+		"CALL rm_alter_type('t', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual')");
+}
+
+sub stops_before_cut_over
+{
+	my ($name, $id) = @_;
+	becomes("(SELECT next_call = 'CALL rm_cut_over($id)' AND running_pid IS NULL FROM rm_migrations WHERE id = $id)", $name);
+	return;
+}
+
+sub all_is_right
+{
+	my ($name, $id) = @_;
+	my $count = count_rows();
+	sql("CALL rm_cut_over($id)");
+	is(sql(q{SELECT count(*), sum((v <> id)::int), min(pg_typeof(v)::text) FROM t}), "$count|0|integer", "$name: every row is right");
+	is(sql(q{SELECT count(bt_index_check(indexrelid, true)::text) FROM pg_index WHERE indrelid = 't'::regclass}), 2, "$name: and in every index");
+	is(sql("SELECT (SELECT count(*) FROM risky_migrations.range), (SELECT count(*) FROM $chunks), $helpers"), '0|0|0', "$name: nothing is left");
+	make_table();
+	return;
+}
+
+# The chunk of the shadow's row with that id; of the place that the table's row has.
+sub chunk_of_shadow
+{
+	my ($id) = @_;
+	my $shadow = shadow_of();
+	return sql("SELECT c.first_block FROM $chunks c, $shadow s WHERE s.id = $id
+		AND (s.ctid::text::point)[0] >= c.first_block AND (s.ctid::text::point)[0] < c.end_block");
+}
+
+sub chunk_of_table
+{
+	my ($id) = @_;
+	return sql("SELECT c.first_block FROM $chunks c, t WHERE t.id = $id AND copied
+		AND (t.ctid::text::point)[0] * 65536 + (t.ctid::text::point)[1] >= c.first_row
+		AND (t.ctid::text::point)[0] * 65536 + (t.ctid::text::point)[1] < c.end_row");
+}
+
+sub is_verified { my ($chunk) = @_; return sql("SELECT rows_verified IS NOT NULL FROM $chunks WHERE first_block = $chunk") }
+
+# Up to where helpers have verified all that was copied, while the index cannot be built.
+sub all_verified
+{
+	my ($name) = @_;
+	becomes("(SELECT count(*) > 5 AND bool_and(rows_verified IS NOT NULL) FROM $chunks)", "$name: all is verified while the index is built");
+	is(sql("SELECT sum(rows_verified) FROM $chunks"), count_rows(), "$name: all rows");
+	return;
+}
+
+# ---------------------------------------------------------------------------
+# What changes is not verified any more, and only that
+# ---------------------------------------------------------------------------
+
+make_table();
+my $gate = close_gate();
+my $call = start_migration();
+all_verified('one worker');
+my $id = id_of();
+is(sql("SELECT step, workers FROM rm_progress"), 'index|2', 'it is done by a helper of the step index');
+my $updated = chunk_of_shadow($rows - 100);
+my $deleted = chunk_of_shadow($rows / 2);
+sql("UPDATE t SET v = v WHERE id = $rows - 100; DELETE FROM t WHERE id = $rows / 2");
+my $came_to = chunk_of_table($rows - 100);
+isnt($came_to, '', 'the new version of the row lies among rows that were copied');
+isnt($came_to, $updated, 'in another chunk');
+$gate->quit;
+ends_well($call, 'the index is built, the table verified');
+is(sql("SELECT string_agg(first_block::text, ' ' ORDER BY first_block) FROM $chunks WHERE copied AND rows_verified IS NULL"),
+	join(' ', sort { $a <=> $b } ($updated, $deleted, $came_to)), 'what was changed was verified anew, the rest was not');
+all_is_right('one worker', $id);
+
+# ---------------------------------------------------------------------------
+# What is wrong is found: where it was so before, and where a change takes back what
+# was verified
+# ---------------------------------------------------------------------------
+
+$gate = close_gate();
+$call = start_migration('SET risky_migrations.range_pages = 1000000');
+becomes(q{(SELECT count(*) FROM pg_class WHERE relname LIKE 'shadow\_%' AND relkind = 'i') = 1}, 'the key is built, the gate is closed');
+$id = id_of();
+is(sql("SELECT count(rows_verified) FROM $chunks"), 0, 'a table that is too small for helpers is not verified beside');
+sql('SELECT pg_terminate_backend(running_pid) FROM rm_migrations WHERE running_pid IS NOT NULL');
+finish_call($call);
+my $shadow = shadow_of();
+my $wrong = chunk_of_shadow($rows / 3);
+sql("INSERT INTO $shadow VALUES (2 * $rows, 0, ''); UPDATE $shadow SET v = 0 WHERE id = $rows / 3");
+my $surplus = chunk_of_shadow(2 * $rows);
+isnt($surplus, '', 'a row too many is behind the rows of a chunk');
+# its new version may be on a page behind all chunks
+my $left = join ', ', grep { $_ ne '' } $wrong, $surplus, chunk_of_shadow($rows / 3);
+sql("SELECT rm_resume($id)");
+becomes("(SELECT bool_and((rows_verified IS NULL) = (first_block IN ($left))) FROM $chunks)", 'helpers leave alone what differs');
+$gate->quit;
+becomes("(SELECT message = 'row (id)=(' || $rows / 3 || ') of public.t is not what it should be in the shadow table' FROM rm_migrations WHERE id = $id)",
+	'and the step verify says so');
+sql("CALL rm_rollback($id)");
+
+$gate = close_gate();
+$call = start_migration();
+all_verified('again');
+$id = id_of();
+$shadow = shadow_of();
+is(chunk_of_shadow($rows - 1), chunk_of_shadow($rows - 2), 'two rows of one chunk');
+sql("UPDATE $shadow SET v = 0 WHERE id = $rows - 1; UPDATE t SET v = v WHERE id = $rows - 2");
+$gate->quit;
+ok(!finish_call($call), 'what was verified and then replayed is verified again');
+is(sql("SELECT message = 'row (id)=(' || $rows - 1 || ') of public.t is not what it should be in the shadow table' FROM rm_migrations WHERE id = $id"), 't',
+	'and found wrong');
+sql("CALL rm_rollback($id)");
+make_table();
+
+# ---------------------------------------------------------------------------
+# Helpers, and the runner, that go
+# ---------------------------------------------------------------------------
+
+$gate = close_gate();
+$call = start_migration('SET risky_migrations.workers = 2');
+all_verified('two workers');
+$id = id_of();
+sql('SELECT pg_terminate_backend(running_pid) FROM rm_migrations WHERE running_pid IS NOT NULL');
+ok(!finish_call($call), 'the runner is terminated');
+becomes("$helpers = 0", 'so do its helpers go');
+$updated = chunk_of_shadow($rows - 100);
+my $count = sql("SELECT rows_verified - 1 FROM $chunks WHERE first_block = $updated");
+sql("UPDATE t SET v = v WHERE id = $rows - 100");
+$came_to = chunk_of_table($rows - 100);
+sql("SELECT rm_resume($id)");
+becomes("(SELECT bool_and(CASE first_block WHEN $updated THEN rows_verified = $count WHEN $came_to THEN rows_verified IS NULL ELSE rows_verified IS NOT NULL END) FROM $chunks)",
+	'what is replayed at the beginning is verified beside again');
+$gate->quit;
+stops_before_cut_over('it goes on', $id);
+all_is_right('terminated', $id);
+
+# The pause of a runner sends them away, and they come again.
+$gate = close_gate();
+$call = start_migration();
+all_verified('to be paused');
+$id = id_of();
+sql("SELECT rm_pause($id)");
+becomes("(SELECT run_state = 'paused' FROM rm_migrations WHERE id = $id) AND $helpers = 0", 'a pause sends the helper away');
+sql("SELECT rm_resume($id)");
+$gate->quit;
+ends_well($call, 'it goes on');
+all_is_right('paused', $id);
+
+# ---------------------------------------------------------------------------
+# Nobody is to be had
+# ---------------------------------------------------------------------------
+
+$node->append_conf('postgresql.conf', 'max_worker_processes = 0');
+$node->restart;
+my ($status, $out, $err) = $node->psql('postgres',
+	"CALL rm_alter_type('t', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual')");
+is($status, 0, 'without background workers it works');
+unlike($err, qr/helper|workers/, 'and nobody is told');
+is(sql("SELECT count(rows_verified) FROM $chunks"), 0, 'nothing was verified beside');
+all_is_right('alone', id_of());
+
+$node->stop;
+done_testing();
