@@ -666,7 +666,7 @@ attempt_step(void *arg)
 	}
 	if (run->batch_ended && attempt->result == RM_STEP_AGAIN && run->wait_kind == NULL)
 	{
-		run->wait_reason = rm_batch_pause_reason();
+		run->wait_reason = rm_batch_pause_reason(run);
 		run->wait_kind = run->wait_reason ? "pause" : NULL;
 	}
 	log_sums(run, attempt->result == RM_STEP_AGAIN ? "running" : "done", NULL);

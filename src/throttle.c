@@ -13,6 +13,14 @@
  *
  *	after a batch:  batch_pause
  *
+ *	after work that may be held, by one process alone: where it has waited for a
+ *	processor it rests, busy_rest times as long.  On a machine with processors to
+ *	spare that is nothing; where all are busy the migration would otherwise take
+ *	the share of one more client, and what clients do under locks would take longer
+ *	for all who wait for these.  The operating system says how long a process has
+ *	been ready to run and did not (Linux, /proc/self/schedstat); others do not say,
+ *	and nothing is rested there
+ *
  *	before work that may be held (run->may_hold): while one of these is so,
  *	  replica lag	a walsender's receiver is behind, in bytes or in time
  *	  slot			a replication slot retains more WAL than it may
@@ -61,7 +69,9 @@
  */
 #include "postgres.h"
 
+#include <fcntl.h>
 #include <limits.h>
+#include <unistd.h>
 
 #include "access/xact.h"
 #include "access/xlog.h"
@@ -99,9 +109,12 @@
 #define POSITIONS 64
 /* longest reason that is shown */
 #define REASON_SIZE 256
+/* the part of its time that a batch has to wait for a processor until it counts */
+#define BUSY_SHARE 0.1
 
 /* settings, see rm_throttle_init() */
 static int	batch_pause = 0;	/* ms */
+static double busy_rest = 4;
 static int	max_replica_lag_bytes = 256 * 1024; /* kB */
 static int	max_replica_lag = 60000;	/* ms */
 static int	max_slot_retained_wal = 10 * 1024;	/* MB */
@@ -126,6 +139,11 @@ struct RmThrottle
 	TimestampTz query_next;
 	bool		query_holds;
 	TimestampTz last_notice;
+	/* when the work under way began, and how long this process had waited then, ns */
+	instr_time	work_began;
+	uint64		waited;
+	bool		waited_known;
+	double		busy_rest_ms;	/* the last rest, because processors are busy */
 };
 
 /* why to hold; kind is NULL if there is no reason */
@@ -149,6 +167,12 @@ rm_throttle_init(void)
 							"Rest after each batch of the backfill.", NULL,
 							&batch_pause, 0, 0, INT_MAX, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
+
+	/* so that four in five transactions go on, beside as many clients as processors */
+	DefineCustomRealVariable("risky_migrations.busy_rest",
+							 "Rest so many times as long as the work had to wait for a processor.",
+							 "0 does not rest. With several workers, and where the operating system does not tell (it is Linux that does), nothing is rested.",
+							 &busy_rest, 4, 0, 100, PGC_USERSET, 0, NULL, NULL, NULL);
 
 	/*
 	 * A quarter of max_wal_size's default: a standby without a slot still finds
@@ -626,6 +650,59 @@ hold_while(RmRun *run, ErrorData *(*find_reason) (RmRun *run, Reason *reason))
 	return error;
 }
 
+/*
+ * How long this process was ready to run so far and had no processor, in
+ * nanoseconds; false if the operating system does not tell.
+ */
+static bool
+time_waited_for_processor(uint64 *ns)
+{
+	static int	fd = -2;		/* -1: there is no such file */
+	char		text[128];
+	int			len;
+
+	if (fd == -2)
+	{
+		fd = BasicOpenFile("/proc/self/schedstat", O_RDONLY | PG_BINARY);
+		if (fd < 0)
+			fd = -1;
+	}
+	if (fd < 0 || (len = pread(fd, text, sizeof(text) - 1, 0)) <= 0)
+		return false;
+	text[len] = '\0';
+	return sscanf(text, "%*u " UINT64_FORMAT, ns) == 1;
+}
+
+/* work that may be held begins */
+static void
+note_work_begins(RmThrottle *t)
+{
+	t->waited_known = time_waited_for_processor(&t->waited);
+	INSTR_TIME_SET_CURRENT(t->work_began);
+}
+
+/* rests after such work if there was no processor for it */
+static ErrorData *
+rest_if_busy(RmRun *run)
+{
+	RmThrottle *t = run->throttle;
+	double		worked_ms;
+	double		waited_ms;
+	uint64		waited;
+
+	t->busy_rest_ms = 0;
+	if (!t->waited_known || busy_rest == 0 || run->helpers > 0 || !time_waited_for_processor(&waited))
+		return NULL;
+	worked_ms = rm_elapsed_ms(t->work_began);
+	waited_ms = (waited - t->waited) / 1e6;
+	if (waited_ms < BUSY_SHARE * worked_ms)
+		return NULL;
+	t->busy_rest_ms = Min(waited_ms * busy_rest, LONGEST_REST);
+	if (t->busy_rest_ms < 1)
+		return NULL;
+	return rm_rest(run, (int) t->busy_rest_ms);
+}
+
 /* rests after a batch, for as long as the setting says at each moment */
 static ErrorData *
 pause_after_batch(RmRun *run)
@@ -668,7 +745,10 @@ rm_throttle(RmRun *run)
 	if (error == NULL && run->batch_ended)
 		error = pause_after_batch(run);
 	if (error == NULL && run->may_hold)
+		error = rest_if_busy(run);
+	if (error == NULL && run->may_hold)
 		error = hold_while(run, look);
+	note_work_begins(run->throttle);
 	return error;
 }
 
@@ -683,11 +763,17 @@ rm_throttle_wraparound(RmRun *run)
 	return hold_while(run, look_at_vacuum);
 }
 
-/* why the runner will rest after a batch, or NULL if it will not */
+/*
+ * Why the runner will rest after a batch, or NULL if it will not.  Whether there will be
+ * a processor for it is not known before; it is told of the one before.
+ */
 const char *
-rm_batch_pause_reason(void)
+rm_batch_pause_reason(const RmRun *run)
 {
-	if (batch_pause == 0)
-		return NULL;
-	return psprintf("risky_migrations.batch_pause is %d ms", batch_pause);
+	if (batch_pause > 0)
+		return psprintf("risky_migrations.batch_pause is %d ms", batch_pause);
+	if (run->throttle && run->throttle->busy_rest_ms >= 1)
+		return psprintf("others use the processors: it has rested for %.0f ms, since risky_migrations.busy_rest is %g",
+						run->throttle->busy_rest_ms, busy_rest);
+	return NULL;
 }

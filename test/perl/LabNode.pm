@@ -5,6 +5,8 @@
 # nothing else, use one psql for as long as the server lasts.  It is made anew if it
 # has ended, and after a reload, and whatever the statements have left in the
 # session is discarded.
+#
+# How fast a migration goes is not left to what else the machine has to do.
 
 package LabNode;
 
@@ -44,6 +46,15 @@ END
 	$_->{harness}->signal('TERM') for values %sessions;
 	end_session($_) for keys %sessions;
 	$? = $status;
+}
+
+sub init
+{
+	my ($self, @options) = @_;
+
+	$self->SUPER::init(@options);
+	$self->append_conf('postgresql.conf', 'risky_migrations.busy_rest = 0');
+	return;
 }
 
 sub begin_session

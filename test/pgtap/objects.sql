@@ -149,12 +149,13 @@ SELECT is_empty($$SELECT c.relname FROM pg_class c WHERE c.relnamespace = 'risky
 
 -- settings
 LOAD 'risky_migrations';
-SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, setting, unit, context, min_val, max_val) FROM pg_settings
+SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, boot_val, unit, context, min_val, max_val) FROM pg_settings
 	WHERE name ~ '^risky_migrations\.'$$, ARRAY[
 	'risky_migrations.accept_publications off user ..',
 	'risky_migrations.compress_wal on user ..',
 	'risky_migrations.recreate_matviews off user ..',
 	'risky_migrations.batch_pause 0ms user 0..2147483647',
+	'risky_migrations.busy_rest 4 user 0..100',
 	'risky_migrations.max_replica_lag 60000ms user 0..2147483647',
 	'risky_migrations.max_replica_lag_bytes 262144kB user 0..2147483647',
 	'risky_migrations.max_slot_retained_wal 10240MB user 0..2147483647',

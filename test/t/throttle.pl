@@ -603,6 +603,24 @@ unlike(slurp_file($node->logfile, $from), qr/canceling autovacuum task/, 'wrapar
 reset_all();
 
 # ---------------------------------------------------------------------------
+# Others take the processors
+# ---------------------------------------------------------------------------
+
+SKIP:
+{
+	skip 'the operating system does not tell who waits for a processor', 6 if !-r "/proc/$$/schedstat";
+
+	my @others = map { IPC::Run::start([ $^X, '-e', '1 while 1' ]) } 1 .. 4 * grep { /^processor/ } slurp_file('/proc/cpuinfo') =~ /^.*$/mg;
+	begin_migration();
+	my $call = start_call('SET risky_migrations.busy_rest = 100', 'SET risky_migrations.max_row_lock_time = 5', 'CALL rm_backfill_batched(200)');
+	like(holds('pause', 'busy'), qr/^others use the processors: it has rested for \d+ ms, since risky_migrations.busy_rest is 100/, 'busy: it says why');
+	$_->kill_kill foreach @others;
+	ends_well($call, 'busy: it goes on when they have gone');
+	all_right($node, 'busy');
+	take_back();
+}
+
+# ---------------------------------------------------------------------------
 # The standby is promoted in the middle, and the backfill goes on there
 # ---------------------------------------------------------------------------
 
