@@ -226,13 +226,16 @@ rm_workers_for(int64 blocks, int multiple_of)
 	return (int) Max(1, Min(rm_workers, blocks / multiple_of));
 }
 
-/* The same of helpers whose work is not the runner's; 0 if it is not worth the while. */
+/*
+ * The same of helpers whose work is not the runner's, who has enough to do: one at least,
+ * but 0 if it is not worth the while.
+ */
 int
 rm_helpers_aside_for(int64 blocks, int multiple_of)
 {
 	if (rm_range_pages > 0)
 		multiple_of = rm_range_pages;
-	return blocks < multiple_of ? 0 : Min(rm_workers_for(blocks, multiple_of), RM_MAX_WORKERS - 1);
+	return blocks < multiple_of ? 0 : Max(1, rm_workers_for(blocks, multiple_of) - 1);
 }
 
 /*
