@@ -114,7 +114,7 @@
 
 /* settings, see rm_throttle_init() */
 static int	batch_pause = 0;	/* ms */
-static double busy_rest = 4;
+static double busy_rest = 10;
 static int	max_replica_lag_bytes = 256 * 1024; /* kB */
 static int	max_replica_lag = 60000;	/* ms */
 static int	max_slot_retained_wal = 10 * 1024;	/* MB */
@@ -168,11 +168,11 @@ rm_throttle_init(void)
 							&batch_pause, 0, 0, INT_MAX, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
 
-	/* so that four in five transactions go on, beside as many clients as processors */
+	/* with that, clients that use all processors keep three quarters of their throughput (doc/performance.md) */
 	DefineCustomRealVariable("risky_migrations.busy_rest",
 							 "Rest so many times as long as the work had to wait for a processor.",
 							 "0 does not rest. With several workers, and where the operating system does not tell (it is Linux that does), nothing is rested.",
-							 &busy_rest, 4, 0, 100, PGC_USERSET, 0, NULL, NULL, NULL);
+							 &busy_rest, 10, 0, 100, PGC_USERSET, 0, NULL, NULL, NULL);
 
 	/*
 	 * A quarter of max_wal_size's default: a standby without a slot still finds

@@ -155,7 +155,7 @@ SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, boot_val, unit, context
 	'risky_migrations.compress_wal on user ..',
 	'risky_migrations.recreate_matviews off user ..',
 	'risky_migrations.batch_pause 0ms user 0..2147483647',
-	'risky_migrations.busy_rest 4 user 0..100',
+	'risky_migrations.busy_rest 10 user 0..100',
 	'risky_migrations.max_replica_lag 60000ms user 0..2147483647',
 	'risky_migrations.max_replica_lag_bytes 262144kB user 0..2147483647',
 	'risky_migrations.max_slot_retained_wal 10240MB user 0..2147483647',
