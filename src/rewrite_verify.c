@@ -68,6 +68,7 @@
 #include "state.h"
 #include "steps.h"
 #include "storage/bufmgr.h"
+#include "utils/array.h"
 #include "utils/datum.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
