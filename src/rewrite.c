@@ -1586,6 +1586,7 @@ rm_rewrite_indexes_complete(const RmRewrite *rw)
 /* building; lives across transactions */
 typedef struct IndexWork
 {
+	bool		begun;
 	Oid			verified;		/* the table whose chunks helpers have been given */
 } IndexWork;
 
@@ -1632,8 +1633,9 @@ index_apply(RmRun *run)
 	/* what changes after this is seen by those who compare it */
 	fingerprint = rm_catalog_fingerprint(rw->relid, CurrentMemoryContext);
 	if (work == NULL)
-	{
 		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
+	if (!work->begun)
+	{
 		/* helpers of an earlier run have gone, or find nothing any more */
 		rm_ranges_forget(m);
 		if (OidIsValid(rm_rewrite_shadow_index(rw, rw->key_index)))
@@ -1641,8 +1643,10 @@ index_apply(RmRun *run)
 			(void) rm_replay(run, rw, rel, NULL);
 			table_close(rel, NoLock);
 			rm_rewrite_save(rw);
+			work->begun = true;
 			return RM_STEP_AGAIN;
 		}
+		work->begun = true;
 	}
 	table_close(rel, NoLock);
 	if (work->verified != rw->relid)
