@@ -15,6 +15,7 @@ use warnings;
 
 use parent 'PostgreSQL::Test::Cluster';
 
+use Errno;
 use File::Temp;
 use IO::Handle;
 use IPC::Run;
@@ -87,13 +88,17 @@ sub converse
 	while (substr($answer, -length $through) ne $through)
 	{
 		my $ready = $readable;
+		my $count = select($ready, undef, undef, $PostgreSQL::Test::Utils::timeout_default);
 
-		if (!select($ready, undef, undef, $PostgreSQL::Test::Utils::timeout_default))
+		if ($count == 0)
 		{
 			$session->{harness}->signal('TERM');
 			return;
 		}
-		return if !sysread($session->{out}, $answer, 65536, length $answer);
+		$count = sysread($session->{out}, $answer, 65536, length $answer) if $count > 0;
+		# PostgreSQL's modules have a handler for the end of any process
+		next if (!defined $count || $count < 0) && $!{EINTR};
+		return if !$count || $count < 0;
 	}
 	substr($answer, -length $through) = '';
 	return $answer;
