@@ -214,6 +214,13 @@ static uint32 news_seen = 0;
  *-------------------------------------------------------------------------
  */
 
+/* what a range has a multiple of: as the step says, but for tests */
+static int
+range_pages(int multiple_of)
+{
+	return rm_range_pages > 0 ? rm_range_pages : multiple_of;
+}
+
 /*
  * How many processes are worth their while for so many pages, of which a range
  * has a multiple of multiple_of?
@@ -221,9 +228,7 @@ static uint32 news_seen = 0;
 int
 rm_workers_for(int64 blocks, int multiple_of)
 {
-	if (rm_range_pages > 0)
-		multiple_of = rm_range_pages;
-	return (int) Max(1, Min(rm_workers, blocks / multiple_of));
+	return (int) Max(1, Min(rm_workers, blocks / range_pages(multiple_of)));
 }
 
 /*
@@ -233,9 +238,7 @@ rm_workers_for(int64 blocks, int multiple_of)
 int
 rm_helpers_aside_for(int64 blocks, int multiple_of)
 {
-	if (rm_range_pages > 0)
-		multiple_of = rm_range_pages;
-	return blocks < multiple_of ? 0 : Max(1, rm_workers_for(blocks, multiple_of) - 1);
+	return blocks < range_pages(multiple_of) ? 0 : Max(1, rm_workers_for(blocks, multiple_of) - 1);
 }
 
 /*
@@ -251,8 +254,7 @@ rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of)
 	int64		blocks = m->end_block - m->next_block;
 	int64		pages = blocks / ((int64) workers * RANGES_PER_WORKER);
 
-	if (rm_range_pages > 0)
-		multiple_of = rm_range_pages;
+	multiple_of = range_pages(multiple_of);
 	pages = Min(pages, MAX_RANGE_PAGES);
 	pages = Max(1, pages / multiple_of) * multiple_of;
 	v[0] = Int64GetDatum(m->id);

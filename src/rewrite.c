@@ -305,8 +305,7 @@ save_s0(const RmRewrite *rw)
 	v[2] = Int64GetDatum(rw->trigger_mark);
 	v[3] = Int64GetDatum((int64) rw->next_xid);
 	v[4] = Int64GetDatum((int64) rw->xmin);
-	v[5] = PointerGetDatum(construct_array(xids, rw->nrunning, INT8OID, sizeof(int64),
-										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	v[5] = rm_int64_array(xids, rw->nrunning);
 	v[6] = BoolGetDatum(rw->overflowed);
 	v[7] = ObjectIdGetDatum(rw->relfilenode);
 	v[8] = Int64GetDatum(rw->end_block);
@@ -1586,7 +1585,6 @@ rm_rewrite_indexes_complete(const RmRewrite *rw)
 /* building; lives across transactions */
 typedef struct IndexWork
 {
-	bool		begun;
 	Oid			verified;		/* the table whose chunks helpers have been given */
 } IndexWork;
 
@@ -1633,20 +1631,20 @@ index_apply(RmRun *run)
 	/* what changes after this is seen by those who compare it */
 	fingerprint = rm_catalog_fingerprint(rw->relid, CurrentMemoryContext);
 	if (work == NULL)
-		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
-	if (!work->begun)
 	{
+		bool		has_key = OidIsValid(rm_rewrite_shadow_index(rw, rw->key_index));
+
 		/* helpers of an earlier run have gone, or find nothing any more */
 		rm_ranges_forget(m);
-		if (OidIsValid(rm_rewrite_shadow_index(rw, rw->key_index)))
-		{
+		if (has_key)
 			(void) rm_replay(run, rw, rel, NULL);
+		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
+		if (has_key)
+		{
 			table_close(rel, NoLock);
 			rm_rewrite_save(rw);
-			work->begun = true;
 			return RM_STEP_AGAIN;
 		}
-		work->begun = true;
 	}
 	table_close(rel, NoLock);
 	if (work->verified != rw->relid)

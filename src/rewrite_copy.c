@@ -83,7 +83,6 @@
 #include "storage/freespace.h"
 #include "storage/lmgr.h"
 #include "storage/smgr.h"
-#include "utils/array.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -217,8 +216,7 @@ rm_chunks_changed(Oid shadow, const Bitmapset *pages, const Bitmapset *rows)
 			changed[nchanged++] = Int64GetDatum(rm_result_int64(i, 1));
 	if (nchanged == 0)
 		return;
-	v[1] = PointerGetDatum(construct_array(changed, nchanged, INT8OID, sizeof(int64),
-										   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	v[1] = rm_int64_array(changed, nchanged);
 	rm_state_execute("UPDATE risky_migrations.rewrite_chunk SET rows_verified = NULL"
 					 " WHERE shadow = $1 AND first_block = ANY ($2)", lengthof(types), types, v, NULL);
 }
@@ -243,8 +241,7 @@ save_chunks(const CopyWork *work)
 			fields[i] = Int64GetDatum(field == 1 ? c->first : field == 2 ? c->first + c->npages :
 									  field == 3 ? c->first_row : c->end_row);
 		}
-		v[field] = PointerGetDatum(construct_array(fields, work->nwritten, INT8OID, sizeof(int64),
-												   FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+		v[field] = rm_int64_array(fields, work->nwritten);
 	}
 	rm_state_execute("INSERT INTO risky_migrations.rewrite_chunk"
 					 " SELECT $1, u.* FROM unnest($2, $3, $4, $5) u",

@@ -68,7 +68,6 @@
 #include "state.h"
 #include "steps.h"
 #include "storage/bufmgr.h"
-#include "utils/array.h"
 #include "utils/datum.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -553,8 +552,8 @@ save_verified(Oid shadow, const Chunk *chunks, const int64 *rows, int n)
 		}
 	if (good == 0)
 		return;
-	v[1] = PointerGetDatum(construct_array(first, good, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
-	v[2] = PointerGetDatum(construct_array(count, good, INT8OID, sizeof(int64), FLOAT8PASSBYVAL, TYPALIGN_DOUBLE));
+	v[1] = rm_int64_array(first, good);
+	v[2] = rm_int64_array(count, good);
 	rm_state_execute("UPDATE risky_migrations.rewrite_chunk c SET rows_verified = u.n"
 					 " FROM unnest($2, $3) u(first_block, n)"
 					 " WHERE c.shadow = $1 AND c.first_block = u.first_block",
@@ -740,28 +739,28 @@ verify_apply(RmRun *run)
 
 /* one transaction's worth of a range, in a helper */
 static void
-verify_help(RmRun *run)
+help(RmRun *run, bool in_order)
 {
 	Relation	rel;
 	RmRewrite  *rw = rm_rewrite_help(run, &rel);
 
 	if (rw == NULL)
 		return;
-	run->range.rows_checked += verify_range(run, rw, rel, false);
+	run->range.rows_checked += verify_range(run, rw, rel, in_order);
 	table_close(rel, NoLock);
+}
+
+static void
+verify_help(RmRun *run)
+{
+	help(run, false);
 }
 
 /* the same in a helper of the step index, of what is as it was copied */
 void
 rm_verify_beside(RmRun *run)
 {
-	Relation	rel;
-	RmRewrite  *rw = rm_rewrite_help(run, &rel);
-
-	if (rw == NULL)
-		return;
-	(void) verify_range(run, rw, rel, true);
-	table_close(rel, NoLock);
+	help(run, true);
 }
 
 const RmStep rm_step_rewrite_verify = {

@@ -401,9 +401,7 @@ progress_array(const RmProgress *p, int workers)
 		Int64GetDatum(p->rows_first), Int64GetDatum(p->rows_done),
 	Int64GetDatum(p->rows_total), Int64GetDatum(workers)};
 
-	return PointerGetDatum(construct_array(fields, lengthof(fields), INT8OID,
-										   sizeof(int64), FLOAT8PASSBYVAL,
-										   TYPALIGN_DOUBLE));
+	return rm_int64_array(fields, lengthof(fields));
 }
 
 /* writes the sums so far, in the transaction that they count */

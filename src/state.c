@@ -179,6 +179,13 @@ rm_attnum_array(List *attnums)
 }
 
 Datum
+rm_int64_array(Datum *values, int n)
+{
+	return PointerGetDatum(construct_array(values, n, INT8OID, sizeof(int64), FLOAT8PASSBYVAL,
+										   TYPALIGN_DOUBLE));
+}
+
+Datum
 rm_result_datum(int row, int col)
 {
 	bool		isnull;

@@ -48,6 +48,9 @@ extern void rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *v
 /* int2[] of a list of integers */
 extern Datum rm_attnum_array(List *attnums);
 
+/* the values, n of them, as a bigint[] */
+extern Datum rm_int64_array(Datum *values, int n);
+
 /* fields of the current SPI_tuptable; row and column count from 0 and 1 */
 extern bool rm_result_isnull(int row, int col);
 extern Datum rm_result_datum(int row, int col);

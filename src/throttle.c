@@ -168,7 +168,10 @@ rm_throttle_init(void)
 							&batch_pause, 0, 0, INT_MAX, PGC_USERSET,
 							GUC_UNIT_MS, NULL, NULL, NULL);
 
-	/* with that, clients that use all processors keep three quarters of their throughput (doc/performance.md) */
+	/*
+	 * With that, clients that use all processors keep three quarters of their
+	 * throughput: bench/run accounts.
+	 */
 	DefineCustomRealVariable("risky_migrations.busy_rest",
 							 "Rest so many times as long as the work had to wait for a processor.",
 							 "0 does not rest. With several workers, and where the operating system does not tell (it is Linux that does), nothing is rested.",
@@ -677,7 +680,7 @@ time_waited_for_processor(uint64 *ns)
 static void
 note_work_begins(RmThrottle *t)
 {
-	t->waited_known = time_waited_for_processor(&t->waited);
+	t->waited_known = busy_rest > 0 && time_waited_for_processor(&t->waited);
 	INSTR_TIME_SET_CURRENT(t->work_began);
 }
 

@@ -109,8 +109,6 @@ sub chunk_of_table
 		AND (t.ctid::text::point)[0] * 65536 + (t.ctid::text::point)[1] < c.end_row");
 }
 
-sub is_verified { my ($chunk) = @_; return sql("SELECT rows_verified IS NOT NULL FROM $chunks WHERE first_block = $chunk") }
-
 # The shadow's last page may have room for what is replayed; so what is said of chunks is
 # said of all before the last one.
 my $last = "(SELECT max(first_block) FROM $chunks WHERE copied)";
