@@ -22,8 +22,8 @@
  *	A row trigger is not passed on.  Each child gets its own, and one that comes later
  *	has none: it is made by whoever comes to choose the next leaf, to build, or to go
  *	back (rm_leaves_arm).  What was written before that is found by the
- *	verification, to which the build goes back for it (rm_leaves_are_late); and
- *	after the swap by the look at the way back.  Until then nobody is held to the shadow
+ *	verification, to which the build goes back for it (rm_leaves_are_late), though
+ *	not for ever (rm_begin_again); and after the swap by the look at the way back.  Until then nobody is held to the shadow
  *	column: it is not NOT NULL before the exchange.
  *
  *	A child that was taken away and put back has its trigger still, which did nothing

@@ -220,6 +220,7 @@ struct RmRun
 	Oid			top_level_relid;	/* which it has locked all the while, or 0 */
 	int			top_level_tables;	/* that it may lock at most */
 	int			back_to;		/* reverting: steps that are done now, if fewer */
+	int			rounds;			/* see rm_begin_again() */
 	int			tries;			/* for a lock, in vain, since the last commit */
 	instr_time	first_try;		/* when the first of them had failed */
 	bool		may_hold;		/* nobody waits for what comes next */
@@ -309,6 +310,7 @@ extern void rm_transaction(void (*work) (void *arg), void *arg);
 extern void rm_execute(const char *sql);
 extern bool rm_wait_latch(int ms, MemoryContext cxt, ErrorData **error);
 extern bool rm_notice_due(RmRun *run);
+extern void rm_begin_again(RmRun *run, const char *why);
 extern double rm_elapsed_ms(instr_time since);
 
 #endif							/* RM_MIGRATION_H */

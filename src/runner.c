@@ -358,6 +358,30 @@ rm_notice_due(RmRun *run)
 	return true;
 }
 
+/* so often others may undo what a step has looked at */
+#define MAX_ROUNDS 20
+
+/*
+ * What others did has sent the step back to an earlier point of its work, and would do
+ * so for ever if they went on.  Says why when somebody has to be asked (55000).
+ */
+void
+rm_begin_again(RmRun *run, const char *why)
+{
+	if (++run->rounds < MAX_ROUNDS)
+		return;
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("step %s of migration %lld had to begin again %d times", run->step->name,
+					(long long) run->migration_id, run->rounds),
+			 errdetail("%s", why),
+			 run->revert ?
+			 errhint("When nobody does that any more CALL rm_rollback(%lld) again; or stay with the new column: CALL rm_cleanup(%lld).",
+					 (long long) run->migration_id, (long long) run->migration_id) :
+			 errhint("When nobody does that any more call it again (next_call in rm_migrations), what is done stays; or take everything back with CALL rm_rollback(%lld).",
+					 (long long) run->migration_id)));
+}
+
 /*-------------------------------------------------------------------------
  * The step log
  *-------------------------------------------------------------------------

@@ -595,18 +595,48 @@ catalogs_unchanged(const RmMigration *m)
 		strcmp(m->fingerprint, rm_catalog_fingerprint(m->relid, CurrentMemoryContext)) == 0;
 }
 
-/* children have come: the step enforce_not_null comes next, for these alone */
+/* how often the step enforce_not_null has been done in vain since the last error */
+static int
+verifications_in_vain(const RmRun *run)
+{
+	Oid			types[] = {INT8OID, INT8OID};
+	Datum		v[] = {Int64GetDatum(run->migration_id), Int64GetDatum(run->log_id)};
+
+	rm_state_execute("SELECT count(*) FROM risky_migrations.step_log"
+					 " WHERE migration_id = $1 AND step = 'enforce_not_null' AND id >"
+					 " coalesce((SELECT max(id) FROM risky_migrations.step_log WHERE migration_id = $1"
+					 " AND id <> $2 AND (state <> 'done' OR direction <> 'apply')), 0)",
+					 2, types, v, NULL);
+	return (int) rm_result_int64(0, 1);
+}
+
+/*
+ * Children have come: the step enforce_not_null comes next, for these alone.  Each
+ * time that is a run of its own, so how often is known by the log.
+ */
 static void
 back_to_verification(RmRun *run)
 {
 	RmMigration *m = run->m;
 
+	run->rounds = verifications_in_vain(run);
+	rm_begin_again(run, psprintf("Each time tables that inherit from %s have come, or have been away, since all were verified.",
+								 m->relation));
 	ereport(NOTICE,
 			(errmsg("migration %lld: tables that inherit from %s have come, or have been away, since all were verified; they are verified now",
 					(long long) m->id, m->relation)));
 	m->steps_done = RM_ENFORCE_NOT_NULL;
 	m->phase = RM_PHASE_LATE_LEAVES;
 	get_work(run)->goes_back = true;
+}
+
+/* somebody's DDL came in between: what is needed is to be planned anew */
+static void
+plan_again(RmRun *run)
+{
+	rm_begin_again(run, psprintf("Each time the definition of %s, of what hangs on it or of what is below it has changed meanwhile.",
+								 run->m->relation));
+	run->m->phase = PHASE_PLAN;
 }
 
 /* ANALYZE of all that have statistics of their own */
@@ -674,7 +704,7 @@ build(RmRun *run)
 				find_missing(run, true, &invalid, &unvalidated) ||
 				!catalogs_unchanged(m))
 			{
-				m->phase = PHASE_PLAN;
+				plan_again(run);
 				return false;
 			}
 			return true;
@@ -1047,7 +1077,7 @@ fill_copies(RmRun *run, bool forward)
 		}
 		if (forward && !catalogs_unchanged(run->m))
 		{
-			run->m->phase = PHASE_PLAN;	/* somebody's DDL came in between */
+			plan_again(run);
 			return false;
 		}
 		rm_copies_make(run, copies, forward);
@@ -1128,7 +1158,7 @@ swap_apply(RmRun *run)
 	e = hold_still(run, list, true);
 	if (!catalogs_unchanged(m))
 	{
-		m->phase = PHASE_PLAN;	/* somebody's DDL came in between */
+		plan_again(run);
 		return RM_STEP_AGAIN;
 	}
 	refuse_unverified(m);
@@ -1504,6 +1534,15 @@ way_back_is_open(RmRun *run)
 	return true;
 }
 
+/* something has come since we looked */
+static void
+look_again(RmRun *run)
+{
+	rm_begin_again(run, psprintf("Each time values that do not fit the old type have been written to %s meanwhile, or what is below it has changed.",
+								 run->m->relation));
+	memset(get_work(run), 0, sizeof(Swap));
+}
+
 static RmStepResult
 swap_revert(RmRun *run)
 {
@@ -1542,8 +1581,7 @@ swap_revert(RmRun *run)
 	refuse_renamed(m);
 	if (m->trigger_xmin != rm_trigger_xmin(m) || misfits_recorded(m))
 	{
-		/* since we looked: look again, without the lock */
-		memset(get_work(run), 0, sizeof(Swap));
+		look_again(run);		/* without the lock */
 		return RM_STEP_AGAIN;
 	}
 	/* since it was planned somebody may have added an index, which would go with the column */
@@ -1553,8 +1591,7 @@ swap_revert(RmRun *run)
 	lock_for_exchange(run, e, false);
 	if (misfits_recorded(m))
 	{
-		/* by somebody who wrote until then */
-		memset(get_work(run), 0, sizeof(Swap));
+		look_again(run);		/* by somebody who wrote until then */
 		return RM_STEP_AGAIN;
 	}
 	run->old_storage = rm_relation_storage(m->relid);

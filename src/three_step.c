@@ -1107,6 +1107,23 @@ takes_not_null_later(const RmMigration *m)
 	return m->by_leaf && !rm_is_parted(m);
 }
 
+/* the same where what was verified could not be enforced: not for ever */
+static void
+begin_again_for_change(RmRun *run)
+{
+	rm_begin_again(run, psprintf("Each time the sync trigger or a constraint of the migration has been changed on %s meanwhile, or a table below it has come or been away.",
+								 run->m->relation));
+	verify_again(run->m);
+}
+
+static void
+begin_again_for_value(RmRun *run)
+{
+	rm_begin_again(run, psprintf("Each time a value of column \"%s\" of %s that does not convert has been written meanwhile; rm_conversion_errors shows the last ones.",
+								 run->m->column, run->m->relation));
+	run->m->phase = ENFORCE_BEGIN;
+}
+
 /* the part without strong locks: every row equals the expression's value */
 static void
 verify(RmRun *run, Relation rel)
@@ -1254,7 +1271,7 @@ enforce_apply(RmRun *run)
 		m->phase = ENFORCE_BEGIN;
 	/* nor is it if the trigger was switched off for a moment */
 	if (m->phase != ENFORCE_BEGIN && !trigger_unchanged(m))
-		verify_again(m);
+		begin_again_for_change(run);
 	if (m->phase <= ENFORCE_VERIFY && !e->invalid)
 	{
 		verify_some(run);
@@ -1283,7 +1300,7 @@ enforce_apply(RmRun *run)
 
 	if (!here || !trigger_unchanged(m))
 	{
-		verify_again(m);		/* just now, before we had the lock */
+		begin_again_for_change(run);	/* just now, before we had the lock */
 		return RM_STEP_AGAIN;
 	}
 	alter = rm_alter_sql(m);
@@ -1306,7 +1323,7 @@ enforce_apply(RmRun *run)
 		case ENFORCE_ADD_CHECK:
 			if (!leaves_verified(m))
 			{
-				verify_again(m);	/* one was attached since we passed by */
+				begin_again_for_change(run);	/* one was attached since we passed by */
 				break;
 			}
 			refuse_wrong_rows(run);
@@ -1314,7 +1331,7 @@ enforce_apply(RmRun *run)
 				return RM_STEP_DONE;	/* and no write fails later, either */
 			if (failures_recorded(m))
 			{
-				m->phase = ENFORCE_BEGIN;	/* by a writer, since we passed by */
+				begin_again_for_value(run); /* by a writer, since we passed by */
 				break;
 			}
 			set_enforced(m, true);

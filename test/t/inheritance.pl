@@ -196,5 +196,33 @@ first_child('a first child after the verification', 0, 'CALL rm_backfill_batched
 first_child('a first child after the swap, and the way back', 1, 'CALL rm_backfill_batched()', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
 first_child('a first child after the swap, and the cleanup', 0, 'CALL rm_backfill_batched()', 'CALL rm_enforce_not_null()', 'CALL rm_swap()');
 
+# One that is taken away and put back before each look: told, not tried for ever.
+sql(q{
+CREATE TABLE r (id int PRIMARY KEY, v int NOT NULL);
+CREATE INDEX ON r (v);
+INSERT INTO r SELECT g, g FROM generate_series(1, 1000) g;
+CREATE TABLE r1 () INHERITS (r);
+INSERT INTO r1 SELECT g, g FROM generate_series(1, 1000) g;
+CALL rm_add_column('r', 'v', 'bigint');
+CALL rm_backfill_batched();
+CALL rm_enforce_not_null();
+});
+my $stands = q{SELECT last_step_state, sqlstate, steps_done, next_call FROM rm_migrations WHERE relation = 'public.r'};
+my $restless = start_call('restless', qq{DO \$\$ BEGIN
+	FOR i IN 1 .. 6000 LOOP
+		ALTER TABLE r1 NO INHERIT r;
+		ALTER TABLE r1 INHERIT r;
+		COMMIT;
+		PERFORM pg_sleep(0.005);
+		EXIT WHEN EXISTS (SELECT FROM ($stands) s WHERE last_step_state = 'failed' OR steps_done = 5);
+	END LOOP; END \$\$});
+($status, $out, $err) = $node->psql('postgres', 'CALL rm_swap()');
+like($err, qr/had to begin again 20 times.*come, or have been away.*next_call in rm_migrations.*or take everything back/s,
+	'a child that comes and goes all the time: it says so');
+ends_well($restless, 'the one who does that is not in its way');
+like(sql($stands), qr/^failed\|55000\|[234]\|CALL rm_(enforce_not_null|swap)/, 'the state is true, and says what to call');
+sql('CALL rm_enforce_not_null(); CALL rm_swap(); CALL rm_cleanup()');
+is(sql(q{SELECT count(*) || ' ' || sum(v) || ' ' || min(pg_typeof(v)::text) FROM r}), '2000 1001000 bigint', 'once it stays it goes on');
+
 $node->stop;
 done_testing();

@@ -213,6 +213,92 @@ CALL rm_alter_type('oneway', 'v', 'pair', 'row(length(v), 1)::pair');
 }
 
 # ---------------------------------------------------------------------------
+# Others undo what was looked at, each time: it says so, and can go on
+# ---------------------------------------------------------------------------
+
+sub gives_up
+{
+	my ($call, $why, $name) = @_;
+	my ($state, $detail, $hint, $stderr) = error_of($call);
+	is($state, '55000', "$name: not for ever");
+	like($stderr, qr/had to begin again 20 times/, "$name: it says how often");
+	like($detail, $why, "$name: and why");
+	like($hint, $call =~ /rollback/ ? qr/CALL rm_rollback\(\d+\) again.*CALL rm_cleanup/ : qr/next_call in rm_migrations.*CALL rm_rollback/, "$name: and what to do");
+	return;
+}
+
+# For each index that is built somebody makes another one, until there are 60.
+{
+	sql(q{
+CREATE TABLE eager (id int, v text);
+CREATE INDEX eager_v ON eager (v);
+INSERT INTO eager SELECT g, g FROM generate_series(1, 1000) g;
+});
+	my $shape = shape('eager');
+	sql(q{
+CALL rm_add_column('eager', 'v', 'numeric', 'v::numeric');
+CALL rm_backfill_batched();
+CALL rm_enforce_not_null();
+CREATE FUNCTION one_more() RETURNS event_trigger LANGUAGE plpgsql AS $$
+BEGIN
+	IF EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE object_identity ~ '^public.rm_n_')
+		AND (SELECT count(*) FROM pg_index WHERE indrelid = 'eager'::regclass) < 60 THEN
+		EXECUTE format('CREATE INDEX more_%s ON eager (v)', (SELECT count(*) FROM pg_index WHERE indrelid = 'eager'::regclass));
+	END IF;
+END $$;
+CREATE EVENT TRIGGER one_more ON ddl_command_end WHEN TAG IN ('CREATE INDEX') EXECUTE FUNCTION one_more();
+});
+	gives_up('CALL rm_swap()', qr/definition of public.eager/, 'DDL while it builds');
+	is(sql($last), 'build|failed|55000', 'the state is true');
+	sql('DROP EVENT TRIGGER one_more; CALL rm_swap()');
+	is(sql('SELECT count(*) FROM eager WHERE v = id'), 1000, 'it goes on');
+	sql('CALL rm_rollback()');
+	sql("DROP INDEX $_") foreach split /\n/, sql(q{SELECT indexrelid::regclass FROM pg_index WHERE indrelid = 'eager'::regclass AND indexrelid::regclass::text ~ '^more_'});
+	is(shape('eager'), $shape, 'taken back, nothing is left');
+}
+
+# Values that do not convert, in rows that ON CONFLICT DO NOTHING leaves out: each is
+# recorded.  The expression itself writes one, in each look at the table; 500 in all.
+{
+	sql(q{
+CREATE TABLE spoils (how text);
+CREATE SEQUENCE spoilt;
+CREATE TABLE dropped (id int PRIMARY KEY, v text);
+INSERT INTO dropped SELECT g, g FROM generate_series(1, 999) g;
+INSERT INTO dropped VALUES (1000, NULL);
+CREATE FUNCTION spoil() RETURNS void LANGUAGE plpgsql AS $$
+DECLARE how text := (SELECT max(s.how) FROM public.spoils s WHERE nextval('public.spoilt') < 500);
+BEGIN
+	IF how = 'forth' THEN
+		INSERT INTO public.dropped (id, v) VALUES (1, 'x') ON CONFLICT DO NOTHING;
+	ELSIF how = 'back' THEN
+		INSERT INTO public.dropped (id, v) VALUES (1, 5000000000) ON CONFLICT DO NOTHING;
+	END IF;
+END $$;
+CREATE FUNCTION spoiled(text) RETURNS bigint LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN
+	IF $1 IS NULL THEN
+		PERFORM public.spoil();
+	END IF;
+	RETURN coalesce($1, '7')::bigint;
+END $$;
+CALL rm_add_column('dropped', 'v', 'bigint', 'spoiled(v)', reverse_expr => 'v::int::text');
+CALL rm_backfill_batched();
+INSERT INTO spoils VALUES ('forth');
+});
+	gives_up('CALL rm_enforce_not_null()', qr/rm_conversion_errors shows/, 'values that do not convert');
+	is(sql(q{SELECT string_agg(DISTINCT value, ',') FROM rm_conversion_errors}), 'x', 'they are shown');
+	is(sql($last), 'enforce_not_null|failed|55000', 'the state is true');
+	sql('DELETE FROM spoils; CALL rm_enforce_not_null(); CALL rm_swap()');
+	is(sql('SELECT sum(v) FROM dropped'), 999 * 500 + 7, 'it goes on');
+	sql(q{INSERT INTO dropped (id, v) VALUES (1, 5000000000) ON CONFLICT DO NOTHING; INSERT INTO spoils VALUES ('back'); SELECT setval('spoilt', 1)});
+	gives_up('CALL rm_rollback()', qr/do not fit the old type/, 'values that do not fit the old type');
+	is(sql($last), 'swap|failed|55000', 'the state is true');
+	sql('DELETE FROM spoils; CALL rm_rollback()');
+	is(sql('SELECT sum(v::int), count(*) FROM dropped'), 999 * 500 . '|1000', 'it goes back');
+}
+
+# ---------------------------------------------------------------------------
 # The disk is full
 # ---------------------------------------------------------------------------
 
