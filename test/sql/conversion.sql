@@ -633,6 +633,100 @@ EXECUTE everything;
 DEALLOCATE ALL;
 DROP TABLE price;
 
+-- 16. Looking beforehand: the rows that fail, up to a limit, and how many fail
+-- likewise; with no lock but ACCESS SHARE, and it can be cancelled
+CREATE TABLE checked (id int, part int, v text, PRIMARY KEY (part, id));
+INSERT INTO checked SELECT i, i % 2, CASE WHEN i % 100 = 0 THEN 'bad ' || i WHEN i % 250 = 7 THEN i || '000000000'
+	WHEN i % 10 <> 3 THEN i::text END FROM generate_series(1, 1000) i;
+SELECT * FROM rm_check_conversion('checked', 'v', 'int', 'v::int', 3);
+SELECT sqlstate, count(*), min(rows_like_it), max(rows_like_it) FROM rm_check_conversion('checked', 'v', 'int', 'v::int') GROUP BY 1 ORDER BY 1;
+BEGIN;
+SELECT count(*) FROM rm_check_conversion('checked', 'v', 'int', 'v::int');
+SELECT DISTINCT mode FROM pg_locks WHERE pid = pg_backend_pid() AND relation IN ('checked'::regclass, 'checked_pkey'::regclass);
+ROLLBACK;
+CREATE FUNCTION conv.slowly(text) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$
+BEGIN PERFORM pg_sleep(0.1); RETURN 1; END $$;
+SET statement_timeout = '200 ms';
+\set VERBOSITY sqlstate
+SELECT * FROM rm_check_conversion('checked', 'v', 'int', 'conv.slowly(v)');
+\set VERBOSITY default
+RESET statement_timeout;
+DROP FUNCTION conv.slowly;
+DROP TABLE checked;
+
+-- 17. Tables of the same name, with all that is on them, in several schemas
+CREATE SCHEMA conv_a;
+CREATE SCHEMA conv_b;
+CREATE SCHEMA "conv.c";
+DO $$
+DECLARE s text;
+BEGIN
+	FOREACH s IN ARRAY '{conv_a,conv_b,conv.c}'::text[] LOOP
+		EXECUTE format('SET search_path = %I', s);
+		CREATE TABLE item (id serial PRIMARY KEY, v int NOT NULL UNIQUE CHECK (v > 0), parent int REFERENCES item (v));
+		INSERT INTO item (v) SELECT g * CASE s WHEN 'conv_a' THEN 1 WHEN 'conv_b' THEN 10 ELSE 100 END FROM pg_catalog.generate_series(1, 100) g;
+		CREATE VIEW item_view AS SELECT v FROM item;
+	END LOOP;
+END $$;
+SET search_path = conv_b, public;
+CALL rm_add_column('item', 'v', 'bigint');
+CALL rm_add_column('conv_a.item', 'v', 'bigint');
+CALL rm_add_column('"conv.c".item', 'v', 'bigint');
+SELECT max(id) AS c FROM rm_migrations \gset
+INSERT INTO item (v) VALUES (7);
+INSERT INTO conv_a.item (v) VALUES (777);
+INSERT INTO "conv.c".item (v) VALUES (7777);
+SELECT rm_resume(id) = id AS it FROM rm_migrations WHERE id > :c - 3 ORDER BY id;
+DO $$ BEGIN
+	FOR i IN 1 .. 6000 LOOP
+		COMMIT;
+		EXIT WHEN 3 = (SELECT count(*) FROM rm_migrations WHERE state = 'open' AND steps_done = 5 AND running_pid IS NULL);
+		PERFORM pg_sleep(0.01);
+	END LOOP;
+END $$;
+SELECT relation, steps_done, last_step_state FROM rm_migrations WHERE id > :c - 3 ORDER BY id;
+CALL rm_rollback(:c - 2);
+CALL rm_cleanup(:c - 1);
+CALL rm_cleanup(:c);
+SELECT pg_typeof(v), count(*), sum(v) FROM conv_a.item_view GROUP BY 1;
+SELECT pg_typeof(v), count(*), sum(v) FROM conv_b.item_view GROUP BY 1;
+SELECT pg_typeof(v), count(*), sum(v) FROM "conv.c".item_view GROUP BY 1;
+SELECT conrelid::regclass AS "table", conname, pg_get_constraintdef(oid) FROM pg_constraint
+WHERE conrelid::regclass::text ~ 'item$' ORDER BY conrelid::regclass::text COLLATE "C", conname;
+SET search_path = conv, public;
+SET client_min_messages = error;
+DROP SCHEMA conv_a, conv_b, "conv.c" CASCADE;
+SET client_min_messages = warning;
+
+-- 18. Composite types, arrays of them, domains over arrays
+CREATE TYPE conv.pair AS (a int, b text);
+CREATE DOMAIN conv.numbers AS int[];
+CREATE TABLE typed (id int PRIMARY KEY, v conv.pair NOT NULL);
+INSERT INTO typed SELECT g, row(g, 'it''s "' || g)::conv.pair FROM generate_series(1, 50) g;
+CREATE INDEX ON typed (v);
+CREATE FUNCTION conv.as_is() RETURNS TABLE (type text, md5 text) LANGUAGE sql AS $$
+	SELECT (SELECT format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = 'conv.typed'::regclass AND attname = 'v'),
+		md5(string_agg(to_jsonb(t.v)::text, ',' ORDER BY id)) FROM conv.typed t $$;
+SELECT * FROM conv.as_is();
+CALL rm_alter_type('typed', 'v', 'text', 'v::text', reverse_expr => 'v::conv.pair');
+UPDATE typed SET v = '(7,seven)' WHERE id = 7;
+UPDATE typed SET v = '(7,"it''s ""7")' WHERE id = 7;
+CALL rm_rollback();
+SELECT * FROM conv.as_is();
+CALL rm_alter_type('typed', 'v', 'conv.pair[]', 'ARRAY[v, NULL]', reverse_expr => 'v[1]');
+SELECT v FROM typed WHERE id = 7;
+CALL rm_rollback();
+SELECT * FROM conv.as_is();
+CALL rm_alter_type('typed', 'v', 'conv.numbers', 'ARRAY[(v).a, id]');
+CALL rm_cleanup();
+CALL rm_alter_type('typed', 'v', 'bigint[]');
+CALL rm_cleanup();
+SELECT type FROM conv.as_is();
+SELECT v FROM typed WHERE id = 7;
+DROP TABLE typed;
+DROP TYPE conv.pair;
+DROP DOMAIN conv.numbers;
+
 -- DROP EXTENSION takes the sync triggers along only with CASCADE
 CREATE TABLE last_one (v text NOT NULL);
 CALL rm_add_column('last_one', 'v', 'int', 'v::int');
