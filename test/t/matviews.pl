@@ -130,6 +130,18 @@ types_are('integer', 'with the old type');
 is(sql('SELECT max(top) FROM other'), 3000, 'and what was refreshed meanwhile');
 is(sql('SELECT lying_about()'), '', 'no copy lies about');
 
+# an index that is made after all was built, before the copies are: carried over
+my $snapshot = $node->background_psql('postgres');
+$snapshot->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM beside');
+$call = start_call('late', $allow, $alter);
+becomes(q{(SELECT waiting_for = 'snapshot' FROM rm_progress)}, 'all is built, it waits for a snapshot');
+sql('CREATE INDEX late ON sale (v)');
+$snapshot->query_safe('COMMIT');
+$snapshot->quit;
+ends_well($call, 'it goes on to the end once more');
+is(sql(q{SELECT pg_get_indexdef('late'::regclass, 1, true)}), 'v', 'with the index that was made meanwhile');
+sql('CALL rm_rollback(); DROP INDEX late');
+
 # one that is refreshed all the time: told, not tried for ever
 sql('UPDATE gate SET passes = 0');
 $call = start_call('third', $allow, $alter);
