@@ -224,6 +224,7 @@ CREATE UNLOGGED TABLE o.unlogged (c int);
 CREATE PUBLICATION "Listed" FOR TABLE o.pub (id, c);
 CREATE PUBLICATION harmless FOR TABLE o.pub (id, d) WHERE (d > 0 AND id > 0);
 CREATE PUBLICATION filtered FOR TABLE o.pub (id, d) WHERE (c > 0) WITH (publish = 'insert');
+CREATE PUBLICATION listed_beside FOR TABLE o.pub (c) WHERE (d > 0) WITH (publish = 'insert');
 CREATE PUBLICATION whole FOR TABLE o.pub WHERE (id > 0);
 CREATE PUBLICATION nobody;
 RESET ROLE;
@@ -238,9 +239,11 @@ SELECT bag_eq($$SELECT obstacles('o.pub')$$, ARRAY[
 RESET ROLE;
 ALTER PUBLICATION "Listed" OWNER TO rm_tap_other;
 ALTER PUBLICATION filtered OWNER TO rm_tap_other;
+ALTER PUBLICATION listed_beside OWNER TO rm_tap_other;
 SET ROLE rm_tap_owner;
 SELECT bag_eq($$SELECT obstacles('o.pub')$$, ARRAY[
 	'publication column list | "Listed" | its list of columns has the column, and role rm_tap_owner is not an owner of it',
+	'publication column list | listed_beside | its list of columns has the column, and role rm_tap_owner is not an owner of it',
 	'publication row filter | filtered | its condition uses the column, and role rm_tap_owner is not an owner of it',
 	'publication | whole | it publishes all columns, and the subscriber does not have the new one',
 	'publication | of_schema | it publishes all columns, and the subscriber does not have the new one',
@@ -262,14 +265,20 @@ DROP PUBLICATION of_schema, of_all;
 
 SET ROLE rm_tap_owner;
 CREATE DOMAIN o.whole AS int;
+CREATE DOMAIN o.wide AS bigint;
+CREATE DOMAIN o.wider AS o.wide;
 CREATE TABLE o.casts (id int, c o.whole, s smallint);
+CREATE TABLE o.casts_heir (t text, s smallint, c o.whole, id int);
+ALTER TABLE o.casts_heir INHERIT o.casts;
+CREATE PUBLICATION small FOR TABLE ONLY o.casts WHERE (s & 4 = 4) WITH (publish = 'insert');
 CREATE FUNCTION o.note() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END';
 CREATE FUNCTION o.takes(int) RETURNS int LANGUAGE sql AS 'SELECT $1';
 CREATE VIEW o.compared AS SELECT id FROM o.casts WHERE c > 5;
-CREATE VIEW o.passed AS SELECT id, c FROM o.casts;
+CREATE VIEW o.passed AS SELECT c, id FROM o.casts;
 CREATE VIEW o.passed_on AS SELECT id FROM o.passed WHERE c > 5;
 CREATE VIEW o.widened AS SELECT id FROM o.casts WHERE c::bigint > 5 AND id > 5;
 CREATE VIEW o.of_small AS SELECT o.takes(s) FROM o.casts WHERE s > 5;
+CREATE VIEW o.of_heir AS SELECT t FROM o.casts_heir WHERE o.takes(s) > 5;
 CREATE TRIGGER compares AFTER UPDATE OF c ON o.casts FOR EACH ROW WHEN (OLD.c <> NEW.c) EXECUTE FUNCTION o.note();
 CREATE TRIGGER does_not AFTER UPDATE OF c ON o.casts FOR EACH ROW WHEN (NEW.c IS NOT NULL) EXECUTE FUNCTION o.note();
 CREATE POLICY compares ON o.casts USING (c > 5);
@@ -284,10 +293,14 @@ SELECT bag_eq($$SELECT pg_temp.coercions(2, 'bigint')$$, ARRAY[
 	'implicit cast | compares on o.casts | it has the column cast to integer, and values of type bigint need not fit'
 ], 'a domain over int that becomes a bigint');
 SELECT is(count(*), 5::bigint, 'or text') FROM pg_temp.coercions(2, 'text');
+SELECT is(count(*), 5::bigint, 'or a domain over a domain over it') FROM pg_temp.coercions(2, 'o.wider');
 SELECT is_empty($$SELECT pg_temp.coercions(2, 'integer')$$, 'its base type fits');
 SELECT is_empty($$SELECT pg_temp.coercions(2, 'smallint')$$, 'and so does a smaller one');
 SELECT set_eq($$SELECT pg_temp.coercions(3, 'bigint')$$, ARRAY[
-	'implicit cast | o.of_small | it has the column cast to integer, and values of type bigint need not fit'], 'an argument of a function');
+	'implicit cast | o.of_small | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | o.of_heir | it has the column cast to integer, and values of type bigint need not fit',
+	'implicit cast | o.casts in publication small | it has the column cast to integer, and values of type bigint need not fit'],
+	'an argument of a function; a view on a child; the condition of a publication');
 RESET ROLE;
 
 -----------------------------------------------------------------------
