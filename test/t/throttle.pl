@@ -470,10 +470,22 @@ take_back();
 set(q{risky_migrations.batch_pause = '1h'});
 begin_migration();
 {
-	my $call = start_call('CALL rm_backfill_batched(1000)');
+	my @statements = ('SET client_min_messages = notice', 'CALL rm_backfill_batched(1000)');
+	my $call = start_call(@statements);
 	holds('pause', 'pause');
 	is(sql("SELECT ($open).rows_done"), 1000, 'pause: after one batch');
 	is(as_owner('SELECT rows_done FROM rm_progress'), 1000, 'pause: rm_progress says so too');
+
+	# steered at once, though it would rest for an hour
+	as_owner('SELECT rm_pause()');
+	$call->{handle}->pump until $call->{err} =~ /migration \d+ is paused by role/;
+	pass('pause: rm_pause is heard');
+	as_owner('SELECT rm_resume()');
+	becomes("SELECT ($open).rows_done = 2000", 'pause: and so is rm_resume');
+	as_owner('SELECT rm_cancel()');
+	fails($call, qr/ERROR:  57014: migration \d+ was cancelled by role/, 'pause: and rm_cancel');
+	$call = start_call(@statements);
+	becomes("SELECT ($open).rows_done = 3000", 'pause: called again, it goes on where it was');
 
 	# by reload it becomes another reason, without a new call
 	as_owner('UPDATE switch SET on_ = true');
