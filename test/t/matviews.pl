@@ -134,7 +134,7 @@ is(sql('SELECT lying_about()'), '', 'no copy lies about');
 my $snapshot = $node->background_psql('postgres');
 $snapshot->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM beside');
 $call = start_call('late', $allow, $alter);
-becomes(q{(SELECT waiting_for = 'snapshot' FROM rm_progress)}, 'all is built, it waits for a snapshot');
+becomes(q{(SELECT step = 'swap' AND waiting_for = 'snapshot' FROM rm_progress)}, 'all is built, it waits for a snapshot');
 sql('CREATE INDEX late ON sale (v)');
 $snapshot->query_safe('COMMIT');
 $snapshot->quit;
