@@ -46,9 +46,10 @@
  * end, they go.  A runner that exits takes them along; and should that fail,
  * go_until passes by itself.
  *
- * Helpers of a step with help_is_aside do something else than its runner, who may
- * be in one transaction for hours meanwhile: for them go_until is without end, and they go
- * when the runner says so, or is not there any more.
+ * Helpers may also do something else than the runner (run->aside): it goes its way, and
+ * offers them ranges as there is something to do for them, which it neither takes nor waits
+ * for (m->ranges is 0).  It may be in one transaction for hours meanwhile: for them
+ * go_until is without end, and they go when the runner says so, or is not there any more.
  *
  * What fails in a helper is tried again there where it would be in the runner;
  * other errors end it, and the runner raises them as its own.  A helper that
@@ -168,6 +169,7 @@ typedef struct CrewSegment
 	int			batch;
 	int64		log_id;			/* of the runner's run */
 	int			runner_pid;
+	bool		aside;
 	int			nsettings;
 
 	pg_atomic_uint64 go_until;	/* a TimestampTz; 0: rest */
@@ -241,6 +243,36 @@ rm_helpers_aside_for(int64 blocks, int multiple_of)
 	return blocks < range_pages(multiple_of) ? 0 : Max(1, rm_workers_for(blocks, multiple_of) - 1);
 }
 
+/* more ranges, for so many workers; returns how many */
+static int
+add_ranges(RmRun *run, Oid relid, int64 first_block, int64 end_block, int workers, int multiple_of)
+{
+	RmMigration *m = run->m;
+	Oid			types[] = {INT8OID, OIDOID, OIDOID, INT8OID, INT8OID, INT8OID, INT8OID};
+	Datum		v[lengthof(types)];
+	int64		pages = (end_block - first_block) / ((int64) workers * RANGES_PER_WORKER);
+
+	multiple_of = range_pages(multiple_of);
+	pages = Min(pages, MAX_RANGE_PAGES);
+	pages = Max(1, pages / multiple_of) * multiple_of;
+	v[0] = Int64GetDatum(m->id);
+	v[1] = ObjectIdGetDatum(relid);
+	v[2] = ObjectIdGetDatum(m->relfilenode);
+	v[3] = Int64GetDatum(first_block);
+	v[4] = Int64GetDatum(end_block);
+	v[5] = Int64GetDatum(pages);
+	v[6] = Int64GetDatum(run->log_id);
+	rm_state_execute("INSERT INTO risky_migrations.range (migration_id, number, relid,"
+					 " relfilenode, first_block, next_block, end_block, run)"
+					 " SELECT $1, before + row_number() OVER (ORDER BY b), $2, $3, b, b, least(b + $6, $5), $7"
+					 " FROM pg_catalog.generate_series($4, $5 - 1, $6) b,"
+					 "  (SELECT coalesce(max(number), 0) AS before FROM risky_migrations.range"
+					 "   WHERE migration_id = $1) r",
+					 lengthof(types), types, v, NULL);
+	run->ranges_new = true;
+	return (int) SPI_processed;
+}
+
 /*
  * Cuts what is left of the pages of relid, [m->next_block, m->end_block), into
  * ranges.
@@ -249,42 +281,29 @@ void
 rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of)
 {
 	RmMigration *m = run->m;
-	Oid			types[] = {INT8OID, OIDOID, OIDOID, INT8OID, INT8OID, INT8OID, INT8OID};
-	Datum		v[lengthof(types)];
-	int64		blocks = m->end_block - m->next_block;
-	int64		pages = blocks / ((int64) workers * RANGES_PER_WORKER);
 
-	multiple_of = range_pages(multiple_of);
-	pages = Min(pages, MAX_RANGE_PAGES);
-	pages = Max(1, pages / multiple_of) * multiple_of;
-	v[0] = Int64GetDatum(m->id);
-	v[1] = ObjectIdGetDatum(relid);
-	v[2] = ObjectIdGetDatum(m->relfilenode);
-	v[3] = Int64GetDatum(m->next_block);
-	v[4] = Int64GetDatum(m->end_block);
-	v[5] = Int64GetDatum(pages);
-	v[6] = Int64GetDatum(run->log_id);
-	rm_state_execute("DELETE FROM risky_migrations.range WHERE migration_id = $1",
-					 1, types, v, NULL);
-	rm_state_execute("INSERT INTO risky_migrations.range (migration_id, number, relid,"
-					 " relfilenode, first_block, next_block, end_block, run)"
-					 " SELECT $1, row_number() OVER (ORDER BY b), $2, $3, b, b, least(b + $6, $5), $7"
-					 " FROM pg_catalog.generate_series($4, $5 - 1, $6) b",
-					 lengthof(types), types, v, NULL);
-	m->ranges = (int) SPI_processed;
+	rm_ranges_forget(m);
+	m->ranges = add_ranges(run, relid, m->next_block, m->end_block, workers, multiple_of);
 	run->range.number = 0;
-	run->ranges_new = true;
 }
 
-/* no range is known, nobody works on any */
+/* gives these pages of relid (of its storage m->relfilenode) to helpers aside */
+void
+rm_ranges_offer(RmRun *run, Oid relid, int64 first_block, int64 end_block, int multiple_of)
+{
+	(void) add_ranges(run, relid, first_block, end_block, Max(1, run->helpers), multiple_of);
+}
+
+/*
+ * No range is known, nobody works on any.  Waits for the end of the transactions of those
+ * who do.
+ */
 void
 rm_ranges_forget(RmMigration *m)
 {
 	Oid			types[] = {INT8OID};
 	Datum		v[] = {Int64GetDatum(m->id)};
 
-	if (m->ranges == 0)
-		return;
 	rm_state_execute("DELETE FROM risky_migrations.range WHERE migration_id = $1",
 					 1, types, v, NULL);
 	m->ranges = 0;
@@ -557,6 +576,7 @@ make_crew(void *arg)
 	shared->batch = run->batch;
 	shared->log_id = run->log_id;
 	shared->runner_pid = MyProcPid;
+	shared->aside = run->aside;
 	shared->nsettings = list_length(settings);
 	foreach(lc, settings)
 	{
@@ -680,7 +700,7 @@ adjust_size(RmRun *run)
 		if (!start_helper(run, i))
 		{
 			crew->ask_next = TimestampTzPlusMilliseconds(now, ASK_AGAIN);
-			if (!crew->told && !run->step->help_is_aside)
+			if (!crew->told && !run->aside)
 				ereport(NOTICE,
 						(errmsg("step %s goes on with %d of %d workers, no more background workers are free",
 								run->step->name, n + 1, run->helpers + 1),
@@ -708,7 +728,7 @@ raise_crew(RmRun *run)
 		return NULL;
 	if (error->sqlerrcode == ERRCODE_QUERY_CANCELED)
 		return error;
-	ereport(run->crew_next == 0 && !run->step->help_is_aside ? NOTICE : DEBUG1,
+	ereport(run->crew_next == 0 && !run->aside ? NOTICE : DEBUG1,
 			(errmsg("step %s goes on without helpers", run->step->name),
 			 errdetail("%s", error->message),
 			 errhint("They are asked for again as it goes on.")));
@@ -733,6 +753,8 @@ rm_crew_tend(RmRun *run)
 		rm_crew_dismiss(run);
 		return NULL;
 	}
+	if (run->crew && run->crew->shared->aside != run->aside)
+		rm_crew_dismiss(run);
 	if (run->crew == NULL && !rm_worker_can_be(GetSessionUserId()))
 		return NULL;			/* as nobody whom a worker could connect as */
 	if (run->crew == NULL)
@@ -746,7 +768,7 @@ rm_crew_tend(RmRun *run)
 	if (error)
 		return error;
 	adjust_size(run);
-	pg_atomic_write_u64(&crew->shared->go_until, run->step->help_is_aside ? DT_NOEND :
+	pg_atomic_write_u64(&crew->shared->go_until, run->aside ? DT_NOEND :
 						TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LEASE));
 	if (crew->holding || run->ranges_new)
 	{
@@ -900,6 +922,7 @@ rm_help(PG_FUNCTION_ARGS)
 	run.batch = segment->batch;
 	run.log_id = segment->log_id;
 	run.helper = berth->number;
+	run.aside = segment->aside;
 	rm_run_helper(&run);
 	rm_procedure_end();
 	PG_RETURN_VOID();

@@ -14,6 +14,10 @@
  *	  helper.  What it needs of the state row is in run->m, a copy that is not
  *	  saved.
  *
+ * Or, where helpers do something else than apply, which goes on by itself: run->aside,
+ * run->helpers, and rm_ranges_offer() as there is something to do for them; rm_ranges_forget()
+ * before anything that must not happen beside them, for those that an earlier run has left.
+ *
  * The rest (processes, errors, throttling, steering, sums) is done here and by
  * the runner.
  *
@@ -44,6 +48,8 @@ typedef enum RmRangeTaken
 extern int	rm_workers_for(int64 blocks, int multiple_of);
 extern int	rm_helpers_aside_for(int64 blocks, int multiple_of);
 extern void rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of);
+extern void rm_ranges_offer(RmRun *run, Oid relid, int64 first_block, int64 end_block,
+							int multiple_of);
 extern void rm_ranges_forget(RmMigration *m);
 extern RmRangeTaken rm_range_take(RmRun *run);
 extern void rm_range_wait(RmRun *run);

@@ -120,11 +120,6 @@ typedef struct RmStep
 	bool		cuts_over;
 	/* in a helper, which has taken run->range: as apply, see crew.h */
 	void		(*help) (RmRun *run);
-	/*
-	 * That is other work than apply does: helpers go on with it however long a
-	 * transaction of the runner takes, and nobody is told if there are none.
-	 */
-	bool		help_is_aside;
 } RmStep;
 
 struct RmMethod
@@ -232,6 +227,10 @@ struct RmRun
 	RmRangeSums range_sums;		/* of all, and when they were added up */
 	instr_time	summed_at;
 	int			helpers;		/* that the step can do with now */
+	bool		aside;			/* for other work than apply does: they go on with it
+								 * however long a transaction of the runner takes, and
+								 * nobody is told if there are none */
+	bool		busy;			/* there is no processor for these */
 	bool		ranges_new;		/* there are ranges that helpers do not know of */
 	int			helper;			/* the number of this process; 0: the runner */
 	RmCrew	   *crew;			/* crew.c's own */

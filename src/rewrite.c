@@ -1590,22 +1590,19 @@ typedef struct IndexWork
 
 /*
  * Has helpers verify the shadow while its indexes are built, beginning with the
- * next transaction; false if it is too small for that.
+ * next transaction; false if not so much is left of it that this would be worth the while.
  */
 static bool
 verify_beside(RmRun *run, const RmRewrite *rw)
 {
-	RmMigration *m = run->m;
-	int			helpers;
+	int			helpers = rm_helpers_aside_for(rm_chunks_unverified(rw->shadow), RM_REWRITE_RANGE_PAGES);
 
-	m->relfilenode = rw->relfilenode;
-	m->next_block = 0;
-	m->end_block = rm_chunks_end(rw->shadow);
-	helpers = rm_helpers_aside_for(m->end_block, RM_REWRITE_RANGE_PAGES);
 	if (helpers == 0)
 		return false;
-	rm_ranges_cut(run, rw->relid, helpers, RM_REWRITE_RANGE_PAGES);
+	run->m->relfilenode = rw->relfilenode;
 	run->helpers = helpers;
+	run->aside = true;
+	rm_ranges_offer(run, rw->relid, 0, rm_chunks_end(rw->shadow), RM_REWRITE_RANGE_PAGES);
 	return true;
 }
 
@@ -1721,7 +1718,6 @@ const RmStep rm_step_rewrite_index = {
 	.revert = rm_rewrite_nothing,
 	.explain = rm_rewrite_explain,
 	.help = rm_verify_beside,
-	.help_is_aside = true,
 };
 
 /*-------------------------------------------------------------------------

@@ -176,6 +176,7 @@ extern void rm_transfer_clear(RmTransfer *t);
 /* rewrite_copy.c */
 extern void rm_chunks_forget(Oid shadow);
 extern BlockNumber rm_chunks_end(Oid shadow);
+extern int64 rm_chunks_unverified(Oid shadow);
 extern void rm_chunks_unverify(Oid shadow);
 extern void rm_chunks_changed(Oid shadow, const Bitmapset *pages, const Bitmapset *rows);
 

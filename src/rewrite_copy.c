@@ -30,7 +30,9 @@
  * there is not much of it.)
  *
  * A chunk says also which rows of the table it was made of, all those between two
- * places: with that the verification reads both side by side.
+ * places: with that the verification reads both side by side.  Where only one process
+ * copies, a helper does that already, some pages behind it (rewrite_verify.c), as long as
+ * that takes no processor from anybody.
  *
  * The pages are written past the buffers, before they are logged: a page that a
  * crash leaves without its record is in no chunk either, and what comes to the disk
@@ -117,6 +119,7 @@ typedef struct CopyWork
 	Chunk		written[COPY_CHUNKS];
 	/* pages of this process from transactions that failed */
 	List	   *spare;			/* of Chunk * */
+	BlockNumber offered;		/* to helpers, up to there */
 } CopyWork;
 
 /* pages of the shadow under construction */
@@ -155,6 +158,19 @@ rm_chunks_end(Oid shadow)
 	rm_state_execute("SELECT max(end_block) FROM risky_migrations.rewrite_chunk WHERE shadow = $1",
 					 1, types, v, NULL);
 	return (BlockNumber) rm_result_int64(0, 1);
+}
+
+/* pages of the shadow's chunks that are not verified yet */
+int64
+rm_chunks_unverified(Oid shadow)
+{
+	Oid			types[] = {OIDOID};
+	Datum		v[] = {ObjectIdGetDatum(shadow)};
+
+	rm_state_execute("SELECT coalesce(sum(end_block - first_block), 0)::bigint"
+					 " FROM risky_migrations.rewrite_chunk WHERE shadow = $1 AND rows_verified IS NULL",
+					 1, types, v, NULL);
+	return rm_result_int64(0, 1);
 }
 
 static bool
@@ -268,6 +284,7 @@ begin_work(RmRun *run, const RmRewrite *rw)
 		work->spare = NIL;
 		work->nwritten = 0;
 		work->shadow = rw->shadow;
+		work->offered = rm_chunks_end(rw->shadow);
 	}
 	/* all of it was committed, or nothing */
 	failed = work->nwritten > 0 && !is_chunk(work->shadow, work->written[0].first);
@@ -764,6 +781,24 @@ copy_range(RmRun *run, RmRewrite *rw, Relation rel)
 	return copied;
 }
 
+/*
+ * What this transaction has appended may be verified by a helper as soon as it is committed.
+ * What is not given to one here, since it is not much or the transaction fails, is left
+ * for the next step.
+ */
+static void
+offer_pages(RmRun *run, const RmRewrite *rw)
+{
+	CopyWork   *work = run->work;
+	const Chunk *last = &work->written[work->nwritten - 1];
+
+	if (run->helpers == 0 || work->nwritten == 0 ||
+		rm_helpers_aside_for((int64) last->first + last->npages - work->offered, RM_REWRITE_RANGE_PAGES) == 0)
+		return;
+	rm_ranges_offer(run, rw->relid, work->offered, last->first + last->npages, RM_REWRITE_RANGE_PAGES);
+	work->offered = last->first + last->npages;
+}
+
 /* one transaction's worth of the pages, alone or beside helpers */
 static void
 copy_pages(RmRun *run, RmRewrite *rw, Relation rel)
@@ -773,21 +808,31 @@ copy_pages(RmRun *run, RmRewrite *rw, Relation rel)
 	int			workers = rm_workers_for(m->end_block - m->next_block, RM_REWRITE_RANGE_PAGES);
 
 	run->helpers = workers - 1;
+	run->aside = false;
 	if (m->ranges == 0)
 	{
-		/* nobody is at work on this shadow, nor of an earlier run any more */
 		if (work == NULL || work->shadow != rw->shadow)
+		{
+			/* nobody is at work on this shadow, nor of an earlier run any more */
+			rm_ranges_forget(m);
 			cut_off_rest(rw);
+			(void) begin_work(run, rw);
+			return;
+		}
 		if (workers > 1)
 		{
 			/* no more in this transaction: helpers can begin with the next one */
-			(void) begin_work(run, rw);
 			rm_ranges_cut(run, rw->relid, workers, RM_REWRITE_RANGE_PAGES);
 			return;
 		}
+		/* where a processor has nothing to do it can verify */
+		run->aside = true;
+		if (!run->busy)
+			run->helpers = rm_helpers_aside_for(m->end_block, RM_REWRITE_RANGE_PAGES);
 		rm_range_whole(run);
 		m->rows_done += copy_range(run, rw, rel);
 		m->next_block = run->range.next_block;
+		offer_pages(run, rw);
 		return;
 	}
 	switch (rm_range_take(run))
@@ -840,7 +885,10 @@ copy_apply(RmRun *run)
 	}
 	done = m->next_block >= m->end_block;
 	if (done)
+	{
+		rm_ranges_forget(m);
 		clean_shadow(rw);
+	}
 	else
 		copy_pages(run, rw, rel);
 	table_close(rel, NoLock);
@@ -861,8 +909,14 @@ static void
 copy_help(RmRun *run)
 {
 	Relation	rel;
-	RmRewrite  *rw = rm_rewrite_help(run, &rel);
+	RmRewrite  *rw;
 
+	if (run->aside)
+	{
+		rm_verify_beside(run);
+		return;
+	}
+	rw = rm_rewrite_help(run, &rel);
 	if (rw == NULL)
 		return;
 	run->range.rows_changed += copy_range(run, rw, rel);

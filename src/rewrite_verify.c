@@ -24,8 +24,8 @@
  * the shadow's, the rows are counted instead: those of the table, after a round
  * and with its snapshot.
  *
- * Most of it is done before, while the indexes are built: the runner is busy with
- * them, and helpers compare the chunks as they were copied (rm_verify_beside).  They have
+ * Most of it is done before, while one process copies and while the indexes are built: the
+ * runner is busy with that, and helpers compare the chunks as they were copied (rm_verify_beside).  They have
  * no index yet to look anything up, so a chunk counts only if its rows are, one
  * after the other, what those of the table become, and no row is left over on either
  * side.  A round of catching up that changes a row in it, of the shadow or of the table,
@@ -756,7 +756,7 @@ verify_help(RmRun *run)
 	help(run, false);
 }
 
-/* the same in a helper of the step index, of what is as it was copied */
+/* the same in a helper of the steps copy and index, of what is as it was copied */
 void
 rm_verify_beside(RmRun *run)
 {

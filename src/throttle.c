@@ -19,7 +19,8 @@
  *	the share of one more client, and what clients do under locks would take longer
  *	for all who wait for these.  The operating system says how long a process has
  *	been ready to run and did not (Linux, /proc/self/schedstat); others do not say,
- *	and nothing is rested there
+ *	and nothing is rested there.  Beside helpers that only make use of a processor with
+ *	nothing to do it does not rest: they are sent away (run->busy)
  *
  *	before work that may be held (run->may_hold): while one of these is so,
  *	  replica lag	a walsender's receiver is behind, in bytes or in time
@@ -144,6 +145,7 @@ struct RmThrottle
 	uint64		waited;
 	bool		waited_known;
 	double		busy_rest_ms;	/* the last rest, because processors are busy */
+	double		busy_share;		/* beside helpers: of its time, of late */
 };
 
 /* why to hold; kind is NULL if there is no reason */
@@ -694,10 +696,17 @@ rest_if_busy(RmRun *run)
 	uint64		waited;
 
 	t->busy_rest_ms = 0;
-	if (!t->waited_known || busy_rest == 0 || run->helpers > 0 || !time_waited_for_processor(&waited))
+	if (!t->waited_known || busy_rest == 0 || (run->helpers > 0 && !run->aside) || !time_waited_for_processor(&waited))
 		return NULL;
 	worked_ms = rm_elapsed_ms(t->work_began);
 	waited_ms = (waited - t->waited) / 1e6;
+	if (run->helpers > 0)
+	{
+		/* it may be they who take it from us: they go first, and not for one instant */
+		t->busy_share += (waited_ms / Max(worked_ms, 1) - t->busy_share) / 4;
+		run->busy = t->busy_share >= BUSY_SHARE;
+		return NULL;
+	}
 	if (waited_ms < BUSY_SHARE * worked_ms)
 		return NULL;
 	t->busy_rest_ms = Min(waited_ms * busy_rest, LONGEST_REST);

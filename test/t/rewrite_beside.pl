@@ -1,9 +1,10 @@
-# online_rewrite verifies the shadow beside the building of its indexes: what counts as
-# verified is so, whatever changes afterwards; and where nobody can be had for it the
-# step verify does it all.
+# online_rewrite verifies the shadow beside its copying and the building of its indexes:
+# what counts as verified is so, whatever changes afterwards; and where nobody can be had
+# for it the step verify does it all.
 #
-# Nothing depends on how fast anything is: an index asks for an advisory lock.  While a
-# session holds that (the gate is closed) its building fails and is tried again.
+# Nothing depends on how fast anything is: an index asks for an advisory lock, and the
+# expression for another one.  While a session holds it (the gate is closed) its building,
+# or the copying of row 18000, fails and is tried again.
 
 use strict;
 use warnings;
@@ -21,6 +22,7 @@ my $node = start_server('rewrite_beside', q{
 autovacuum = off
 max_worker_processes = 5
 max_parallel_maintenance_workers = 0
+risky_migrations.range_pages = 128
 risky_migrations.lock_timeout = 20ms
 risky_migrations.lock_retries = 100000
 risky_migrations.lock_retry_max_delay = 50ms
@@ -36,6 +38,13 @@ BEGIN
 		PERFORM pg_advisory_xact_lock_shared(1);
 	END IF;
 	RETURN id;
+END $$;
+CREATE FUNCTION slow(v text) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
+BEGIN
+	IF v = '18000' THEN
+		PERFORM pg_advisory_xact_lock_shared(2);
+	END IF;
+	RETURN v::int;
 END $$;
 });
 
@@ -59,18 +68,28 @@ sub count_rows { return sql('SELECT count(*) FROM t') }
 sub id_of { return sql('SELECT max(id) FROM rm_migrations') }
 sub shadow_of { return sql('SELECT shadow::regclass FROM risky_migrations.rewrite') }
 
+# 1: that of the index; 2: of the expression
 sub close_gate
 {
+	my ($gate) = @_;
 	my $session = $node->background_psql('postgres', on_error_stop => 0);
-	$session->query_safe('SELECT pg_advisory_lock(1)');
+	$session->query_safe("SELECT pg_advisory_lock($gate)");
 	return $session;
 }
 
+# Two processes copy, so nobody verifies beside that.
 sub start_migration
 {
 	my (@settings) = @_;
-	return start_call('runner', @settings,
+	return start_call('runner', 'SET risky_migrations.workers = 2', @settings,
 		"CALL rm_alter_type('t', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual')");
+}
+
+# One copies, in some transactions.
+sub start_copying
+{
+	return start_call('runner',
+		"CALL rm_alter_type('t', 'v', 'int', 'slow(v)', method => 'online_rewrite', cut_over => 'manual', batch => 2000)");
 }
 
 sub stops_before_cut_over
@@ -122,14 +141,24 @@ sub all_verified
 	return;
 }
 
+# These chunks were verified by the step verify; not all others were, though neighbours may
+# be concerned.
+sub anew
+{
+	my $changed = join ', ', @_;
+	is(sql("SELECT bool_and(rows_verified IS NULL) FILTER (WHERE first_block IN ($changed)), count(rows_verified) > 5 FROM $chunks"),
+		't|t', 'what was changed is verified anew, others are not');
+	return;
+}
+
 # ---------------------------------------------------------------------------
 # What changes is not verified any more, and only that
 # ---------------------------------------------------------------------------
 
 make_table();
-my $gate = close_gate();
+my $gate = close_gate(1);
 my $call = start_migration();
-all_verified('one worker');
+all_verified('beside the building');
 my $id = id_of();
 is(sql("SELECT step, $helpers FROM rm_progress"), 'index|1', 'it is done by a helper of the step index');
 my $updated = chunk_of_shadow($rows - 3000);
@@ -140,16 +169,15 @@ isnt($came_to, '', 'the new version of the row lies among rows that were copied'
 isnt($came_to, $updated, 'in another chunk');
 $gate->quit;
 ends_well($call, 'the index is built, the table verified');
-is(sql("SELECT string_agg(first_block::text, ' ' ORDER BY first_block) FROM $chunks WHERE copied AND rows_verified IS NULL AND first_block < $last"),
-	join(' ', sort { $a <=> $b } ($updated, $deleted, $came_to)), 'what was changed was verified anew, the rest was not');
-all_is_right('one worker', $id);
+anew($updated, $deleted, $came_to);
+all_is_right('beside the building', $id);
 
 # ---------------------------------------------------------------------------
 # What is wrong is found: where it was so before, and where a change takes back what
 # was verified
 # ---------------------------------------------------------------------------
 
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_migration('SET risky_migrations.range_pages = 1000000');
 becomes(q{(SELECT count(*) FROM pg_class WHERE relname LIKE 'shadow\_%' AND relkind = 'i') = 1}, 'the key is built, the gate is closed');
 $id = id_of();
@@ -170,7 +198,7 @@ becomes("(SELECT message = 'row (id)=(' || $rows / 3 || ') of public.t is not wh
 	'and the step verify says so');
 sql("CALL rm_rollback($id)");
 
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_migration();
 all_verified('again');
 $id = id_of();
@@ -188,9 +216,9 @@ make_table();
 # Helpers, and the runner, that go
 # ---------------------------------------------------------------------------
 
-$gate = close_gate();
-$call = start_migration('SET risky_migrations.workers = 2');
-all_verified('two workers');
+$gate = close_gate(1);
+$call = start_migration('SET risky_migrations.workers = 3');
+all_verified('two helpers');
 $id = id_of();
 sql('SELECT pg_terminate_backend(running_pid) FROM rm_migrations WHERE running_pid IS NOT NULL');
 ok(!finish_call($call), 'the runner is terminated');
@@ -207,7 +235,7 @@ stops_before_cut_over('it goes on', $id);
 all_is_right('terminated', $id);
 
 # The pause of a runner sends them away, and they come again.
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_migration();
 all_verified('to be paused');
 $id = id_of();
@@ -217,6 +245,57 @@ sql("SELECT rm_resume($id)");
 $gate->quit;
 ends_well($call, 'it goes on');
 all_is_right('paused', $id);
+
+# ---------------------------------------------------------------------------
+# Beside the copying
+# ---------------------------------------------------------------------------
+
+# Up to where some time before the row that is not copied yet.
+sub copied_is_verified
+{
+	my ($name) = @_;
+	becomes("(SELECT sum(rows_verified) > 13000 FROM $chunks)", "$name: what is copied is verified");
+	is(sql("SELECT step, $helpers FROM rm_progress"), 'copy|1', "$name: by a helper of the step copy");
+	return;
+}
+
+my $copy_gate = close_gate(2);
+$gate = close_gate(1);
+$call = start_copying();
+copied_is_verified('copying');
+$id = id_of();
+$updated = chunk_of_shadow(11000);
+$deleted = chunk_of_shadow(9000);
+sql("UPDATE t SET v = v WHERE id = 11000; DELETE FROM t WHERE id = 9000");
+$came_to = chunk_of_table(11000);
+isnt($came_to, '', 'the new version of the row lies among rows that were copied');
+$copy_gate->quit;
+becomes("(SELECT bool_and(rows_verified IS NOT NULL) FROM $chunks) AND (SELECT step = 'index' FROM rm_progress)", 'the rest is verified beside the building');
+$gate->quit;
+ends_well($call, 'the index is built, the table verified');
+anew($updated, $deleted, $came_to);
+all_is_right('copying', $id);
+
+# The runner is terminated, and one that has the copying shared out goes on.
+$copy_gate = close_gate(2);
+$call = start_copying();
+copied_is_verified('terminated while copying');
+$id = id_of();
+sql('SELECT pg_terminate_backend(running_pid) FROM rm_migrations WHERE running_pid IS NOT NULL');
+ok(!finish_call($call), 'the runner is terminated');
+becomes("$helpers = 0", 'so does its helper go');
+isnt(sql('SELECT count(*) FROM risky_migrations.range'), 0, 'what it was given is there');
+sql("UPDATE t SET v = v WHERE id = 11000");
+sql("SELECT rm_resume($id)");
+becomes("(SELECT step = 'copy' FROM rm_progress) AND (SELECT count(*) = 0 FROM risky_migrations.range)", 'and is taken back');
+sql(q{LOAD 'risky_migrations'; ALTER SYSTEM SET risky_migrations.workers = 2});
+$node->reload;
+becomes('(SELECT ranges > 1 FROM risky_migrations.migration WHERE state = \'open\')', 'two workers share out what is left');
+sql('ALTER SYSTEM RESET risky_migrations.workers');
+$node->reload;
+$copy_gate->quit;
+stops_before_cut_over('it goes on', $id);
+all_is_right('terminated while copying', $id);
 
 # ---------------------------------------------------------------------------
 # Nobody is to be had
