@@ -113,8 +113,9 @@ sub holds
 {
 	my ($kind, $name) = @_;
 	my $reason = '';
+	my $until = time + $PostgreSQL::Test::Utils::timeout_default;
 	# kind and reason by one query: a rest may be over before a second one
-	foreach (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+	while (time < $until)
 	{
 		$reason = as_owner("SELECT waiting_reason FROM rm_progress WHERE waiting_for = '$kind'");
 		last if $reason ne '';
