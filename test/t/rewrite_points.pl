@@ -1,10 +1,13 @@
 # online_rewrite, broken off at each point of the way: an error, or the death of the
-# backend (kill -9), after each command that changes a definition.  Whatever the point
-# the table is what it was or what it should be, and nothing in between; from there
-# the migration goes on to its end, or back.
+# backend (kill -9), after each command that changes a definition, and where each
+# transaction writes down how far it is.  Whatever the point the table is what it was or what
+# it should be, and nothing in between; from there the migration goes on to its end, or back.
 #
-# The points are made by an event trigger, which counts: it sees all commands of the
-# steps, those on the empty copies too.
+# The points are made by triggers, which count: an event trigger, which sees all commands of
+# the steps, those on the empty copies too; and one on the migration's row.
+#
+# By RM_POINTS=all tools/test -- rewrite_points (some minutes) the backend is killed at all
+# points, else only in the exchange.
 
 use strict;
 use warnings;
@@ -28,18 +31,27 @@ my $rows = 300;
 # which no rollback takes back.
 sql(q{
 CREATE SEQUENCE points;
-CREATE FUNCTION point() RETURNS event_trigger LANGUAGE plpgsql AS $$
+CREATE FUNCTION point(kind text, what text) RETURNS void LANGUAGE plpgsql AS $$
 DECLARE
-	n int := nextval('public.points');
+	n int;
 BEGIN
+	IF kind IS DISTINCT FROM current_setting('point.kind', true) THEN
+		RETURN;
+	END IF;
+	n := nextval('public.points');
 	IF n = nullif(current_setting('point.at', true), '')::int THEN
 		IF current_setting('point.kill') = 'on' THEN
 			COPY (SELECT 1) TO PROGRAM 'kill -9 $PPID';
 			PERFORM pg_sleep(60);
 		END IF;
-		RAISE EXCEPTION 'point % after %', n, tg_tag USING ERRCODE = 'RMX01';
+		RAISE EXCEPTION 'point % after %', n, what USING ERRCODE = 'RMX01';
 	END IF;
 END $$;
+CREATE FUNCTION definition_point() RETURNS event_trigger LANGUAGE plpgsql AS
+	'BEGIN PERFORM public.point($$definition$$, tg_tag); END';
+CREATE FUNCTION state_point() RETURNS trigger LANGUAGE plpgsql AS
+	'BEGIN PERFORM public.point($$state$$, tg_op); RETURN NULL; END';
+CREATE TRIGGER points AFTER INSERT OR UPDATE ON risky_migrations.migration EXECUTE FUNCTION state_point();
 });
 
 sub make_table
@@ -56,7 +68,7 @@ CREATE VIEW item_view AS SELECT id, v FROM item;
 ALTER TABLE item ENABLE ROW LEVEL SECURITY;
 CREATE POLICY visible ON item USING (v > 0);
 COMMENT ON COLUMN item.v IS 'what';
-CREATE EVENT TRIGGER points ON ddl_command_end EXECUTE FUNCTION point();
+CREATE EVENT TRIGGER points ON ddl_command_end EXECUTE FUNCTION definition_point();
 });
 	return;
 }
@@ -67,9 +79,9 @@ sub dump_of_tables { return dump_of('-t', 'item*', '-t', 'child') }
 # it complains of.
 sub broken_off
 {
-	my ($call, $at, $kill) = @_;
+	my ($call, $kind, $at, $kill) = @_;
 	my ($status, $out, $err) = $node->psql('postgres',
-		"SELECT pg_backend_pid(); SELECT setval('points', 1, false); SET point.at = $at; SET point.kill = $kill;\n$call");
+		"SELECT pg_backend_pid(); SELECT setval('points', 1, false); SET point.kind = $kind; SET point.at = $at; SET point.kill = $kill;\n$call");
 	if ($kill eq 'on' && $status != 0)
 	{
 		my ($pid) = split /\n/, $out;
@@ -128,20 +140,27 @@ sub goes_on
 }
 
 my $call = q{rm_alter_type('item', 'v', 'bigint', method => 'online_rewrite'};
-for my $kill ('off', 'on')
+my $all = ($ENV{RM_POINTS} // '') eq 'all';
+my @ways = (
+	# kind, kill, of the cut-over alone
+	[ 'definition', 'off', 0 ],
+	[ 'definition', 'on', !$all ],
+	[ 'state', 'off', 0 ]);
+push @ways, [ 'state', 'on', 0 ] if $all;
+foreach my $way (@ways)
 {
+	my ($kind, $kill, $exchange) = @$way;
 	my %seen;
 	my $at;
 
-	# with kill -9 the exchange alone: the rest has no more than one change in a transaction
 	for ($at = 1; $at < 200; $at++)
 	{
-		my $name = ($kill eq 'on' ? 'killed' : 'error') . " at point $at";
+		my $name = ($kill eq 'on' ? 'killed' : 'error') . " at point $at of $kind";
 		my $back = $at % 2;
 
 		make_table();
-		sql("CALL $call, cut_over => 'manual')") if $kill eq 'on';
-		my ($status, $err) = broken_off($kill eq 'on' ? 'CALL rm_cut_over()' : "CALL $call)", $at, $kill);
+		sql("CALL $call, cut_over => 'manual')") if $exchange;
+		my ($status, $err) = broken_off($exchange ? 'CALL rm_cut_over()' : "CALL $call)", $kind, $at, $kill);
 		last if $status == 0;
 		like($err, $kill eq 'on' ? qr/server closed the connection|connection to server was lost/ : qr/ERROR:  point $at after/, "$name: it is broken off there");
 		my $end = goes_on($name, $back);
