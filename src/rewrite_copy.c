@@ -790,13 +790,17 @@ static void
 offer_pages(RmRun *run, const RmRewrite *rw)
 {
 	CopyWork   *work = run->work;
-	const Chunk *last = &work->written[work->nwritten - 1];
+	const Chunk *last;
+	int64		end;
 
-	if (run->helpers == 0 || work->nwritten == 0 ||
-		rm_helpers_aside_for((int64) last->first + last->npages - work->offered, RM_REWRITE_RANGE_PAGES) == 0)
+	if (run->helpers == 0 || work->nwritten == 0)
 		return;
-	rm_ranges_offer(run, rw->relid, work->offered, last->first + last->npages, RM_REWRITE_RANGE_PAGES);
-	work->offered = last->first + last->npages;
+	last = &work->written[work->nwritten - 1];
+	end = (int64) last->first + last->npages;
+	if (rm_helpers_aside_for(end - work->offered, RM_REWRITE_RANGE_PAGES) == 0)
+		return;
+	rm_ranges_offer(run, rw->relid, work->offered, end, RM_REWRITE_RANGE_PAGES);
+	work->offered = (BlockNumber) end;
 }
 
 /* one transaction's worth of the pages, alone or beside helpers */
