@@ -1,7 +1,8 @@
 # online_rewrite, and what becomes of its storage elsewhere than in memory: after a
 # crash with wal_level = minimal, where a file that a transaction has made is not in
 # the WAL; on a standby that follows through the cut-over; on one that is promoted
-# in the middle; and when xids begin anew, so that a smaller one is not an older.
+# in the middle, and on the old primary that pg_rewind brings back to that; and when xids
+# begin anew, so that a smaller one is not an older.
 
 use strict;
 use warnings;
@@ -9,6 +10,7 @@ use warnings;
 use FindBin;
 use lib "$FindBin::RealBin/../perl";
 
+use File::Copy;
 use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
@@ -78,7 +80,7 @@ foreach my $skip ('0', '1GB')
 # Standbys
 # ---------------------------------------------------------------------------
 
-my $primary = new_server('primary', "max_standby_streaming_delay = 1s\nhot_standby_feedback = off", allows_streaming => 1);
+my $primary = new_server('primary', "max_standby_streaming_delay = 1s\nhot_standby_feedback = off\nwal_log_hints = on\nwal_keep_size = 1GB", allows_streaming => 1);
 $primary->safe_psql('postgres', $setup);
 $primary->backup('base');
 my %standby;
@@ -97,9 +99,6 @@ $standby{heir}->promote;
 $standby{heir}->safe_psql('postgres', q{UPDATE item SET v = '10', want = 10 WHERE id % 31 = 0; DELETE FROM item WHERE id = 5});
 is($standby{heir}->safe_psql('postgres', q{SELECT state, next_call = format('CALL rm_cut_over(%s)', id) FROM rm_migrations}), 'open|t',
 	'promoted in the middle: the view says where it stands');
-$standby{heir}->safe_psql('postgres', 'CALL rm_cut_over()');
-check($standby{heir}, 'promoted in the middle', $rows - 1);
-$standby{heir}->stop;
 
 $primary->safe_psql('postgres', 'CALL rm_cut_over()');
 $primary->safe_psql('postgres', q{UPDATE item SET v = 11, want = 11 WHERE id % 32 = 0});
@@ -112,7 +111,26 @@ $standby{follower}->promote;
 $standby{follower}->safe_psql('postgres', q{INSERT INTO item VALUES (0, 1, 1); VACUUM item});
 check($standby{follower}, 'promoted after it', $rows + 1);
 $standby{follower}->stop;
+
+# The primary has exchanged the storage, the heir has not: it goes back to that, and follows.
 $primary->stop;
+$standby{heir}->safe_psql('postgres', 'CHECKPOINT');
+copy($primary->data_dir . '/postgresql.conf', "$dir/postgresql.conf") or die;
+command_ok([ 'pg_rewind', '-D', $primary->data_dir, '--source-server', $standby{heir}->connstr('postgres') ], 'the primary is rewound');
+copy("$dir/postgresql.conf", $primary->data_dir . '/postgresql.conf') or die;
+$primary->enable_streaming($standby{heir});
+$primary->start;
+$standby{heir}->wait_for_catchup($primary, 'replay', $standby{heir}->lsn('flush'));
+is($primary->safe_psql('postgres', q{SELECT pg_is_in_recovery(), state, next_call = format('CALL rm_cut_over(%s)', id) FROM rm_migrations}), 't|open|t',
+	'rewound: it stands where the heir stands');
+$standby{heir}->safe_psql('postgres', q{UPDATE item SET v = '12', want = 12 WHERE id % 33 = 0});
+$standby{heir}->safe_psql('postgres', 'CALL rm_cut_over()');
+check($standby{heir}, 'promoted in the middle', $rows - 1);
+$standby{heir}->wait_for_catchup($primary, 'replay', $standby{heir}->lsn('flush'));
+check($primary, 'rewound', $rows - 1);
+is($primary->safe_psql('postgres', $content), $standby{heir}->safe_psql('postgres', $content), 'rewound: it is equal to the heir');
+$primary->stop;
+$standby{heir}->stop;
 
 # ---------------------------------------------------------------------------
 # Xids that begin anew
