@@ -78,6 +78,7 @@
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
 #include "utils/guc.h"
+#include "utils/hsearch.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -151,8 +152,10 @@ rm_lock_account_begin(RmLockAccount *account)
 	account->vacuumed = InvalidOid;
 	account->set_size = 1;
 	account->missed = false;
-	foreach(lc, account->stats)
+	foreach(lc, account->held)
 		((RmLockStat *) lfirst(lc))->current = false;
+	list_free(account->held);
+	account->held = NIL;
 }
 
 /* is it a relation whose locks concern others? */
@@ -195,30 +198,79 @@ relation_role(Oid relid, Form_pg_class form, Oid target)
 	}
 }
 
-/* the row of the account for that relation and mode; made if missing */
+/* by what a row of the account is found */
+typedef struct StatKey
+{
+	Oid			relid;
+	LOCKMODE	mode;
+} StatKey;
+
+typedef struct StatEntry
+{
+	StatKey		key;
+	RmLockStat *stat;
+} StatEntry;
+
+/* the row of the account for that relation and mode, NULL if there is none */
+static RmLockStat *
+find_stat(const RmLockAccount *account, Oid relid, LOCKMODE mode)
+{
+	StatKey		key = {.relid = relid,.mode = mode};
+	StatEntry  *entry;
+
+	if (account->index == NULL)
+		return NULL;
+	entry = hash_search(account->index, &key, HASH_FIND, NULL);
+	return entry ? entry->stat : NULL;
+}
+
+/*
+ * The same; made if missing.  There may be tens of thousands, of partitions, and they are
+ * asked for under strong locks.
+ */
 static RmLockStat *
 stat_for(RmLockAccount *account, Oid relid, LOCKMODE mode)
 {
-	ListCell   *lc;
+	StatKey		key = {.relid = relid,.mode = mode};
+	RmLockStat *stat = find_stat(account, relid, mode);
 	MemoryContext oldcxt;
-	RmLockStat *stat;
 
-	foreach(lc, account->stats)
-	{
-		stat = lfirst(lc);
-		if (stat->relid == relid && stat->mode == mode)
-			return stat;
-	}
+	if (stat)
+		return stat;
 	oldcxt = MemoryContextSwitchTo(account->cxt);
+	if (account->index == NULL)
+	{
+		HASHCTL		ctl = {.keysize = sizeof(StatKey),.entrysize = sizeof(StatEntry),
+		.hcxt = account->cxt};
+
+		account->index = hash_create("rm locks", 64, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	}
 	stat = palloc0(sizeof(RmLockStat));
 	stat->relid = relid;
 	stat->mode = mode;
 	stat->role = "table";
 	stat->wait_ms = -1;
 	account->stats = lappend(account->stats, stat);
+	((StatEntry *) hash_search(account->index, &key, HASH_ENTER, NULL))->stat = stat;
 	account->complete = false;
 	MemoryContextSwitchTo(oldcxt);
 	return stat;
+}
+
+/* the transaction under way has that lock, taken just now or (bound) since then at most */
+static void
+begin_hold(RmLockAccount *account, RmLockStat *stat, instr_time acquired, bool bound)
+{
+	if (!stat->current)
+	{
+		MemoryContext oldcxt = MemoryContextSwitchTo(account->cxt);
+
+		account->held = lappend(account->held, stat);
+		MemoryContextSwitchTo(oldcxt);
+	}
+	stat->current = true;
+	stat->current_bound = bound;
+	stat->acquired = acquired;
 }
 
 /*
@@ -286,11 +338,8 @@ note_lock(RmLockAccount *account, LOCKMODE mode, Form_pg_class form, const char 
 	stat->role = role;
 	stat->seen = true;
 	if (!stat->current)
-	{
-		stat->current = true;
-		stat->acquired = account->strong && mode >= ShareLock ? account->strong_from : account->xact_start;
-		stat->current_bound = true;
-	}
+		begin_hold(account, stat, account->strong && mode >= ShareLock ?
+				   account->strong_from : account->xact_start, true);
 	return stat;
 }
 
@@ -349,8 +398,8 @@ note_dropped_index(RmLockAccount *account, Oid relid)
 	stat = stat_for(account, relid, AccessExclusiveLock);
 	stat->relation = known->relation;
 	stat->role = "dropped index";
-	stat->harmless = stat->current = stat->current_bound = stat->seen = true;
-	stat->acquired = account->xact_start;
+	stat->harmless = stat->seen = true;
+	begin_hold(account, stat, account->xact_start, true);
 }
 
 /* reads our own entries in the lock table into the account */
@@ -443,13 +492,15 @@ rm_lock_account_end(RmLockAccount *account)
 		release_armed = false;
 		INSTR_TIME_SET_CURRENT(release_time);
 	}
-	foreach(lc, account->stats)
+	foreach(lc, account->held)
 	{
 		RmLockStat *stat = lfirst(lc);
 
 		if (stat->current)
 			end_hold(stat, release_time);
 	}
+	list_free(account->held);
+	account->held = NIL;
 }
 
 /*-------------------------------------------------------------------------
@@ -499,14 +550,15 @@ rm_lock_watch(RmLockNotes *notes)
 	{
 		RmLockStat *stat = stat_for(account, notes->relid, ShareUpdateExclusiveLock);
 		instr_time	before;
+		instr_time	after;
 
 		stat->explicit = true;
 		StartTransactionCommand();
 		INSTR_TIME_SET_CURRENT(before);
 		LockRelationIdForSession(&lockrelid, ShareUpdateExclusiveLock);
-		INSTR_TIME_SET_CURRENT(stat->acquired);
-		stat->wait_ms = ms_between(before, stat->acquired);
-		stat->current = true;
+		INSTR_TIME_SET_CURRENT(after);
+		stat->wait_ms = ms_between(before, after);
+		begin_hold(account, stat, after, false);
 		CommitTransactionCommand();
 	}
 	INSTR_TIME_SET_CURRENT(account->xact_start);
@@ -644,11 +696,12 @@ rm_lock_yield_in_deadlocks(void)
 static bool
 note_taken(RmLockAccount *account, RmLockStat *stat, Oid relid)
 {
+	instr_time	now;
+
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
 		return false;
-	INSTR_TIME_SET_CURRENT(stat->acquired);
-	stat->current = true;
-	stat->current_bound = false;
+	INSTR_TIME_SET_CURRENT(now);
+	begin_hold(account, stat, now, false);
 	if (stat->mode >= ShareLock)
 		account->blocking = true;
 	if (stat->relation == NULL)
@@ -762,7 +815,7 @@ keeps_others_out(RmLockAccount *account)
 {
 	ListCell   *lc;
 
-	foreach(lc, account->stats)
+	foreach(lc, account->held)
 	{
 		RmLockStat *stat = lfirst(lc);
 
@@ -942,21 +995,19 @@ rm_lock_blocking_pids(RmLockAccount *account)
 	for (int i = 0; i < data->nelements; i++)
 	{
 		LockInstanceData *lock = &data->locks[i];
-		ListCell   *lc;
 
 		if (lock->pid == MyProcPid || lock->pid == 0 || lock->holdMask == 0 ||
 			lock->locktag.locktag_type != LOCKTAG_RELATION ||
 			lock->locktag.locktag_field1 != MyDatabaseId)
 			continue;
-		foreach(lc, account->stats)
+		for (LOCKMODE mode = AccessShareLock; mode <= MaxLockMode; mode++)
 		{
-			RmLockStat *stat = lfirst(lc);
+			RmLockStat *stat = find_stat(account, lock->locktag.locktag_field2, mode);
 
-			if (!stat->explicit || stat->relid != lock->locktag.locktag_field2)
+			if (stat == NULL || !stat->explicit)
 				continue;
 			for (LOCKMODE held = AccessShareLock; held <= MaxLockMode; held++)
-				if ((lock->holdMask & LOCKBIT_ON(held)) &&
-					DoLockModesConflict(held, stat->mode))
+				if ((lock->holdMask & LOCKBIT_ON(held)) && DoLockModesConflict(held, mode))
 					pids = list_append_unique_int(pids, lock->pid);
 		}
 	}

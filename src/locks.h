@@ -65,6 +65,8 @@ typedef struct RmLockAccount
 {
 	MemoryContext cxt;
 	List	   *stats;			/* of RmLockStat */
+	struct HTAB *index;			/* of them, by relation and mode */
+	List	   *held;			/* those of the transaction under way */
 	instr_time	xact_start;		/* bound for locks taken inside statements */
 	bool		strong;			/* a set of locks that block writers was taken */
 	instr_time	strong_from;	/* then; before, no such lock was held at all */
