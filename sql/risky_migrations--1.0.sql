@@ -1889,16 +1889,25 @@ END;
 COMMENT ON FUNCTION risky_migrations.leftovers(oid, text, text[]) IS
 	'commands that drop what was built for a migration and is not wanted';
 
+-- Asked for each partition, so it may read no catalog from end to end: each is found
+-- by an index, foreign keys that refer to the table by what they depend on.
 CREATE FUNCTION risky_migrations.catalog_fingerprint(relid oid) RETURNS text
 LANGUAGE sql VOLATILE
 SET search_path = pg_catalog, pg_temp
+SET enable_seqscan = off
+SET enable_hashjoin = off
+SET enable_mergejoin = off
 BEGIN ATOMIC
 	WITH m AS MATERIALIZED (
 		SELECT x.oid FROM risky_migrations.members(catalog_fingerprint.relid) x (oid)
 	), i AS MATERIALIZED (
 		SELECT x.indexrelid AS oid, x.xmin FROM pg_index x WHERE x.indrelid IN (SELECT m.oid FROM m)
 	), k AS MATERIALIZED (
-		SELECT k.oid, k.xmin, k.contype, k.conrelid, k.confrelid FROM pg_constraint k
+		SELECT k.oid, k.xmin, k.contype, k.conrelid, k.confrelid
+		FROM (SELECT c.oid FROM m JOIN pg_constraint c ON c.conrelid = m.oid
+			UNION SELECT d.objid FROM m JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = m.oid
+			WHERE d.classid = 'pg_constraint'::regclass) x (oid)
+		JOIN pg_constraint k ON k.oid = x.oid
 		WHERE k.conrelid IN (SELECT m.oid FROM m) OR k.confrelid IN (SELECT m.oid FROM m)
 	), s AS MATERIALIZED (
 		SELECT s.oid, s.xmin FROM pg_statistic_ext s WHERE s.stxrelid IN (SELECT m.oid FROM m)
@@ -1911,21 +1920,22 @@ BEGIN ATOMIC
 		UNION ALL SELECT format('a%s.%s/%s', a.attrelid, a.attnum, a.xmin) FROM pg_attribute a WHERE a.attrelid IN (SELECT m.oid FROM m)
 		UNION ALL SELECT format('t%s/%s', t.oid, t.xmin) FROM pg_trigger t WHERE t.tgrelid IN (SELECT m.oid FROM m)
 		-- what belongs to what
-		UNION ALL SELECT format('h%s/%s', h.inhrelid, h.inhparent) FROM pg_inherits h
-		WHERE h.inhrelid IN (SELECT m.oid FROM m) OR h.inhrelid IN (SELECT i.oid FROM i)
+		UNION ALL SELECT format('h%s/%s', h.inhrelid, h.inhparent)
+		FROM (SELECT m.oid FROM m UNION SELECT i.oid FROM i) x JOIN pg_inherits h ON h.inhrelid = x.oid
 		-- names and options; a rename leaves pg_index as it is
 		UNION ALL SELECT format('c%s %I.%I %s %s', c.oid, n.nspname, c.relname, c.reltablespace, c.reloptions)
-		FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-		WHERE c.oid IN (SELECT m.oid FROM m) OR c.oid IN (SELECT i.oid FROM i)
-			OR c.oid IN (SELECT unnest(ARRAY[k.conrelid, k.confrelid]) FROM k WHERE k.contype = 'f')
+		FROM (SELECT m.oid FROM m UNION SELECT i.oid FROM i
+			UNION SELECT unnest(ARRAY[k.conrelid, k.confrelid]) FROM k WHERE k.contype = 'f') x
+		JOIN pg_class c ON c.oid = x.oid JOIN pg_namespace n ON n.oid = c.relnamespace
 		UNION ALL SELECT format('o%s/%s/%s/%s', d.objid, d.refobjsubid, d.deptype, q.xmin)
 		FROM pg_depend d JOIN pg_sequence q ON q.seqrelid = d.objid
 		WHERE d.classid = 'pg_class'::regclass AND d.refclassid = 'pg_class'::regclass
 			AND d.refobjid IN (SELECT m.oid FROM m) AND d.refobjsubid > 0
-		UNION ALL SELECT format('e%s/%s/%s/%s', e.classoid, e.objoid, e.objsubid, e.xmin) FROM pg_description e
-		WHERE e.classoid = 'pg_class'::regclass AND (e.objoid IN (SELECT m.oid FROM m) OR e.objoid IN (SELECT i.oid FROM i))
-			OR e.classoid = 'pg_constraint'::regclass AND e.objoid IN (SELECT k.oid FROM k)
-			OR e.classoid = 'pg_statistic_ext'::regclass AND e.objoid IN (SELECT s.oid FROM s)) f (line);
+		UNION ALL SELECT format('e%s/%s/%s/%s', e.classoid, e.objoid, e.objsubid, e.xmin)
+		FROM (SELECT m.oid, 'pg_class'::regclass FROM m UNION SELECT i.oid, 'pg_class'::regclass FROM i
+			UNION SELECT k.oid, 'pg_constraint'::regclass FROM k
+			UNION SELECT s.oid, 'pg_statistic_ext'::regclass FROM s) x (oid, class)
+		JOIN pg_description e ON e.objoid = x.oid AND e.classoid = x.class) f (line);
 END;
 COMMENT ON FUNCTION risky_migrations.catalog_fingerprint(oid) IS
 	'changes with every change of the table''s columns, indexes, constraints, defaults, statistics and triggers, their names, options and comments, and of its partitions'' or children''s';

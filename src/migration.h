@@ -238,6 +238,7 @@ struct RmRun
 	RmCrewSums	crew_sums;		/* of helpers that have gone */
 
 	RmProgress	progress;		/* kept up by the step, where it can tell */
+	List	   *leaves;			/* tables of a tree that are still to come, by OID; a step's own */
 	Oid			summed_leaf;	/* to which these two belong: pages of the others */
 	int64		other_blocks_done;
 	int64		other_blocks;

@@ -25,8 +25,8 @@
  * a shadow, a log and a row of state of its own, with the steps that are done for it.
  * A step takes one after the other (rm_rewrite_next()); the cut-over takes all at
  * once.  Rows that move from one to another are deleted here and inserted there, for
- * the logs as well.  The tables are compared with the catalogs before each that
- * is taken: what has come since is begun, with an S0 of its own.  Partitions get their
+ * the logs as well.  The tables are compared with the catalogs before the first and
+ * after the last one: what has come since is begun, with an S0 of its own.  Partitions get their
  * trigger from above; a child has one for itself, also when it is taken away: it does
  * nothing without a log, and goes in the end.
  *
@@ -224,17 +224,13 @@ read_rewrite(const RmMigration *m, uint64 i)
 	return rw;
 }
 
-/* of all tables, by OID; needs SPI */
-List *
-rm_rewrite_load_all(const RmMigration *m)
+/* those that were found */
+static List *
+read_rewrites(const RmMigration *m)
 {
-	Oid			types[] = {INT8OID};
-	Datum		v[] = {Int64GetDatum(m->id)};
 	List	   *list = NIL;
 	ListCell   *lc;
 
-	rm_state_execute("SELECT " REWRITE_COLUMNS " FROM risky_migrations.rewrite"
-					 " WHERE migration_id = $1 ORDER BY relid", 1, types, v, NULL);
 	for (uint64 i = 0; i < SPI_processed; i++)
 		list = lappend(list, read_rewrite(m, i));
 	foreach(lc, list)
@@ -246,16 +242,63 @@ rm_rewrite_load_all(const RmMigration *m)
 	return list;
 }
 
+/* of all tables, by OID; needs SPI */
+List *
+rm_rewrite_load_all(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("SELECT " REWRITE_COLUMNS " FROM risky_migrations.rewrite"
+					 " WHERE migration_id = $1 ORDER BY relid", 1, types, v, NULL);
+	return read_rewrites(m);
+}
+
 /* of that one; NULL if nothing has begun */
 RmRewrite *
 rm_rewrite_load(const RmMigration *m, Oid relid)
 {
-	ListCell   *lc;
+	Oid			types[] = {INT8OID, OIDOID};
+	Datum		v[] = {Int64GetDatum(m->id), ObjectIdGetDatum(relid)};
+	List	   *list;
 
+	rm_state_execute("SELECT " REWRITE_COLUMNS " FROM risky_migrations.rewrite"
+					 " WHERE migration_id = $1 AND relid = $2", 2, types, v, NULL);
+	list = read_rewrites(m);
+	return list == NIL ? NULL : linitial(list);
+}
+
+/*
+ * All of them, compared with the catalogs: those of tables that hold the table's rows;
+ * in *gone those of others; in *missing the tables, by OID, that have none yet.
+ */
+static List *
+match_tables(const RmMigration *m, List **gone, List **missing)
+{
+	List	   *leaves = rm_tree_leaves(m->relid);
+	List	   *list = NIL;
+	ListCell   *lc;
+	int			i = 0;
+
+	*gone = *missing = NIL;
+	list_sort(leaves, list_oid_cmp);
 	foreach(lc, rm_rewrite_load_all(m))
-		if (((RmRewrite *) lfirst(lc))->relid == relid)
-			return lfirst(lc);
-	return NULL;
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		while (i < list_length(leaves) && list_nth_oid(leaves, i) < rw->relid)
+			*missing = lappend_oid(*missing, list_nth_oid(leaves, i++));
+		if (i < list_length(leaves) && list_nth_oid(leaves, i) == rw->relid)
+		{
+			list = lappend(list, rw);
+			i++;
+		}
+		else
+			*gone = lappend(*gone, rw);
+	}
+	while (i < list_length(leaves))
+		*missing = lappend_oid(*missing, list_nth_oid(leaves, i++));
+	return list;
 }
 
 /* writes what can change while it runs */
@@ -749,20 +792,13 @@ bool
 rm_rewrite_all(RmRun *run, List **list, RmStepResult *result)
 {
 	RmMigration *m = run->m;
-	List	   *missing = rm_tree_leaves(m->relid);
+	List	   *gone;
+	List	   *missing;
 	ListCell   *lc;
 
-	*list = NIL;
-	foreach(lc, rm_rewrite_load_all(m))
-	{
-		RmRewrite  *rw = lfirst(lc);
-
-		if (list_member_oid(missing, rw->relid))
-			*list = lappend(*list, rw);
-		else
-			drop_tables(m, rw);
-		missing = list_delete_oid(missing, rw->relid);
-	}
+	*list = match_tables(m, &gone, &missing);
+	foreach(lc, gone)
+		drop_tables(m, lfirst(lc));
 	if (missing == NIL)
 		return true;
 	if (!rm_rewrite_by_leaf(m))
@@ -779,19 +815,70 @@ rm_rewrite_all(RmRun *run, List **list, RmStepResult *result)
 	return false;
 }
 
-/* of a partitioned table, or one with children: which one that holds rows comes next? */
+/* the next of the tables that were found by the last look at all; InvalidOid: look again */
+static Oid
+next_listed(RmRun *run)
+{
+	Oid			relid;
+
+	if (run->leaves == NIL)
+		return InvalidOid;
+	relid = llast_oid(run->leaves);
+	run->leaves = list_delete_last(run->leaves);
+	return relid;
+}
+
+/* these are to come, for next_listed() */
+static void
+list_leaves(RmRun *run, List *relids)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(run->cxt);
+
+	list_free(run->leaves);
+	run->leaves = NIL;
+	for (int i = list_length(relids) - 1; i >= 0; i--)
+		run->leaves = lappend_oid(run->leaves, list_nth_oid(relids, i));
+	MemoryContextSwitchTo(oldcxt);
+}
+
+/* the step goes on with that table */
+static RmStepResult
+take_table(RmMigration *m, const RmRewrite *rw)
+{
+	m->phase = 0;
+	m->leaf = rw->relid;
+	m->relfilenode = rw->relfilenode;
+	m->next_block = 0;
+	m->end_block = rw->end_block;
+	return RM_STEP_AGAIN;
+}
+
+/*
+ * Of a partitioned table, or one with children: which one that holds rows comes next?
+ * There may be thousands, so all are looked at only before the first and after the
+ * last one; what has become of the others meanwhile is seen when they are opened.
+ */
 static RmStepResult
 choose_table(RmRun *run)
 {
 	RmMigration *m = run->m;
 	List	   *list;
+	List	   *relids = NIL;
 	ListCell   *lc;
 	RmStepResult result;
 	bool		first = true;
+	Oid			relid;
 
 	rm_lock_relation(&run->locks, m->relid, AccessShareLock);
 	rm_check_owner(m->relid, m->relation);
 	rm_ranges_forget(m);		/* of one that is no partition any more */
+	while (OidIsValid(relid = next_listed(run)))
+	{
+		RmRewrite  *rw = rm_rewrite_load(m, relid);
+
+		if (rw && rw->steps_done == run->step_index)
+			return take_table(m, rw);
+	}
 	if (!rm_rewrite_all(run, &list, &result))
 		return result;
 	foreach(lc, list)
@@ -802,18 +889,15 @@ choose_table(RmRun *run)
 
 		if (rw->steps_done < run->step_index)
 			return rm_rewrite_back_to(run, rw, rw->steps_done);
-		if (rw->steps_done > run->step_index)
-			continue;
-		if (first)
-			m->rows_done = 0;
-		m->phase = 0;
-		m->leaf = rw->relid;
-		m->relfilenode = rw->relfilenode;
-		m->next_block = 0;
-		m->end_block = rw->end_block;
-		return RM_STEP_AGAIN;
+		if (rw->steps_done == run->step_index)
+			relids = lappend_oid(relids, rw->relid);
 	}
-	return RM_STEP_DONE;
+	if (relids == NIL)
+		return RM_STEP_DONE;
+	if (first)
+		m->rows_done = 0;
+	list_leaves(run, relids);
+	return take_table(m, rm_rewrite_load(m, next_listed(run)));
 }
 
 /*
@@ -1262,16 +1346,23 @@ make_tables(RmRun *run, Oid relid)
 	return true;
 }
 
-/* a table that has no shadow yet, among those that are to be begun */
+/* a table that has no shadow yet, among those that are to be begun; see choose_table() */
 static Oid
-table_without_shadow(RmMigration *m)
+table_without_shadow(RmRun *run)
 {
-	List	   *relids = OidIsValid(m->leaf) ? list_make1_oid(m->leaf) : rm_tree_leaves(m->relid);
-	ListCell   *lc;
+	RmMigration *m = run->m;
+	List	   *gone;
+	List	   *missing;
+	Oid			relid;
 
-	foreach(lc, rm_rewrite_load_all(m))
-		relids = list_delete_oid(relids, ((RmRewrite *) lfirst(lc))->relid);
-	return relids == NIL ? InvalidOid : linitial_oid(relids);
+	if (OidIsValid(m->leaf))
+		return rm_rewrite_load(m, m->leaf) ? InvalidOid : m->leaf;
+	while (OidIsValid(relid = next_listed(run)))
+		if (rm_rewrite_load(m, relid) == NULL)
+			return relid;
+	(void) match_tables(m, &gone, &missing);
+	list_leaves(run, missing);
+	return next_listed(run);
 }
 
 /*
@@ -1295,15 +1386,15 @@ begin_tables(RmRun *run)
 		forget_all(m);
 	m->phase = RM_BEGIN_TABLES;
 
-	relid = table_without_shadow(m);
-	if (OidIsValid(relid) && !make_tables(run, relid) && relid == m->leaf)
+	relid = table_without_shadow(run);
+	if (!OidIsValid(relid))
+		m->phase = RM_BEGIN_LOGS;
+	else if (!make_tables(run, relid) && relid == m->leaf)
 	{
 		m->leaf = InvalidOid;
 		m->phase = RM_BEGIN_NOTHING;
 		return RM_STEP_DONE;
 	}
-	if (!OidIsValid(table_without_shadow(m)))
-		m->phase = RM_BEGIN_LOGS;
 	return RM_STEP_AGAIN;
 }
 
@@ -1354,6 +1445,9 @@ static RmStepResult
 begin_logs(RmRun *run)
 {
 	RmMigration *m = run->m;
+	List	   *tables;
+	List	   *gone;
+	List	   *missing;
 	ListCell   *lc;
 
 	rm_lock_tree(run, ShareRowExclusiveLock);
@@ -1364,7 +1458,8 @@ begin_logs(RmRun *run)
 		if (rw->relid != m->relid && changed_ground(rw) != NULL)
 			drop_tables(m, rw);	/* or gone */
 	}
-	if (OidIsValid(table_without_shadow(m)))
+	tables = match_tables(m, &gone, &missing);
+	if (missing != NIL)
 	{
 		m->phase = RM_BEGIN_TABLES; /* a partition that has come meanwhile */
 		return RM_STEP_AGAIN;
@@ -1375,15 +1470,15 @@ begin_logs(RmRun *run)
 		foreach(lc, rm_tree_leaves(m->relid))
 			create_trigger(m, lfirst_oid(lc));
 	m->rows_done = m->rows_estimated = 0;
-	foreach(lc, rm_rewrite_load_all(m))
+	/* but for what is no partition any more */
+	foreach(lc, tables)
 	{
 		RmRewrite  *rw = lfirst(lc);
 		Relation	rel;
 
-		if (!list_member_oid(rm_tree_leaves(m->relid), rw->relid))
-			continue;			/* no partition any more */
 		rel = table_open(rw->relid, NoLock);
-		check_ground(m, rw, changed_ground(rw));
+		/* that of the others has been looked at above */
+		check_ground(m, rw, rw->relid == m->relid ? changed_ground(rw) : NULL);
 		m->rows_estimated += rel->rd_rel->reltuples > 0 ? (int64) rel->rd_rel->reltuples : 0;
 		begin_log(m, rw, rel);
 		table_close(rel, NoLock);

@@ -108,6 +108,9 @@
 #define FEW_AFTER_WAIT 50000
 #define MANY_WAITS 5
 
+/* shadows are analyzed in one transaction as long as it has lasted no longer, milliseconds */
+#define ANALYZE_TIME 100
+
 enum
 {
 	CUT_ANALYZE,				/* statistics for the shadow, and a round */
@@ -822,24 +825,32 @@ try_exchange(RmRun *run, List *tables)
 	return RM_STEP_DONE;
 }
 
-/* statistics for a shadow that has none yet; false if they all have */
+/*
+ * Statistics for shadows that have none yet, as many as there is time for in one
+ * transaction; false if they all have.
+ */
 static bool
 analyze_next(List *tables)
 {
+	instr_time	begun;
+	bool		done = false;
 	ListCell   *lc;
 
+	INSTR_TIME_SET_CURRENT(begun);
 	foreach(lc, tables)
 	{
 		RmRewrite  *rw = lfirst(lc);
 
 		if (rw->steps_done > RM_REWRITE_CUT_OVER)
 			continue;
+		if (done && rm_elapsed_ms(begun) > ANALYZE_TIME)
+			break;
 		rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
 		rw->steps_done = RM_REWRITE_CUT_OVER + 1;
 		rm_rewrite_save(rw);
-		return true;
+		done = true;
 	}
-	return false;
+	return done;
 }
 
 /* a new run has not waited for anybody, and what statistics there are may be old */
