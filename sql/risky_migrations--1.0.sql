@@ -535,6 +535,46 @@ END;
 COMMENT ON FUNCTION risky_migrations.member_columns(oid, smallint[]) IS
 	'the columns in each of the table''s members, which may have other numbers there';
 
+-- Counted in the lock table at the end of cut-overs and swaps, rounded up.  PostgreSQL locks
+-- what it drops as well: types, constraints, triggers, the heap that ALTER TABLE makes.
+CREATE FUNCTION risky_migrations.locks_needed(method text, relid oid, attnums smallint[], toast boolean)
+RETURNS bigint
+LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+BEGIN ATOMIC
+	WITH how AS (
+		SELECT locks_needed.method = 'online_rewrite' AS rewrite, locks_needed.attnums <> '{}' AS alters
+	), t AS MATERIALIZED (
+		SELECT c.oid, c.relkind = 'r' AS holds_rows, c.reltoastrelid <> 0 OR locks_needed.toast AS toast,
+			ARRAY(SELECT b.attnum FROM pg_attribute a JOIN pg_attribute b ON b.attrelid = c.oid AND b.attname = a.attname
+				WHERE a.attrelid = locks_needed.relid AND a.attnum = ANY (locks_needed.attnums)) AS numbers
+		FROM risky_migrations.members(locks_needed.relid) m (oid) JOIN pg_class c ON c.oid = m.oid
+	), n (locks) AS (
+		-- the table, shadow and log, and what goes with these two and the heap that ALTER TABLE makes
+		SELECT CASE WHEN NOT how.rewrite OR NOT t.holds_rows THEN 1
+			ELSE 8 + CASE WHEN how.alters THEN 5 ELSE 0 END
+				+ CASE WHEN NOT t.toast THEN 0 WHEN how.alters THEN 6 ELSE 4 END
+				+ CASE WHEN EXISTS (SELECT FROM pg_index i JOIN pg_attribute a ON a.attrelid = t.oid AND a.attnum = ANY (i.indkey)
+					WHERE i.indrelid = t.oid AND i.indisunique AND a.attstorage <> 'p') THEN 2 ELSE 0 END END
+		FROM t, how
+		-- the shadow has one too, and those on the column are made anew
+		UNION ALL SELECT CASE WHEN how.rewrite AND t.holds_rows THEN 2 ELSE 1 END
+			+ CASE WHEN t.numbers && i.indkey::smallint[] OR i.indexprs IS NOT NULL OR i.indpred IS NOT NULL THEN 1 ELSE 0 END
+		FROM how, t JOIN pg_index i ON i.indrelid = t.oid
+		UNION ALL SELECT CASE k.contype WHEN 'f' THEN 4 ELSE 2 END
+		FROM t JOIN pg_constraint k ON k.conrelid = t.oid AND k.conkey && t.numbers
+		UNION ALL SELECT 4
+		FROM t JOIN pg_constraint k ON k.confrelid = t.oid AND k.confkey && t.numbers
+		UNION ALL SELECT 1
+		FROM t JOIN pg_attrdef d ON d.adrelid = t.oid AND d.adnum = ANY (t.numbers)
+		UNION ALL SELECT 1
+		FROM t JOIN pg_trigger g ON g.tgrelid = t.oid AND NOT g.tgisinternal AND NOT starts_with(g.tgname, '~rm_')
+	)
+	-- catalogs, state tables, views and the like
+	SELECT 100 + sum(n.locks) FROM n;
+END;
+COMMENT ON FUNCTION risky_migrations.locks_needed(text, oid, smallint[], boolean) IS
+	'how many locks the method holds at once, about; toast: whether a new type may be stored out of line';
+
 CREATE FUNCTION risky_migrations.column_foreign_keys(relid oid, attnums smallint[])
 RETURNS TABLE (relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text)
 LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp

@@ -16,6 +16,9 @@
  * at once and not with the transaction's end, so that a try has many turns.  No
  * deadlock can come of it, for whoever holds something is not in a queue.
  *
+ * There must be room for them all in the server's lock table, beside what others hold
+ * (rm_lock_check_room()).
+ *
  * The account says what a step really held.  Four sources, in this order:
  *
  *	rm_lock_relation() stamps the time before and after it waits, and a
@@ -51,6 +54,7 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "access/transam.h"
+#include "access/twophase.h"
 #include "access/xact.h"
 #include "catalog/indexing.h"
 #include "catalog/namespace.h"
@@ -980,6 +984,70 @@ rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode, int tries
 		doze(1 + pg_prng_uint64(&pg_global_prng_state) % SET_PAUSE);
 		bound_wait(ms_until(deadline));
 	}
+}
+
+/* locks in the lock table that others hold, each once whoever shares it */
+static int64
+locks_of_others(void)
+{
+	LockData   *data = GetLockStatusData();
+	HASHCTL		ctl = {.keysize = sizeof(LOCKTAG),.entrysize = sizeof(LOCKTAG),
+	.hcxt = CurrentMemoryContext};
+	HTAB	   *tags = hash_create("rm locks of others", 1024, &ctl, HASH_ELEM | HASH_BLOBS | HASH_CONTEXT);
+	int64		n;
+
+	for (int i = 0; i < data->nelements; i++)
+		if (data->locks[i].pid != MyProcPid && !data->locks[i].fastpath)
+			(void) hash_search(tags, &data->locks[i].locktag, HASH_ENTER, NULL);
+	n = hash_get_num_entries(tags);
+	hash_destroy(tags);
+	return n;
+}
+
+/*
+ * The lock table is of a fixed size, and shared by all: 53400 if the most locks that the
+ * method holds at once, on the table, all below it and what belongs to them, do not fit into
+ * it beside those that others hold now.  Asked before the migration begins (migration_id
+ * 0), so that it does not fail after hours of copying; and again before that many locks are
+ * taken, since they would be missing for others.  (There is a bit more room than is counted
+ * here.)  columns: of RmConversionDef.  Needs SPI.
+ */
+void
+rm_lock_check_room(const char *method, Oid relid, List *columns, int64 migration_id)
+{
+	Oid			types[] = {TEXTOID, OIDOID, INT2ARRAYOID, BOOLOID};
+	Datum		v[] = {CStringGetTextDatum(method), ObjectIdGetDatum(relid),
+		rm_attnum_array(rm_attnums_of(columns, relid)), BoolGetDatum(false)};
+	int			slots = MaxBackends + max_prepared_xacts;
+	int64		room = (int64) max_locks_per_xact * slots;
+	int64		others = locks_of_others();
+	int64		needed;
+	int64		per_slot;
+	ListCell   *lc;
+
+	foreach(lc, columns)
+		if (get_typstorage(((RmConversionDef *) lfirst(lc))->type) != TYPSTORAGE_PLAIN)
+			v[3] = BoolGetDatum(true);
+	rm_catalog_query("SELECT risky_migrations.locks_needed($1, $2, $3, $4)", 4, types, v);
+	needed = rm_result_int64(0, 1);
+	if (needed + others <= room)
+		return;
+	/* with something to spare */
+	per_slot = Max((needed + others) * 5 / 4 / slots, max_locks_per_xact) + 1;
+	ereport(ERROR,
+			(errcode(ERRCODE_CONFIGURATION_LIMIT_EXCEEDED),
+			 errmsg("the server's lock table has no room for the locks that %s needs on %s",
+					method, rm_relation_sql(relid)),
+			 errdetail("It holds about %lld locks at once, on the table, all below it, and what belongs to them. There is room for %lld, and others hold %lld now.",
+					   (long long) needed, (long long) room, (long long) others),
+			 migration_id == 0 ?
+			 errhint("Set max_locks_per_transaction to %lld or more (it is %d) and restart the server.",
+					 (long long) per_slot, max_locks_per_xact) :
+			 needed <= room ?
+			 errhint("Wait until others hold fewer, then SELECT rm_resume(%lld); or set max_locks_per_transaction to %lld or more (it is %d) and restart the server before.",
+					 (long long) migration_id, (long long) per_slot, max_locks_per_xact) :
+			 errhint("Set max_locks_per_transaction to %lld or more (it is %d) and restart the server, then SELECT rm_resume(%lld): what is done stays.",
+					 (long long) per_slot, max_locks_per_xact, (long long) migration_id)));
 }
 
 /*

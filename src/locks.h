@@ -98,6 +98,7 @@ extern bool rm_lock_relation_if_there(RmLockAccount *account, Oid relid,
 extern void rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode);
 extern void rm_lock_relations(RmLockAccount *account, List *relids, LOCKMODE mode,
 							  int tries);
+extern void rm_lock_check_room(const char *method, Oid relid, List *columns, int64 migration_id);
 extern List *rm_lock_blocking_pids(RmLockAccount *account);
 extern List *rm_relation_marks(List *relids);
 extern char *rm_lock_blockers(Oid relid, LOCKMODE mode);

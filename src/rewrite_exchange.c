@@ -580,6 +580,7 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 	List	   *tables_now;
 	ListCell   *lc;
 
+	rm_lock_check_room(m->method->name, m->relid, m->columns, m->id);
 	plan->relids = relations_to_lock(m, tables);
 	rm_lock_relations(&run->locks, plan->relids, ShareUpdateExclusiveLock, run->tries);
 	plan->marks = rm_relation_marks(plan->relids);	/* before anything else is read */
@@ -884,6 +885,7 @@ cut_over_apply(RmRun *run)
 		return result;
 	if (run->work == NULL)
 	{
+		rm_lock_check_room(m->method->name, m->relid, m->columns, m->id);
 		begin_run(run, tables);
 		begun = true;
 	}

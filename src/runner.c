@@ -721,6 +721,19 @@ explain_lock_failure(RmRun *run, ErrorData *error, int tries)
 	MemoryContextSwitchTo(oldcxt);
 }
 
+/* others have filled the lock table meanwhile, which no check beforehand can know */
+static void
+explain_full_lock_table(RmRun *run, ErrorData *error)
+{
+	MemoryContext oldcxt = MemoryContextSwitchTo(run->cxt);
+
+	error->detail = psprintf("The lock table is full. Nothing was changed by the last transaction of step %s.",
+							 run->step->name);
+	error->hint = psprintf("Wait until others hold fewer locks, or raise max_locks_per_transaction (it is %d), for which the server must be restarted. SELECT * FROM rm_migrations says what to call then.",
+						   max_locks_per_xact);
+	MemoryContextSwitchTo(oldcxt);
+}
+
 static void
 notice_retry(RmRun *run, int tries, const char *blockers)
 {
@@ -970,6 +983,9 @@ after_failure(RmRun *run, ErrorData *error)
 	}
 	if (is_lock_failure(error))
 		explain_lock_failure(run, error, run->tries + 1);
+	else if (error->sqlerrcode == ERRCODE_OUT_OF_MEMORY && error->hint != NULL &&
+			 strstr(error->hint, "max_locks_per_transaction") != NULL)
+		explain_full_lock_table(run, error);
 	else if (run->step->explain)
 		run->step->explain(run, error);
 	fail(run, error);

@@ -432,6 +432,9 @@ rm_migration_plan(const RmMigrationSpec *spec, MemoryContext cxt)
 		refuse_open_migration(spec->relid, ((RmConversionDef *) lfirst(lc))->attnum);
 	if (spec->null_on_error)
 		refuse_null_on_error(rel, spec);
+	/* before all below the table is locked, to be looked at */
+	if (spec->method != &rm_method_direct)
+		rm_lock_check_room(spec->method->name, spec->relid, columns, 0);
 	if (spec->new_column)
 	{
 		rm_three_step_refuse(rel, def, spec->new_column);

@@ -267,6 +267,7 @@ plan(RmRun *run)
 	ListCell   *lc;
 
 	refuse_unverified(m);
+	rm_lock_check_room(m->method->name, m->relid, m->columns, m->id);
 	/* somebody may have added something since the migration began */
 	rm_dependents_refuse(m->relid, m->attnum, m->new_type_id, false);
 	take_names(m);
@@ -1154,6 +1155,7 @@ swap_apply(RmRun *run)
 		return RM_STEP_AGAIN;
 	}
 
+	rm_lock_check_room(m->method->name, m->relid, m->columns, m->id);
 	list = load_present(m, true);
 	e = hold_still(run, list, true);
 	if (!catalogs_unchanged(m))

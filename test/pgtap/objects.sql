@@ -94,6 +94,7 @@ SELECT bag_eq($$SELECT signature FROM signature WHERE schema = 'risky_migrations
 	'function twin_foreign_key(fk oid, relid oid, twin text, peer text) TABLE(peer_refers boolean, command text) stable',
 	'function direct_obstacles(relid oid, attnum smallint) TABLE(obstacle text) stable',
 	'function name_twins(relid oid, twin oid, prefix text) TABLE(command text) stable',
+	'function locks_needed(method text, relid oid, attnums smallint[], toast boolean) bigint stable',
 	'function leftovers(relid oid, prefix text, wanted text[]) TABLE(drop_sql text) stable',
 	'function catalog_fingerprint(relid oid) text volatile'
 ], 'what the extension calls');
