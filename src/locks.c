@@ -97,6 +97,9 @@
 #define SET_PATIENCE 10
 #define SET_PAUSE 5
 
+/* of the lock table, the part that nobody need ask for: one of so many */
+#define SMALL_PART 20
+
 /* storage of one relation: its file number, to be compared later */
 typedef struct RelationStorage
 {
@@ -1009,8 +1012,8 @@ locks_of_others(void)
  * method holds at once, on the table, all below it and what belongs to them, do not fit into
  * it beside those that others hold now.  Asked before the migration begins (migration_id
  * 0), so that it does not fail after hours of copying; and again before that many locks are
- * taken, since they would be missing for others.  (There is a bit more room than is counted
- * here.)  columns: of RmConversionDef.  Needs SPI.
+ * taken, since they would be missing for others.  A small part of it is everybody's to take;
+ * there is a bit more room than is counted here.  columns: of RmConversionDef.  Needs SPI.
  */
 void
 rm_lock_check_room(const char *method, Oid relid, List *columns, int64 migration_id)
@@ -1030,7 +1033,7 @@ rm_lock_check_room(const char *method, Oid relid, List *columns, int64 migration
 			v[3] = BoolGetDatum(true);
 	rm_catalog_query("SELECT risky_migrations.locks_needed($1, $2, $3, $4)", 4, types, v);
 	needed = rm_result_int64(0, 1);
-	if (needed + others <= room)
+	if (needed <= room / SMALL_PART || needed + others <= room)
 		return;
 	/* with something to spare */
 	per_slot = Max((needed + others) * 5 / 4 / slots, max_locks_per_xact) + 1;

@@ -69,6 +69,14 @@ sub empty_lock_table
 	return;
 }
 
+# a session that does nothing, with a snapshot
+sub start_old_snapshot
+{
+	my $call = start_call('old', 'BEGIN ISOLATION LEVEL REPEATABLE READ', 'SELECT pg_sleep(600)');
+	wait_for("EXISTS (SELECT FROM pg_stat_activity WHERE application_name = 'old' AND wait_event = 'PgSleep')", 'there is no snapshot');
+	return $call;
+}
+
 # the last step of all is to come; the table is used meanwhile
 sub stands_still
 {
@@ -107,6 +115,16 @@ for my $method ('online_rewrite', 'three_step')
 	like($err, qr/no room for the locks that $method needs.*HINT:  Wait until others hold fewer, then SELECT rm_resume\(\d+\); or set max_locks_per_transaction/s,
 		"$method: it does not take what others may need");
 	stands_still($name, '53400', "$method finds no room");
+	empty_lock_table($holder);
+
+	my $old = start_old_snapshot();
+	my $cut = start_call('cut', 'CALL rm_cut_over()');
+	wait_for("EXISTS (SELECT FROM rm_progress WHERE waiting_for = 'snapshot')", 'nobody is waited for');
+	$holder = fill_lock_table();
+	sql("SELECT pg_terminate_backend(pid, 60000) FROM pg_stat_activity WHERE application_name = 'old'");
+	finish_call($_) for $old, $cut;
+	like($cut->{err}, qr/53400: the server's lock table has no room/, "$method: it looks again just before");
+	stands_still($name, '53400', "$method has waited");
 	empty_lock_table($holder);
 
 	# whatever is asked beforehand, others may take the rest at any time
