@@ -1946,7 +1946,8 @@ BEGIN ATOMIC
 		SELECT k.oid, k.xmin, k.contype, k.conrelid, k.confrelid
 		FROM (SELECT c.oid FROM m JOIN pg_constraint c ON c.conrelid = m.oid
 			UNION SELECT d.objid FROM m JOIN pg_depend d ON d.refclassid = 'pg_class'::regclass AND d.refobjid = m.oid
-			WHERE d.classid = 'pg_constraint'::regclass) x (oid)
+			-- so said that no index on classid is used, which would find all constraints
+			WHERE d.classid IS NOT DISTINCT FROM 'pg_constraint'::regclass) x (oid)
 		JOIN pg_constraint k ON k.oid = x.oid
 		WHERE k.conrelid IN (SELECT m.oid FROM m) OR k.confrelid IN (SELECT m.oid FROM m)
 	), s AS MATERIALIZED (

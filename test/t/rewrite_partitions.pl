@@ -273,15 +273,6 @@ is(sql(q{SELECT pg_typeof((SELECT v FROM busy LIMIT 1)), (SELECT count(*) FROM p
 	'a migration that is given up leaves nothing');
 
 # ---------------------------------------------------------------------------
-# Many partitions
-# ---------------------------------------------------------------------------
-
-is(sql(q{BEGIN; SELECT FROM risky_migrations.catalog_fingerprint('busy2a'::regclass);
-	SELECT string_agg(c::text, ', ') FROM unnest('{pg_attrdef,pg_attribute,pg_class,pg_constraint,pg_depend,pg_description,pg_index,
-		pg_inherits,pg_statistic_ext,pg_trigger}'::regclass[]) c WHERE pg_stat_get_xact_numscans(c) > 0}), "\n",
-	'what is asked for each partition reads no catalog from end to end');
-
-# ---------------------------------------------------------------------------
 # Killed at any time
 # ---------------------------------------------------------------------------
 
