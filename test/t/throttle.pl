@@ -631,24 +631,31 @@ SKIP:
 	my $busy = sub {
 		map { IPC::Run::start([ $^X, '-e', '1 while 1' ]) } 1 .. 4 * grep { /^processor/ } slurp_file('/proc/cpuinfo') =~ /^.*$/mg;
 	};
+	# no rests in the end, since other tests may take the processors too
+	my $no_more = sub {
+		$_->kill_kill foreach @_;
+		reset_all();
+	};
 	my @others = $busy->();
 	begin_migration();
-	my $call = start_call('SET risky_migrations.busy_rest = 100', 'SET risky_migrations.max_row_lock_time = 5', 'CALL rm_backfill_batched(200)');
+	set('risky_migrations.busy_rest = 100');
+	my $call = start_call('SET risky_migrations.max_row_lock_time = 5', 'CALL rm_backfill_batched(200)');
 	like(holds('pause', 'busy'), qr/^others use the processors: it has rested for \d+ ms, since risky_migrations.busy_rest is 100/, 'busy: it says why');
-	$_->kill_kill foreach @others;
-	ends_well($call, 'busy: it goes on when they have gone');
+	$no_more->(@others);
+	ends_well($call, 'busy: it goes on then');
 	all_right($node, 'busy');
 	take_back();
 
 	# online_rewrite would have a helper beside its copying
 	@others = $busy->();
-	$call = start_call('SET risky_migrations.busy_rest = 100', 'SET risky_migrations.range_pages = 1',
+	set('risky_migrations.busy_rest = 100');
+	$call = start_call('SET risky_migrations.range_pages = 1',
 		q{CALL rm_alter_type('t', 'v', 'integer', 'v::integer', method => 'online_rewrite', cut_over => 'manual', batch => 200)});
 	like(holds('pause', 'busy copy'), qr/^others use the processors/, 'busy copy: it rests');
 	is(sql(q{SELECT step, (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper') FROM rm_progress}),
 		'copy|0', 'busy copy: nobody verifies beside');
-	$_->kill_kill foreach @others;
-	ends_well($call, 'busy copy: it goes on when they have gone');
+	$no_more->(@others);
+	ends_well($call, 'busy copy: it goes on then');
 	take_back();
 }
 
