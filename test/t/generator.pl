@@ -818,8 +818,13 @@ sub check_catalogs
 	sql(join ";\n", @head, $s->{late_index}) if $s->{has_late_index};
 	my $same = $back || rewrites($s);
 	my @late = $back ? @{ $s->{late} } : late_as_made_again($s);
+	# A partition that came after a constraint that is NOT VALID has it proven, which ALTER
+	# TABLE forgets, and a migration does not.
+	my $proven = q{SELECT conrelid, conname FROM pg_constraint k JOIN pg_class c ON c.oid = conrelid
+		WHERE relnamespace = 'tw'::regnamespace AND relispartition AND contype = 'c' AND convalidated};
+	my @proven = split /\n/, sql("SELECT format('ALTER TABLE %s VALIDATE CONSTRAINT %I', conrelid::regclass, conname) FROM ($proven) k");
 	my $advice = $back ? '' : check_advice($s);
-	sql(join ";\n", @head, $same ? () : @{ $s->{lost} }, @late);
+	sql(join ";\n", @head, $same ? () : (@{ $s->{lost} }, @proven), @late);
 	my ($is, $should) = map { $same && !$s->{parted} ? dump_of($_) : without_order(dump_of($_)) } 'gen', 'tw';
 	# ALTER TABLE names the indexes of partitions anew, in an order of its own
 	s/\b(part_[^.\n]*?_idx)\d+\b/$1/g for grep { $s->{parted} } $is, $should;
