@@ -934,9 +934,9 @@ copy_committed(RmRun *run, RmStepResult result)
 
 	if (run->helper > 0 || run->revert || result == RM_STEP_BACK)
 		return;
-	/* that it is complete is told when it is done */
+	/* that it is complete is told when it is done, and nothing of the preparations */
 	if (result == RM_STEP_AGAIN &&
-		(run->progress.blocks_done >= run->progress.blocks_total || !rm_notice_due(run)))
+		(run->progress.blocks_done == 0 || run->progress.blocks_done >= run->progress.blocks_total || !rm_notice_due(run)))
 		return;
 	rm_format_count(rows, sizeof(rows), run->progress.rows_done);
 	ereport(NOTICE,

@@ -922,11 +922,13 @@ sub migrate
 		$node->psql('postgres', "SELECT rm_cancel($s->{id})");
 		finish($s->{call});
 		wait_until_idle($s);
-		if ((look($s))[0] eq 'done')
+		my ($state, $steps) = (look($s))[ 0, 3 ];
+		# broken off behind the cut-over there is no way back either
+		if ($state eq 'done' || rewrites($s) && $steps > 5)
 		{
 			$s->{end} = 'cleanup';
 			push @{ $s->{story} }, 'too late';
-			return '';
+			return go_on($s, 'done');
 		}
 		return go_on($s, 'rolled back', "CALL rm_rollback($s->{id})");
 	}
