@@ -692,7 +692,7 @@ SELECT pg_typeof(v), count(*), sum(v) FROM conv_a.item_view GROUP BY 1;
 SELECT pg_typeof(v), count(*), sum(v) FROM conv_b.item_view GROUP BY 1;
 SELECT pg_typeof(v), count(*), sum(v) FROM "conv.c".item_view GROUP BY 1;
 SELECT conrelid::regclass AS "table", conname, pg_get_constraintdef(oid) FROM pg_constraint
-WHERE conrelid::regclass::text ~ 'item$' ORDER BY conrelid::regclass::text COLLATE "C", conname;
+WHERE conrelid::regclass::text ~ 'item$' AND contype <> 'n' ORDER BY conrelid::regclass::text COLLATE "C", conname;
 SET search_path = conv, public;
 SET client_min_messages = error;
 DROP SCHEMA conv_a, conv_b, "conv.c" CASCADE;
