@@ -119,8 +119,8 @@ my @kinds = (
 	{ old => 'timestamp', new => 'varchar(40)', using => 'C::text', reverse => 'C::timestamp', value => $stamp, unique => 1, plain => 1, misfit => 'never' },
 	{ old => 'interval', new => 'text', using => 'C::text', reverse => 'C::interval', value => sub { sprintf '%d days %02d:%02d:00', 2 + $_[0] / 1440, $_[0] / 60 % 24, 1 + $_[0] % 59 }, plain => 1, misfit => 'never' },
 	{ old => 'text', new => 'interval', using => 'C::interval', value => sub { sprintf '%d days %02d:%02d:00', 2 + $_[0] / 1440, $_[0] / 60 % 24, 1 + $_[0] % 59 }, plain => 1, bad => 'never' },
-	{ old => 'int', new => 'bigint', using => 'CASE WHEN rid IS NOT NULL THEN C::bigint END', value => $number, unique => 1, number => 1, plain => 1, cast => 1, misfit => '5000000000' },
-	{ old => 'text', new => 'int', using => q{CASE WHEN note IS NULL OR rid <> 0 THEN C::int END}, value => $number, unique => 1, plain => 1, bad => 'x17' },
+	{ old => 'int', new => 'bigint', using => 'CASE WHEN rid IS NOT NULL THEN C::bigint END', reverse => 'C::int', value => $number, unique => 1, number => 1, plain => 1, cast => 1, misfit => '5000000000' },
+	{ old => 'text', new => 'int', using => q{CASE WHEN note IS NULL OR rid <> 0 THEN C::int END}, reverse => 'C::text', value => $number, unique => 1, plain => 1, bad => 'x17' },
 	{ old => 'text', new => 'bytea', using => q{convert_to(C, 'UTF8')}, reverse => q{convert_from(C, 'UTF8')}, value => sub { "b$_[0]" }, unique => 1 },
 );
 
