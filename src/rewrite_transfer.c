@@ -105,7 +105,10 @@ rm_transfer_end(RmTransfer *t)
 	table_close(t->shadow, NoLock);
 }
 
-/* one more row of the table, in a pinned buffer; false: first make those that there are */
+/*
+ * One more row of the table, in a pinned buffer, or with InvalidBuffer in made_cxt; false:
+ * first make those that there are.
+ */
 bool
 rm_transfer_add(RmTransfer *t, HeapTuple tup, Buffer buf)
 {
@@ -113,7 +116,7 @@ rm_transfer_add(RmTransfer *t, HeapTuple tup, Buffer buf)
 
 	if (n == RM_TRANSFER_ROWS)
 		return false;
-	if (t->npins == 0 || t->pins[t->npins - 1] != buf)
+	if (BufferIsValid(buf) && (t->npins == 0 || t->pins[t->npins - 1] != buf))
 	{
 		IncrBufferRefCount(buf);
 		t->pins[t->npins++] = buf;

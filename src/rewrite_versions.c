@@ -44,6 +44,10 @@
  *	A version that does not convert, though its successor does, cannot be had: as
  *	before.
  *
+ *	VACUUM looks at a table and at its TOAST table one after the other, and not only
+ *	VACUUM cleans pages: a version may still be there whose TOASTed values have gone.
+ *	It is one that has been removed.
+ *
  * Copyright (c) 2026, risky_migrations contributors
  *
  *-------------------------------------------------------------------------
@@ -54,6 +58,7 @@
 #include "access/genam.h"
 #include "access/generic_xlog.h"
 #include "access/heapam.h"
+#include "access/heaptoast.h"
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "access/tableam.h"
@@ -535,6 +540,65 @@ store_versions(Versions *v)
 	rm_transfer_clear(t);
 }
 
+/*
+ * A version that is over, with its TOASTed values, which are looked up now.  NULL if
+ * they have gone: then nobody can have a snapshot that sees the version.
+ */
+static HeapTuple
+flatten_old_version(Versions *v, HeapTuple tup)
+{
+	RmTransfer *t = v->r->t;
+	MemoryContext oldcxt = CurrentMemoryContext;
+	ResourceOwner oldowner = CurrentResourceOwner;
+	HeapTuple	volatile flat = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	PG_TRY();
+	{
+		MemoryContextSwitchTo(t->made_cxt);
+		flat = toast_flatten_tuple(tup, RelationGetDescr(t->rel));
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		ErrorData  *error;
+
+		MemoryContextSwitchTo(t->made_cxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+		/* what the TOAST table does not have, or not all of it */
+		if (error->sqlerrcode != ERRCODE_DATA_CORRUPTED)
+			ReThrowError(error);
+	}
+	PG_END_TRY();
+	MemoryContextSwitchTo(oldcxt);
+	CurrentResourceOwner = oldowner;
+	return flat;
+}
+
+/* the version in v->slot comes among those under way */
+static void
+add_version(Versions *v, const Version *version)
+{
+	RmTransfer *t = v->r->t;
+	BufferHeapTupleTableSlot *slot = (BufferHeapTupleTableSlot *) v->slot;
+	HeapTuple	tup = slot->base.tuple;
+	Buffer		buf = slot->buffer;
+
+	if (t->nrows == RM_TRANSFER_ROWS)
+		store_versions(v);
+	if (TransactionIdIsValid(version->xmax) && HeapTupleHasExternal(tup))
+	{
+		tup = flatten_old_version(v, tup);
+		if (tup == NULL)
+			return;
+		buf = InvalidBuffer;
+	}
+	(void) rm_transfer_add(t, tup, buf);
+	v->under_way[t->nrows - 1] = *version;
+}
+
 /* all versions since the mark that the shadow does not have */
 static void
 add_versions(Versions *v)
@@ -552,12 +616,7 @@ add_versions(Versions *v)
 			continue;
 		if (!table_tuple_fetch_row_version(t->rel, &version->tid, SnapshotAny, v->slot))
 			continue;			/* VACUUM has just removed it */
-		if (!rm_transfer_add_slot(t, v->slot))
-		{
-			store_versions(v);
-			(void) rm_transfer_add_slot(t, v->slot);
-		}
-		v->under_way[t->nrows - 1] = *version;
+		add_version(v, version);
 	}
 }
 
