@@ -48,6 +48,10 @@
  *	VACUUM cleans pages: a version may still be there whose TOASTed values have gone.
  *	It is one that has been removed.
  *
+ *	To VACUUM the shadow is a table as any other, and it does not know that there will be
+ *	xids in it that are older than it is: those that are older than the relfrozenxid
+ *	it may have set since the mark cannot be had.
+ *
  * Copyright (c) 2026, risky_migrations contributors
  *
  *-------------------------------------------------------------------------
@@ -424,28 +428,51 @@ pieces(Versions *v, Relation toast)
 	return list;
 }
 
+/* may the table have all these xids, none of which VACUUM has declared to be gone from it? */
+static bool
+may_have(Relation rel, const StampList *list)
+{
+	TransactionId frozen = rel->rd_rel->relfrozenxid;
+
+	for (int i = 0; i < list->n; i++)
+		if ((TransactionIdIsValid(list->stamps[i].xmin) &&
+			 TransactionIdPrecedes(list->stamps[i].xmin, frozen)) ||
+			(TransactionIdIsValid(list->stamps[i].xmax) &&
+			 TransactionIdPrecedes(list->stamps[i].xmax, frozen)))
+			return false;
+	return true;
+}
+
 /*
  * See the top of the file.  What a crash leaves in between may be pieces of TOASTed
- * values that belong to nobody; but no row without its pieces.
+ * values that belong to nobody; but no row without its pieces.  False, and nothing is
+ * done, if these xids cannot be had.
  */
-static void
+static bool
 restamp(Versions *v)
 {
 	Relation	shadow = v->r->t->shadow;
 	Relation	toast;
 	StampList	list;
+	bool		possible = may_have(shadow, &v->stamps);
 
-	if (!OidIsValid(shadow->rd_rel->reltoastrelid))
+	if (!possible || !OidIsValid(shadow->rd_rel->reltoastrelid))
 	{
-		stamp_all(shadow, &v->stamps, true, true);
-		return;
+		if (possible)
+			stamp_all(shadow, &v->stamps, true, true);
+		return possible;
 	}
 	toast = table_open(shadow->rd_rel->reltoastrelid, RowExclusiveLock);
 	list = pieces(v, toast);
-	stamp_all(toast, &list, true, false);
-	stamp_all(shadow, &v->stamps, true, true);
-	stamp_all(toast, &list, false, true);
+	possible = may_have(toast, &list);
+	if (possible)
+	{
+		stamp_all(toast, &list, true, false);
+		stamp_all(shadow, &v->stamps, true, true);
+		stamp_all(toast, &list, false, true);
+	}
 	table_close(toast, NoLock);
+	return possible;
 }
 
 /*-------------------------------------------------------------------------
@@ -660,7 +687,7 @@ rm_replay_versions(RmRun *run, RmRewrite *rw, Relation rel, const RmMark *mark)
 	while (t->failed == 0 && !v.lost && rm_round_next_key(v.r))
 		v.lost = !is_as_it_should_be(v.r);
 	if (!v.lost)
-		restamp(&v);
+		v.lost = !restamp(&v);
 	rw->rows_failed = t->failed;
 	run->rows_changed += v.r->read - t->failed;
 	ExecDropSingleTupleTableSlot(v.slot);

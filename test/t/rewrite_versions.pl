@@ -167,5 +167,37 @@ run('v');
 run('id');
 run('id', 1);
 
+# VACUUM comes between the wait and the exchange: to the table's TOAST table, but not to
+# the table, so that there are versions without their TOASTed values; and to the shadow,
+# where it finds no xid that is older than itself.  Somebody keeps the cut-over from
+# looking at what has changed meanwhile.
+make_table();
+sql(q{CALL rm_alter_type('w', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual')});
+my $id = sql('SELECT max(id) FROM risky_migrations.migration');
+my $holder = $node->background_psql('postgres', on_error_stop => 0);
+$holder->query('BEGIN; LOCK TABLE w IN SHARE UPDATE EXCLUSIVE MODE');
+my $call = start_call('cut over', "CALL rm_cut_over($id)");
+wait_for('EXISTS (SELECT FROM rm_progress WHERE lock_retries > 0)', 'the cut-over does not try for its lock');
+change(q{INSERT INTO T VALUES ('2000', '1', 2000, repeat('x', 4000)); DELETE FROM T WHERE id = '30'});
+change(qq{UPDATE T SET v = '$_', big = repeat('$_', 4000) WHERE id IN ('20', '2000')}) for 2, 3;
+my $toast = sql(q{SELECT reltoastrelid::regclass FROM pg_class WHERE oid = 'w'::regclass});
+my $shadow = sql('SELECT shadow::regclass FROM risky_migrations.rewrite');
+my $none_so_old = qq{SELECT age(c.relfrozenxid) < age(w.xmin) FROM pg_class c, w WHERE c.oid = '$shadow'::regclass AND w.id = '2000'};
+for (1 .. 1000)
+{
+	# the tries are in its way too
+	sql("VACUUM $shadow");
+	last if sql($none_so_old) eq 't';
+	usleep(10_000);
+}
+is(sql($none_so_old), 't', 'VACUUM says that the shadow has no xid as old as those that have come to the table');
+sql("VACUUM $toast");
+$holder->query('COMMIT');
+$holder->quit;
+ends_well($call, 'the cut-over ends beside VACUUM');
+check('beside VACUUM');
+sql('VACUUM (FREEZE) w');
+check('beside VACUUM, and after one more');
+
 $node->stop;
 done_testing();
