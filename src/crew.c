@@ -861,8 +861,9 @@ rm_crew_dismiss(RmRun *run)
  */
 
 /*
- * Between two transactions of a helper: waits as long as the runner rests or,
- * if idle, until there may be something to do.  False if it is to end.
+ * Between two transactions of a helper: waits as long as the runner rests, or it does
+ * itself (run->idle_until), or, if idle, until there may be something to do.  False if it
+ * is to end.
  */
 bool
 rm_crew_may_go_on(RmRun *run, bool idle, ErrorData **error)
@@ -875,7 +876,7 @@ rm_crew_may_go_on(RmRun *run, bool idle, ErrorData **error)
 		if (pg_atomic_read_u32(&berth->stop) ||
 			BackendPidGetProc(segment->runner_pid) == NULL)
 			return false;
-		if ((!idle || news != news_seen) &&
+		if ((!idle || news != news_seen) && run->idle_until <= GetCurrentTimestamp() &&
 			(TimestampTz) pg_atomic_read_u64(&segment->go_until) > GetCurrentTimestamp())
 		{
 			news_seen = news;

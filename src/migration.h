@@ -233,6 +233,7 @@ struct RmRun
 	bool		busy;			/* there is no processor for these */
 	bool		ranges_new;		/* there are ranges that helpers do not know of */
 	int			helper;			/* the number of this process; 0: the runner */
+	TimestampTz idle_until;		/* of one aside: when it works again */
 	RmCrew	   *crew;			/* crew.c's own */
 	TimestampTz crew_next;		/* not to be made before; 0: not tried in vain */
 	RmCrewSums	crew_sums;		/* of helpers that have gone */

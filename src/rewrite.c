@@ -98,14 +98,17 @@
 #include "optimizer/optimizer.h"
 #include "parser/parse_utilcmd.h"
 #include "rewrite.h"
+#include "risky_migrations.h"
 #include "rows.h"
 #include "state.h"
 #include "steps.h"
 #include "storage/lmgr.h"
+#include "throttle.h"
 #include "twin.h"
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
+#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -1629,13 +1632,13 @@ ask_for_indexes(void *arg)
 }
 
 /*
- * The indexes that the shadow is to have, NIL if somebody has just made one.  The
+ * The indexes that the shadow is to have (in cxt), NIL if somebody has just made one.  The
  * columns are locked.
  */
 static List *
-wanted_indexes(RmMigration *m, RmRewrite *rw)
+wanted_indexes(RmMigration *m, RmRewrite *rw, MemoryContext cxt)
 {
-	Indexes		i = {.m = m,.rw = rw,.cxt = CurrentMemoryContext};
+	Indexes		i = {.m = m,.rw = rw,.cxt = cxt};
 	ErrorData  *error = rm_rehearse(ask_for_indexes, &i, CurrentMemoryContext);
 
 	if (error)
@@ -1681,7 +1684,45 @@ rm_rewrite_indexes_complete(const RmRewrite *rw)
 typedef struct IndexWork
 {
 	Oid			verified;		/* the table whose chunks helpers have been given */
+	/* what it is to have, as long as that is its fingerprint */
+	MemoryContext cxt;
+	Oid			relid;
+	char	   *fingerprint;
+	List	   *wanted;
 } IndexWork;
+
+/*
+ * The same as wanted_indexes(), but the twin is not asked again where nobody has changed
+ * anything.
+ */
+static List *
+known_indexes(IndexWork *work, RmMigration *m, RmRewrite *rw, const char *fingerprint)
+{
+	if (work->relid == rw->relid && work->wanted != NIL && strcmp(work->fingerprint, fingerprint) == 0)
+		return work->wanted;
+	work->wanted = NIL;
+	MemoryContextReset(work->cxt);
+	work->relid = rw->relid;
+	work->fingerprint = MemoryContextStrdup(work->cxt, fingerprint);
+	work->wanted = wanted_indexes(m, rw, work->cxt);
+	return work->wanted;
+}
+
+/*
+ * Builds it.  By this process alone where others want the processors, since it cannot rest
+ * meanwhile.
+ */
+static void
+build_index(RmRewrite *rw, IndexStmt *stmt)
+{
+	int			save_nestlevel = NewGUCNestLevel();
+
+	if (rm_workers == 1 && rm_processors_are_busy())
+		(void) set_config_option("max_parallel_maintenance_workers", "0", PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	(void) rm_define_index(rw->shadow, copyObject(stmt));
+	AtEOXact_GUC(false, save_nestlevel);
+}
 
 /*
  * Has helpers verify the shadow while its indexes are built, beginning with the
@@ -1731,6 +1772,7 @@ index_apply(RmRun *run)
 		if (has_key)
 			(void) rm_replay(run, rw, rel, NULL);
 		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
+		work->cxt = AllocSetContextCreate(run->cxt, "rm wanted indexes", ALLOCSET_SMALL_SIZES);
 		if (has_key)
 		{
 			table_close(rel, NoLock);
@@ -1745,7 +1787,7 @@ index_apply(RmRun *run)
 		if (verify_beside(run, rw))
 			return RM_STEP_AGAIN;
 	}
-	wanted = wanted_indexes(m, rw);
+	wanted = known_indexes(work, m, rw, fingerprint);
 	if (wanted == NIL)
 		return RM_STEP_AGAIN;
 	run->progress.blocks_total = list_length(wanted);
@@ -1760,7 +1802,7 @@ index_apply(RmRun *run)
 		}
 		/* nobody's DDL is to wait for the building */
 		UnlockRelationOid(rw->relid, AccessShareLock);
-		(void) rm_define_index(rw->shadow, w->stmt);
+		build_index(rw, w->stmt);
 		/* what they have not done by the last one is left for the verification */
 		if (built + 1 == list_length(wanted))
 			run->helpers = 0;

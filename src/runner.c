@@ -1169,6 +1169,8 @@ rm_run_helper(RmRun *run)
 
 		MemoryContextSwitchTo(xact_cxt);
 		MemoryContextReset(xact_cxt);
+		if (run->aside)
+			rm_throttle_aside_begins(run);
 		error = rm_try(attempt_help, &attempt, run->cxt);
 		run->m = NULL;
 		if (error == NULL)
@@ -1187,6 +1189,8 @@ rm_run_helper(RmRun *run)
 				run->step->committed(run, RM_STEP_AGAIN);
 		}
 		rm_crew_publish(run);
+		if (run->aside)
+			rm_throttle_aside_ends(run);
 		error = rest_out(NULL, pause_ms, false, run->cxt);
 		if (error)
 			break;

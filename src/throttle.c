@@ -19,8 +19,11 @@
  *	the share of one more client, and what clients do under locks would take longer
  *	for all who wait for these.  The operating system says how long a process has
  *	been ready to run and did not (Linux, /proc/self/schedstat); others do not say,
- *	and nothing is rested there.  Beside helpers that only make use of a processor with
- *	nothing to do it does not rest: they are sent away (run->busy)
+ *	and nothing is rested there.  Helpers that only make use of a processor with
+ *	nothing to do (run->aside) rest likewise, each for itself; and where one process
+ *	copies it does not rest beside them: they are sent away (run->busy).  What cannot
+ *	be interrupted for a rest, the building of an index, does without the processes
+ *	that PostgreSQL would have help it (rm_processors_are_busy)
  *
  *	before work that may be held (run->may_hold): while one of these is so,
  *	  replica lag	a walsender's receiver is behind, in bytes or in time
@@ -110,8 +113,10 @@
 #define POSITIONS 64
 /* longest reason that is shown */
 #define REASON_SIZE 256
-/* the part of its time that a batch has to wait for a processor until it counts */
+/* the part of its time that work has to wait for a processor until it counts */
 #define BUSY_SHARE 0.1
+/* "of late": work of so many milliseconds, or not longer ago */
+#define LATELY 1000
 
 /* settings, see rm_throttle_init() */
 static int	batch_pause = 0;	/* ms */
@@ -145,8 +150,15 @@ struct RmThrottle
 	uint64		waited;
 	bool		waited_known;
 	double		busy_rest_ms;	/* the last rest, because processors are busy */
-	double		busy_share;		/* beside helpers: of its time, of late */
 };
+
+/* what this process has worked of late, and waited for a processor meanwhile, ms */
+static struct
+{
+	double		worked;
+	double		waited;
+	TimestampTz until;
+}			lately;
 
 /* why to hold; kind is NULL if there is no reason */
 typedef struct Reason
@@ -686,33 +698,66 @@ note_work_begins(RmThrottle *t)
 	INSTR_TIME_SET_CURRENT(t->work_began);
 }
 
+/*
+ * Such work ends: for how many milliseconds to rest, since it had to wait for a
+ * processor; 0 if that is not known, or not worth it.
+ */
+static double
+rest_for_processor(RmThrottle *t)
+{
+	TimestampTz now = GetCurrentTimestamp();
+	double		worked_ms;
+	double		waited_ms;
+	uint64		waited;
+	double		rest_ms;
+
+	if (!t->waited_known || busy_rest == 0 || !time_waited_for_processor(&waited))
+		return 0;
+	worked_ms = rm_elapsed_ms(t->work_began);
+	waited_ms = (waited - t->waited) / 1e6;
+	if (TimestampDifferenceExceeds(lately.until, now, LATELY + (int) worked_ms))
+		lately.worked = lately.waited = 0;
+	lately.worked += worked_ms;
+	lately.waited += waited_ms;
+	if (lately.worked > LATELY)
+	{
+		lately.waited *= LATELY / lately.worked;
+		lately.worked = LATELY;
+	}
+	lately.until = now;
+	if (waited_ms < BUSY_SHARE * worked_ms)
+		return 0;
+	rest_ms = Min(waited_ms * busy_rest, LONGEST_REST);
+	return rest_ms < 1 ? 0 : rest_ms;
+}
+
+/*
+ * Had this process to wait for a processor of late?  False also if that is not known, or
+ * not to be taken into account (busy_rest is 0).
+ */
+bool
+rm_processors_are_busy(void)
+{
+	return busy_rest > 0 && lately.waited > 0 && lately.waited >= BUSY_SHARE * lately.worked;
+}
+
 /* rests after such work if there was no processor for it */
 static ErrorData *
 rest_if_busy(RmRun *run)
 {
 	RmThrottle *t = run->throttle;
-	double		worked_ms;
-	double		waited_ms;
-	uint64		waited;
 
 	t->busy_rest_ms = 0;
-	if (!t->waited_known || busy_rest == 0 || (run->helpers > 0 && !run->aside) || !time_waited_for_processor(&waited))
+	if (run->helpers > 0 && !run->aside)
 		return NULL;
-	worked_ms = rm_elapsed_ms(t->work_began);
-	waited_ms = (waited - t->waited) / 1e6;
+	t->busy_rest_ms = rest_for_processor(t);
 	if (run->helpers > 0)
 	{
 		/* it may be they who take it from us: they go first, and not for one instant */
-		t->busy_share += (waited_ms / Max(worked_ms, 1) - t->busy_share) / 4;
-		run->busy = t->busy_share >= BUSY_SHARE;
-		return NULL;
+		run->busy = rm_processors_are_busy();
+		t->busy_rest_ms = 0;
 	}
-	if (waited_ms < BUSY_SHARE * worked_ms)
-		return NULL;
-	t->busy_rest_ms = Min(waited_ms * busy_rest, LONGEST_REST);
-	if (t->busy_rest_ms < 1)
-		return NULL;
-	return rm_rest(run, (int) t->busy_rest_ms);
+	return t->busy_rest_ms == 0 ? NULL : rm_rest(run, (int) t->busy_rest_ms);
 }
 
 /* rests after a batch, for as long as the setting says at each moment */
@@ -762,6 +807,25 @@ rm_throttle(RmRun *run)
 		error = hold_while(run, look);
 	note_work_begins(run->throttle);
 	return error;
+}
+
+/*
+ * The same in a helper aside, which makes use only of a processor that nobody else wants,
+ * the process beside which it works included: before, and after its transaction.  The
+ * latter sets run->idle_until.
+ */
+void
+rm_throttle_aside_begins(RmRun *run)
+{
+	prepare(run);
+	note_work_begins(run->throttle);
+}
+
+void
+rm_throttle_aside_ends(RmRun *run)
+{
+	run->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
+												  (int) rest_for_processor(run->throttle));
 }
 
 /*

@@ -16,6 +16,9 @@ extern void rm_throttle_init(void);
 extern ErrorData *rm_throttle(RmRun *run);
 extern ErrorData *rm_throttle_reload(RmRun *run);
 extern ErrorData *rm_throttle_wraparound(RmRun *run);
+extern void rm_throttle_aside_begins(RmRun *run);
+extern void rm_throttle_aside_ends(RmRun *run);
+extern bool rm_processors_are_busy(void);
 extern const char *rm_batch_pause_reason(const RmRun *run);
 
 #endif							/* RM_THROTTLE_H */

@@ -23,6 +23,7 @@ autovacuum = off
 max_worker_processes = 5
 max_parallel_maintenance_workers = 0
 risky_migrations.range_pages = 128
+risky_migrations.busy_rest = 0
 risky_migrations.lock_timeout = 20ms
 risky_migrations.lock_retries = 100000
 risky_migrations.lock_retry_max_delay = 50ms
