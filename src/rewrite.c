@@ -1708,16 +1708,13 @@ known_indexes(IndexWork *work, RmMigration *m, RmRewrite *rw, const char *finger
 	return work->wanted;
 }
 
-/*
- * Builds it.  By this process alone where others want the processors, since it cannot rest
- * meanwhile.
- */
+/* builds it: by this process alone where others are busy, since it cannot rest meanwhile */
 static void
 build_index(RmRewrite *rw, IndexStmt *stmt)
 {
 	int			save_nestlevel = NewGUCNestLevel();
 
-	if (rm_workers == 1 && rm_processors_are_busy())
+	if (rm_workers == 1 && rm_others_are_busy())
 		(void) set_config_option("max_parallel_maintenance_workers", "0", PGC_USERSET,
 								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
 	(void) rm_define_index(rw->shadow, copyObject(stmt));

@@ -85,6 +85,7 @@
 #include "storage/freespace.h"
 #include "storage/lmgr.h"
 #include "storage/smgr.h"
+#include "throttle.h"
 #include "utils/guc.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -427,7 +428,10 @@ append_pages(PageWriter *w, Chunk *chunk)
 	}
 	UnlockRelationForExtension(w->rel, ExclusiveLock);
 	if (RelationNeedsWAL(w->rel))
+	{
 		rm_log_new_pages(w->rel, w->npages, blocks, pages);
+		rm_throttle_look_at_wal();
+	}
 }
 
 /* the pages, made of the rows of the table before that place, become a chunk */

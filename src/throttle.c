@@ -14,7 +14,8 @@
  *	after a batch:  batch_pause
  *
  *	after work that may be held, by one process alone: where it has waited for a
- *	processor it rests, busy_rest times as long.  On a machine with processors to
+ *	processor, or others for the WAL that it writes in bulk, it rests, busy_rest times as
+ *	long.  On a machine with processors to
  *	spare that is nothing; where all are busy the migration would otherwise take
  *	the share of one more client, and what clients do under locks would take longer
  *	for all who wait for these.  The operating system says how long a process has
@@ -23,7 +24,9 @@
  *	nothing to do (run->aside) rest likewise, each for itself; and where one process
  *	copies it does not rest beside them: they are sent away (run->busy).  What cannot
  *	be interrupted for a rest, the building of an index, does without the processes
- *	that PostgreSQL would have help it (rm_processors_are_busy)
+ *	that PostgreSQL would have help it (rm_others_are_busy).  How long others wait because
+ *	of the WAL is estimated: pages that are logged make each fsync of theirs longer, but
+ *	who commits waits for the disk anyway
  *
  *	before work that may be held (run->may_hold): while one of these is so,
  *	  replica lag	a walsender's receiver is behind, in bytes or in time
@@ -92,6 +95,7 @@
 #include "replication/walsender_private.h"
 #include "storage/fd.h"
 #include "storage/lwlock.h"
+#include "storage/proc.h"
 #include "storage/spin.h"
 #include "steer.h"
 #include "throttle.h"
@@ -101,6 +105,7 @@
 #include "utils/syscache.h"
 #include "utils/timeout.h"
 #include "utils/timestamp.h"
+#include "utils/wait_event.h"
 
 /* rests between two looks, in milliseconds: the first, and the longest */
 #define FIRST_REST 50
@@ -115,8 +120,12 @@
 #define REASON_SIZE 256
 /* the part of its time that work has to wait for a processor until it counts */
 #define BUSY_SHARE 0.1
-/* "of late": work of so many milliseconds, or not longer ago */
+/* of the time in which others wait for the WAL beside work that writes much, the part
+ * that they wait because of it */
+#define WAL_WAIT_SHARE 0.3
+/* "of late": the last so many milliseconds of work, none of it as long ago as this */
 #define LATELY 1000
+#define LONG_AGO 10000
 
 /* settings, see rm_throttle_init() */
 static int	batch_pause = 0;	/* ms */
@@ -149,16 +158,21 @@ struct RmThrottle
 	instr_time	work_began;
 	uint64		waited;
 	bool		waited_known;
-	double		busy_rest_ms;	/* the last rest, because processors are busy */
+	double		busy_rest_ms;	/* the last rest for others */
+	const char *busy_reason;
 };
 
-/* what this process has worked of late, and waited for a processor meanwhile, ms */
+/* what this process has worked of late, and was waited meanwhile by it or by others, ms */
 static struct
 {
 	double		worked;
 	double		waited;
 	TimestampTz until;
 }			lately;
+
+/* looks whether others wait for the WAL, during the work under way, and how often they did */
+static int	wal_looks;
+static int	wal_waits;
 
 /* why to hold; kind is NULL if there is no reason */
 typedef struct Reason
@@ -187,8 +201,8 @@ rm_throttle_init(void)
 	 * throughput: bench/run accounts.
 	 */
 	DefineCustomRealVariable("risky_migrations.busy_rest",
-							 "Rest so many times as long as the work had to wait for a processor.",
-							 "0 does not rest. With several workers, and where the operating system does not tell (it is Linux that does), nothing is rested.",
+							 "Rest so many times as long as the work had to wait for a processor, or others for its WAL.",
+							 "0 does not rest. With several workers nothing is rested. Who waits for a processor is known on Linux only.",
 							 &busy_rest, 10, 0, 100, PGC_USERSET, 0, NULL, NULL, NULL);
 
 	/*
@@ -695,27 +709,61 @@ static void
 note_work_begins(RmThrottle *t)
 {
 	t->waited_known = busy_rest > 0 && time_waited_for_processor(&t->waited);
+	wal_looks = wal_waits = 0;
 	INSTR_TIME_SET_CURRENT(t->work_began);
 }
 
 /*
+ * During work that writes much WAL, now and then: does another backend wait for WAL to
+ * get to the disk?  Read without a lock, as pg_stat_activity does.
+ */
+void
+rm_throttle_look_at_wal(void)
+{
+	if (busy_rest == 0)
+		return;
+	wal_looks++;
+	for (int i = 0; i < MaxBackends; i++)
+	{
+		PGPROC	   *proc = &ProcGlobal->allProcs[i];
+		uint32		event = proc->wait_event_info;
+
+		if (proc != MyProc &&
+			(event == WAIT_EVENT_WAL_SYNC || event == WAIT_EVENT_WAL_WRITE ||
+			 event == (PG_WAIT_LWLOCK | WALWriteLock->tranche)))
+		{
+			wal_waits++;
+			break;
+		}
+	}
+}
+
+/*
  * Such work ends: for how many milliseconds to rest, since it had to wait for a
- * processor; 0 if that is not known, or not worth it.
+ * processor, or others for its WAL; 0 if that is not known, or not worth it.
  */
 static double
-rest_for_processor(RmThrottle *t)
+rest_for_others(RmThrottle *t)
 {
 	TimestampTz now = GetCurrentTimestamp();
 	double		worked_ms;
-	double		waited_ms;
+	double		waited_ms = 0;
+	double		wal_ms = 0;
 	uint64		waited;
 	double		rest_ms;
 
-	if (!t->waited_known || busy_rest == 0 || !time_waited_for_processor(&waited))
+	if (busy_rest == 0 || INSTR_TIME_IS_ZERO(t->work_began))
 		return 0;
 	worked_ms = rm_elapsed_ms(t->work_began);
-	waited_ms = (waited - t->waited) / 1e6;
-	if (TimestampDifferenceExceeds(lately.until, now, LATELY + (int) worked_ms))
+	if (t->waited_known && time_waited_for_processor(&waited))
+		waited_ms = (waited - t->waited) / 1e6;
+	if (wal_looks > 0)
+		wal_ms = worked_ms * WAL_WAIT_SHARE * wal_waits / wal_looks;
+	t->busy_reason = wal_ms < BUSY_SHARE * worked_ms ? "others use the processors" :
+		waited_ms < BUSY_SHARE * worked_ms ? "others wait for the WAL" :
+		"others use the processors, and wait for the WAL";
+	waited_ms = Max(waited_ms, wal_ms);
+	if (TimestampDifferenceExceeds(lately.until, now, LONG_AGO + (int) Min(worked_ms, INT_MAX / 2)))
 		lately.worked = lately.waited = 0;
 	lately.worked += worked_ms;
 	lately.waited += waited_ms;
@@ -732,16 +780,16 @@ rest_for_processor(RmThrottle *t)
 }
 
 /*
- * Had this process to wait for a processor of late?  False also if that is not known, or
- * not to be taken into account (busy_rest is 0).
+ * Had this process to wait for a processor of late, or others for its WAL?  False also if
+ * that is not known, or not to be taken into account (busy_rest is 0).
  */
 bool
-rm_processors_are_busy(void)
+rm_others_are_busy(void)
 {
 	return busy_rest > 0 && lately.waited > 0 && lately.waited >= BUSY_SHARE * lately.worked;
 }
 
-/* rests after such work if there was no processor for it */
+/* rests after such work if it was at the cost of others */
 static ErrorData *
 rest_if_busy(RmRun *run)
 {
@@ -750,11 +798,11 @@ rest_if_busy(RmRun *run)
 	t->busy_rest_ms = 0;
 	if (run->helpers > 0 && !run->aside)
 		return NULL;
-	t->busy_rest_ms = rest_for_processor(t);
+	t->busy_rest_ms = rest_for_others(t);
 	if (run->helpers > 0)
 	{
 		/* it may be they who take it from us: they go first, and not for one instant */
-		run->busy = rm_processors_are_busy();
+		run->busy = rm_others_are_busy();
 		t->busy_rest_ms = 0;
 	}
 	return t->busy_rest_ms == 0 ? NULL : rm_rest(run, (int) t->busy_rest_ms);
@@ -825,7 +873,7 @@ void
 rm_throttle_aside_ends(RmRun *run)
 {
 	run->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
-												  (int) rest_for_processor(run->throttle));
+												  (int) rest_for_others(run->throttle));
 }
 
 /*
@@ -849,7 +897,7 @@ rm_batch_pause_reason(const RmRun *run)
 	if (batch_pause > 0)
 		return psprintf("risky_migrations.batch_pause is %d ms", batch_pause);
 	if (run->throttle && run->throttle->busy_rest_ms >= 1)
-		return psprintf("others use the processors: it has rested for %.0f ms, since risky_migrations.busy_rest is %g",
-						run->throttle->busy_rest_ms, busy_rest);
+		return psprintf("%s: it has rested for %.0f ms, since risky_migrations.busy_rest is %g",
+						run->throttle->busy_reason, run->throttle->busy_rest_ms, busy_rest);
 	return NULL;
 }

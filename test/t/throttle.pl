@@ -621,45 +621,6 @@ unlike(slurp_file($node->logfile, $from), qr/canceling autovacuum task/, 'wrapar
 reset_all();
 
 # ---------------------------------------------------------------------------
-# Others take the processors
-# ---------------------------------------------------------------------------
-
-SKIP:
-{
-	skip 'the operating system does not tell who waits for a processor', 11 if !-r "/proc/$$/schedstat";
-
-	my $busy = sub {
-		map { IPC::Run::start([ $^X, '-e', '1 while 1' ]) } 1 .. 4 * grep { /^processor/ } slurp_file('/proc/cpuinfo') =~ /^.*$/mg;
-	};
-	# no rests in the end, since other tests may take the processors too
-	my $no_more = sub {
-		$_->kill_kill foreach @_;
-		reset_all();
-	};
-	my @others = $busy->();
-	begin_migration();
-	set('risky_migrations.busy_rest = 100');
-	my $call = start_call('SET risky_migrations.max_row_lock_time = 5', 'CALL rm_backfill_batched(200)');
-	like(holds('pause', 'busy'), qr/^others use the processors: it has rested for \d+ ms, since risky_migrations.busy_rest is 100/, 'busy: it says why');
-	$no_more->(@others);
-	ends_well($call, 'busy: it goes on then');
-	all_right($node, 'busy');
-	take_back();
-
-	# online_rewrite would have a helper beside its copying
-	@others = $busy->();
-	set('risky_migrations.busy_rest = 100');
-	$call = start_call('SET risky_migrations.range_pages = 1',
-		q{CALL rm_alter_type('t', 'v', 'integer', 'v::integer', method => 'online_rewrite', cut_over => 'manual', batch => 200)});
-	like(holds('pause', 'busy copy'), qr/^others use the processors/, 'busy copy: it rests');
-	is(sql(q{SELECT step, (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper') FROM rm_progress}),
-		'copy|0', 'busy copy: nobody verifies beside');
-	$no_more->(@others);
-	ends_well($call, 'busy copy: it goes on then');
-	take_back();
-}
-
-# ---------------------------------------------------------------------------
 # The standby is promoted in the middle, and the backfill goes on there
 # ---------------------------------------------------------------------------
 
