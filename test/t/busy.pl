@@ -58,9 +58,26 @@ END \$\$;
 
 my $processors = grep { /^processor/ } slurp_file('/proc/cpuinfo') =~ /^.*$/mg;
 
+my @computing;
+
 sub take_processors
 {
-	return map { IPC::Run::start([ $^X, '-e', '1 while 1' ]) } 1 .. 4 * $processors;
+	@computing = map { IPC::Run::start([ $^X, '-e', '1 while 1' ]) } 1 .. 4 * $processors;
+	return;
+}
+
+sub give_processors_back
+{
+	$_->kill_kill foreach splice @computing;
+	return;
+}
+
+# also where the test ends before its time
+END
+{
+	my $status = $?;
+	give_processors_back();
+	$? = $status;
 }
 
 # for everybody, while it runs; the server knows our settings where the library is loaded
@@ -75,8 +92,8 @@ sub set
 # No rests any more, since other tests may take the processors too.
 sub no_more
 {
-	my ($call, $name, @others) = @_;
-	$_->kill_kill foreach @others;
+	my ($call, $name) = @_;
+	give_processors_back();
 	sql('ALTER SYSTEM RESET ALL');
 	set('risky_migrations.busy_rest = 0');
 	ends_well($call, "$name: it goes on then");
@@ -127,17 +144,17 @@ SKIP:
 	skip 'the operating system does not tell who waits for a processor', 14 if !-r "/proc/$$/schedstat";
 
 	# Others compute
-	my @others = take_processors();
+	take_processors();
 	sql(q{CALL rm_add_column('t', 'v', 'integer', 'v::integer')});
 	set('risky_migrations.busy_rest = 100');
 	$call = start_call('runner', 'SET risky_migrations.max_row_lock_time = 5', 'CALL rm_backfill_batched(100)');
 	rests('others use the processors', 'backfill: it rests');
-	no_more($call, 'backfill', @others);
+	no_more($call, 'backfill');
 	is(sql('SELECT count(*) FROM t WHERE v_new IS DISTINCT FROM v::integer'), 0, 'backfill: every row is right');
 	sql('CALL rm_rollback()');
 
 	# it would have a helper beside it
-	@others = take_processors();
+	take_processors();
 	set('risky_migrations.busy_rest = 100');
 	$call = start_migration(100);
 	rests('others use the processors', 'copy: it rests');
@@ -148,7 +165,7 @@ SKIP:
 	my $from = -s $node->logfile;
 	becomes(q{(SELECT step NOT IN ('begin', 'copy', 'index') FROM rm_progress)}, 'index: they are built');
 	is(builders($from), '1|0', 'index: by one process');
-	no_more($call, 'index', @others);
+	no_more($call, 'index');
 	sql('CALL rm_rollback()');
 
 	$from = -s $node->logfile;
@@ -160,7 +177,7 @@ SKIP:
 	sql('CREATE INDEX ON t (gate(id))');
 	my $gate = $node->background_psql('postgres');
 	$gate->query_safe('SELECT pg_advisory_lock(1)');
-	@others = take_processors();
+	take_processors();
 	set('risky_migrations.busy_rest = 100');
 	$call = start_migration(10000, 'SET risky_migrations.workers = 2');
 	# if it did not rest, it would not wait for anything before there is nothing to do
@@ -168,7 +185,7 @@ SKIP:
 		AND (SELECT step = 'index' FROM rm_progress)
 		AND (SELECT sum(end_block - next_block) > 100 FROM risky_migrations.range)", 'beside the building: who verifies rests');
 	$gate->quit;
-	no_more($call, 'beside the building', @others);
+	no_more($call, 'beside the building');
 	sql('CALL rm_cut_over()');
 	is(sql('SELECT count(*) FROM t WHERE v <> id'), 0, 'every row is right');
 }
