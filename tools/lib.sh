@@ -4,7 +4,7 @@
 #
 # It promises that whatever a script started or made through it is gone when
 # the script ends, be it by success, error, Ctrl-C or SIGTERM: commands begun
-# with "supervise", every server with its data below the work directory, and
+# with "supervise" or "aside", every server with its data below the work directory, and
 # the work directory itself.  The checkout is read and never written.
 #
 # Words: the "work directory" is a temporary directory of one run; the "server
@@ -19,6 +19,7 @@ top=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 work=
 bindir=
 job=
+declare -A asides=()
 trash=()
 
 # LANG as well, because PostgreSQL's Perl modules take LC_ALL away.
@@ -52,15 +53,15 @@ open_work_directory() {
 }
 
 close_work_directory() {
-	local status=$?
+	local status=$? pid
 
 	# A second Ctrl-C must not cut the clean-up short.
 	trap '' HUP INT TERM PIPE
 	set +e
-	if [[ -n $job ]]; then
-		kill -TERM -- "-$job" 2>/dev/null
-		wait "$job" 2>/dev/null
-	fi
+	for pid in $job "${asides[@]}"; do
+		kill -TERM -- "-$pid" 2>/dev/null
+		wait "$pid" 2>/dev/null
+	done
 	stop_servers
 	rm -rf --one-file-system -- "${trash[@]}"
 	exit "$status"
@@ -79,6 +80,27 @@ supervise() {
 	set +m
 	wait "$job" || status=$?
 	job=
+	return "$status"
+}
+
+# Begins a command likewise, under a name, but does not wait: that is for wait_for.
+aside() {
+	local name=$1
+
+	shift
+	set -m
+	"$@" </dev/null 9>&- &
+	asides[$name]=$!
+	set +m
+}
+
+# Waits for what was begun under that name, if anything was; its status.
+wait_for() {
+	local status=0
+
+	[[ -n ${asides[$1]:-} ]] || return 0
+	wait "${asides[$1]}" || status=$?
+	unset "asides[$1]"
 	return "$status"
 }
 
