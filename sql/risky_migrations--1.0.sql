@@ -2171,7 +2171,8 @@ SELECT m.id AS migration, m.relation, l.step, l.direction, l.pid, l.started_at,
 	CASE WHEN w.mode IS NOT NULL THEN 'lock' WHEN s.wanted = 'paused' THEN 'paused' ELSE l.wait_kind END AS waiting_for,
 	CASE WHEN w.mode IS NOT NULL THEN
 		format('%s on %s, held or asked for before by %s', w.mode, w.object,
-			coalesce('process ' || nullif(array_to_string(pg_blocking_pids(l.pid), ', '), ''), 'nobody any more'))
+			coalesce((SELECT string_agg(DISTINCT CASE WHEN b = 0 THEN 'a prepared transaction' ELSE 'process ' || b END, ', ')
+				FROM unnest(pg_blocking_pids(l.pid)) b), 'nobody any more'))
 		WHEN l.wait_kind = 'worker' THEN l.wait_reason || coalesce(': ' || c.phase, '')
 		ELSE l.wait_reason END AS waiting_reason,
 	CASE WHEN w.mode IS NOT NULL THEN w.waitstart ELSE l.wait_since END AS waiting_since,

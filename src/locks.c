@@ -1087,7 +1087,8 @@ rm_lock_blocking_pids(RmLockAccount *account)
 
 /*
  * Who holds a lock on the relation that conflicts with mode, as text for an
- * error's detail; NULL if nobody does (any more).
+ * error's detail; NULL if nobody does (any more).  A prepared transaction has no
+ * process.
  */
 char *
 rm_lock_blockers(Oid relid, LOCKMODE mode)
@@ -1108,8 +1109,9 @@ rm_lock_blockers(Oid relid, LOCKMODE mode)
 		for (LOCKMODE held = AccessShareLock; held <= MaxLockMode; held++)
 			if ((lock->holdMask & LOCKBIT_ON(held)) &&
 				DoLockModesConflict(held, mode))
-				appendStringInfo(&buf, "%sprocess %d holds %s",
-								 buf.len ? ", " : "", lock->pid,
+				appendStringInfo(&buf, "%s%s holds %s", buf.len ? ", " : "",
+								 lock->pid == 0 ? "a prepared transaction (see pg_prepared_xacts)" :
+								 psprintf("process %d", lock->pid),
 								 GetLockmodeName(DEFAULT_LOCKMETHOD, held));
 	}
 	return buf.len ? buf.data : NULL;

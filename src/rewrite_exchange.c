@@ -1058,8 +1058,23 @@ finish_apply(RmRun *run)
 	return RM_STEP_AGAIN;
 }
 
+/* the new values, or what was written meanwhile, do not satisfy a foreign key */
+static void
+finish_explain(RmRun *run, ErrorData *error)
+{
+	MemoryContext oldcxt;
+
+	if (error->sqlerrcode != ERRCODE_FOREIGN_KEY_VIOLATION)
+		return;
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	error->hint = psprintf("The type is changed, and the constraint is in force for all that is written, but NOT VALID. Mend such rows, then SELECT rm_resume(%lld).",
+						   (long long) run->migration_id);
+	MemoryContextSwitchTo(oldcxt);
+}
+
 const RmStep rm_step_rewrite_finish = {
 	.name = "finish",
 	.apply = finish_apply,
 	.revert = cut_over_revert,
+	.explain = finish_explain,
 };
