@@ -324,6 +324,17 @@ CREATE TABLE risky_migrations.comparison (
 );
 COMMENT ON TABLE risky_migrations.comparison IS 'the runs of rm_compare, one row for each approach';
 
+-- State is nobody else's.  A publication FOR ALL TABLES has these tables too: logical
+-- decoding passes over them, as over shadow and log (rewrite_log.c), or subscribers would
+-- stop at a table that they do not have.  And it refuses UPDATE and DELETE of rows that
+-- it could not tell apart.
+ALTER TABLE risky_migrations.skipped_row REPLICA IDENTITY FULL;
+ALTER TABLE risky_migrations.conversion_error REPLICA IDENTITY FULL;
+ALTER TABLE risky_migrations.probe_sample REPLICA IDENTITY FULL;
+UPDATE pg_catalog.pg_class c SET relrewrite = c.oid
+WHERE c.relnamespace = 'risky_migrations'::regnamespace AND c.relkind = 'r'
+	OR c.oid IN (SELECT t.reltoastrelid FROM pg_catalog.pg_class t WHERE t.relnamespace = 'risky_migrations'::regnamespace);
+
 -- who may see what belongs to a table: who may act as its owner, or, when the
 -- table is gone, as the role that did it
 CREATE FUNCTION risky_migrations.may_see(relid oid, owner oid) RETURNS boolean
