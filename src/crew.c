@@ -287,11 +287,11 @@ rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of)
 	run->range.number = 0;
 }
 
-/* gives these pages of relid (of its storage m->relfilenode) to helpers aside */
+/* gives these pages of relid (of its storage m->relfilenode) to helpers aside, run->helpers of them */
 void
 rm_ranges_offer(RmRun *run, Oid relid, int64 first_block, int64 end_block, int multiple_of)
 {
-	(void) add_ranges(run, relid, first_block, end_block, Max(1, run->helpers), multiple_of);
+	(void) add_ranges(run, relid, first_block, end_block, run->helpers, multiple_of);
 }
 
 /*

@@ -98,7 +98,6 @@
 #include "optimizer/optimizer.h"
 #include "parser/parse_utilcmd.h"
 #include "rewrite.h"
-#include "risky_migrations.h"
 #include "rows.h"
 #include "state.h"
 #include "steps.h"
@@ -108,7 +107,6 @@
 #include "utils/array.h"
 #include "utils/builtins.h"
 #include "utils/datum.h"
-#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -1708,19 +1706,6 @@ known_indexes(IndexWork *work, RmMigration *m, RmRewrite *rw, const char *finger
 	return work->wanted;
 }
 
-/* builds it: by this process alone where others are busy, since it cannot rest meanwhile */
-static void
-build_index(RmRewrite *rw, IndexStmt *stmt)
-{
-	int			save_nestlevel = NewGUCNestLevel();
-
-	if (rm_workers == 1 && rm_others_are_busy())
-		(void) set_config_option("max_parallel_maintenance_workers", "0", PGC_USERSET,
-								 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
-	(void) rm_define_index(rw->shadow, copyObject(stmt));
-	AtEOXact_GUC(false, save_nestlevel);
-}
-
 /*
  * Has helpers verify the shadow while its indexes are built, beginning with the
  * next transaction; false if not so much is left of it that this would be worth the while.
@@ -1799,7 +1784,8 @@ index_apply(RmRun *run)
 		}
 		/* nobody's DDL is to wait for the building */
 		UnlockRelationOid(rw->relid, AccessShareLock);
-		build_index(rw, w->stmt);
+		rm_throttle_building();
+		(void) rm_define_index(rw->shadow, copyObject(w->stmt));
 		/* what they have not done by the last one is left for the verification */
 		if (built + 1 == list_length(wanted))
 			run->helpers = 0;

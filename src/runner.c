@@ -893,6 +893,7 @@ run_top_level(void *arg)
 	(void) set_config_option("lock_timeout", "0", PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_LOCAL, true, 0, false);
 	rm_lock_yield_in_deadlocks();
+	rm_throttle_building();
 	rm_worker_run(run->top_level, run->top_level_what, &locks);
 }
 

@@ -24,7 +24,7 @@
  *	nothing to do (run->aside) rest likewise, each for itself; and where one process
  *	copies it does not rest beside them: they are sent away (run->busy).  What cannot
  *	be interrupted for a rest, the building of an index, does without the processes
- *	that PostgreSQL would have help it (rm_others_are_busy).  How long others wait because
+ *	that PostgreSQL would have help it (rm_throttle_building).  How long others wait because
  *	of the WAL is estimated: pages that are logged make each fsync of theirs longer, but
  *	who commits waits for the disk anyway
  *
@@ -93,6 +93,7 @@
 #include "replication/slot.h"
 #include "replication/walsender.h"
 #include "replication/walsender_private.h"
+#include "risky_migrations.h"
 #include "storage/fd.h"
 #include "storage/lwlock.h"
 #include "storage/proc.h"
@@ -783,10 +784,22 @@ rest_for_others(RmThrottle *t)
  * Had this process to wait for a processor of late, or others for its WAL?  False also if
  * that is not known, or not to be taken into account (busy_rest is 0).
  */
-bool
-rm_others_are_busy(void)
+static bool
+others_are_busy(void)
 {
 	return busy_rest > 0 && lately.waited > 0 && lately.waited >= BUSY_SHARE * lately.worked;
+}
+
+/*
+ * For the rest of the transaction: indexes are built by one process where others are
+ * busy, since it cannot rest meanwhile.  Not if several workers are allowed anyway.
+ */
+void
+rm_throttle_building(void)
+{
+	if (rm_workers == 1 && others_are_busy())
+		(void) set_config_option("max_parallel_maintenance_workers", "0", PGC_USERSET,
+								 PGC_S_SESSION, GUC_ACTION_LOCAL, true, 0, false);
 }
 
 /* rests after such work if it was at the cost of others */
@@ -802,7 +815,7 @@ rest_if_busy(RmRun *run)
 	if (run->helpers > 0)
 	{
 		/* it may be they who take it from us: they go first, and not for one instant */
-		run->busy = rm_others_are_busy();
+		run->busy = others_are_busy();
 		t->busy_rest_ms = 0;
 	}
 	return t->busy_rest_ms == 0 ? NULL : rm_rest(run, (int) t->busy_rest_ms);

@@ -19,7 +19,7 @@ extern ErrorData *rm_throttle_wraparound(RmRun *run);
 extern void rm_throttle_aside_begins(RmRun *run);
 extern void rm_throttle_aside_ends(RmRun *run);
 extern void rm_throttle_look_at_wal(void);
-extern bool rm_others_are_busy(void);
+extern void rm_throttle_building(void);
 extern const char *rm_batch_pause_reason(const RmRun *run);
 
 #endif							/* RM_THROTTLE_H */
