@@ -462,6 +462,8 @@ relations_to_lock(const RmMigration *m, List *tables)
 	{
 		list = add_storage(list, ((RmRewrite *) lfirst(lc))->relid);
 		list = add_storage(list, ((RmRewrite *) lfirst(lc))->shadow);
+		/* it is dropped, and would be waited for then, by VACUUM for example */
+		list = add_storage(list, ((RmRewrite *) lfirst(lc))->log);
 	}
 	return lcons_oid(m->relid, list_delete_oid(list, m->relid));
 }

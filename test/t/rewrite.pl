@@ -216,6 +216,25 @@ isnt($node->psql('postgres', 'DELETE FROM node WHERE id = 5'), 0, 'and in force'
 is(sql('SELECT pg_typeof(id)::text || pg_typeof(up)::text FROM node LIMIT 1'), 'bigintbigint', 'both columns have their types');
 
 # ---------------------------------------------------------------------------
+# Nobody waits while the change log is waited for
+# ---------------------------------------------------------------------------
+
+sql(q{
+	CREATE TABLE logged (id int PRIMARY KEY, v text);
+	INSERT INTO logged VALUES (1, '1');
+	CALL rm_alter_type('logged', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual');
+});
+my $log = sql('SELECT log::regclass FROM risky_migrations.rewrite');
+my $log_reader = $node->background_psql('postgres', on_error_stop => 0);
+$log_reader->query("BEGIN; LOCK TABLE $log IN ACCESS SHARE MODE");
+my $cut_over = start_call('cut over', "SET risky_migrations.lock_timeout = '60s'", 'CALL rm_cut_over()');
+becomes("EXISTS (SELECT FROM pg_locks WHERE relation = '$log'::regclass AND mode = 'AccessExclusiveLock' AND NOT granted)", 'the cut-over waits for the change log');
+is(sql("SET lock_timeout = '10s'; SELECT v FROM logged"), '1', 'the table is read meanwhile');
+$log_reader->query('COMMIT');
+$log_reader->quit;
+ends_well($cut_over, 'then it goes on');
+
+# ---------------------------------------------------------------------------
 # As a role that owns the table, and nothing else
 # ---------------------------------------------------------------------------
 
