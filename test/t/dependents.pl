@@ -463,7 +463,7 @@ sub make
 {
 	my ($db, $s, $column, $around) = @_;
 	(my $setup = $s->{setup}) =~ s/\bTHE_COLUMN\b/$column/g;
-	$node->safe_psql('postgres', "CREATE DATABASE $db TEMPLATE kit");
+	$node->safe_psql('postgres', "CREATE DATABASE $db TEMPLATE kit STRATEGY file_copy");
 	$node->safe_psql($db, qq{
 CREATE SCHEMA it AUTHORIZATION keeper;
 GRANT USAGE ON SCHEMA it TO reader;
