@@ -5,9 +5,6 @@
 use strict;
 use warnings;
 
-use FindBin;
-use lib "$FindBin::RealBin/../perl";
-
 use LabServer;
 use Test::More;
 use Time::HiRes qw(time usleep);

@@ -4,9 +4,6 @@
 use strict;
 use warnings;
 
-use FindBin;
-use lib "$FindBin::Bin/../perl";
-
 use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;

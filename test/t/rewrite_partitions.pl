@@ -9,9 +9,6 @@
 use strict;
 use warnings;
 
-use FindBin;
-use lib "$FindBin::RealBin/../perl";
-
 use LabServer;
 use PostgreSQL::Test::Utils;
 use Test::More;

@@ -7,9 +7,6 @@
 use strict;
 use warnings;
 
-use FindBin;
-use lib "$FindBin::RealBin/../perl";
-
 use File::Copy;
 use LabNode;
 use PostgreSQL::Test::Utils;

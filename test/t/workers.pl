@@ -10,9 +10,6 @@
 use strict;
 use warnings;
 
-use FindBin;
-use lib "$FindBin::RealBin/../perl";
-
 use LabServer;
 use LabNode;
 use PostgreSQL::Test::Utils;
