@@ -17,7 +17,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-our @EXPORT = qw(start_server start_lab sql wait_for becomes comes_back start_call finish_call ends_well start_pgbench end_pgbench dump_of);
+our @EXPORT = qw(start_server start_lab sql wait_for becomes comes_back start_call finish_call ends_well start_pgbench end_pgbench dump_of close_gate pid_of comes_back_after);
 
 my $node;
 
@@ -91,6 +91,32 @@ sub comes_back
 		usleep(100_000);
 	}
 	return 0;
+}
+
+# The same after the death of one of its processes, for as soon as the postmaster
+# knows of that it takes no sessions.
+sub comes_back_after
+{
+	my ($pid) = @_;
+	usleep(1_000) while kill 0, $pid;
+	return comes_back($node);
+}
+
+# The process that runs a migration, or one of its helpers.
+sub pid_of
+{
+	my ($which) = @_;
+	return sql($which eq 'runner' ? 'SELECT running_pid FROM rm_migrations WHERE running_pid IS NOT NULL' :
+		  q{SELECT min(pid) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper'});
+}
+
+# A session that has this advisory lock, and so keeps those who ask for it from going on.
+sub close_gate
+{
+	my ($gate) = @_;
+	my $session = $node->background_psql('postgres', on_error_stop => 0);
+	$session->query_safe("SELECT pg_advisory_lock($gate)");
+	return $session;
 }
 
 # Starts the statements, each as its own command, in a session of that

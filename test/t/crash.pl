@@ -105,13 +105,12 @@ sub restart
 }
 
 # SIGKILL of the backend: the postmaster restarts all the others, unless it was
-# gone already.  As soon as the postmaster knows of its end it takes no sessions.
+# gone already.
 sub kill_backend
 {
 	my ($pid) = @_;
 	kill 'KILL', $pid;
-	usleep(1_000) while kill 0, $pid;
-	comes_back($node) or die 'the server does not come back';
+	comes_back_after($pid) or die 'the server does not come back';
 	return;
 }
 

@@ -10,7 +10,6 @@ use strict;
 use warnings;
 
 use LabServer;
-use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
 
@@ -28,6 +27,7 @@ risky_migrations.lock_retry_max_delay = 50ms
 my $helpers = q{(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper')};
 my $chunks = 'risky_migrations.rewrite_chunk';
 
+# gate 1 is in the index, gate 2 in the expression
 sql(q{
 CREATE EXTENSION amcheck;
 CREATE FUNCTION gate(id int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
@@ -65,15 +65,6 @@ CREATE INDEX t_gate ON t (gate(id));
 sub count_rows { return sql('SELECT count(*) FROM t') }
 sub id_of { return sql('SELECT max(id) FROM rm_migrations') }
 sub shadow_of { return sql('SELECT shadow::regclass FROM risky_migrations.rewrite') }
-
-# 1: that of the index; 2: of the expression
-sub close_gate
-{
-	my ($gate) = @_;
-	my $session = $node->background_psql('postgres', on_error_stop => 0);
-	$session->query_safe("SELECT pg_advisory_lock($gate)");
-	return $session;
-}
 
 # Two processes copy, so nobody verifies beside that.
 sub start_migration

@@ -326,7 +326,7 @@ for my $after (100, 250, 500)
 	usleep($after * 1000);
 	my $pid = sql("SELECT pid FROM pg_stat_activity WHERE application_name ~ 'risky_migrations migration $id'");
 	kill 'KILL', $pid if $pid;
-	comes_back($node) if $pid;
+	comes_back_after($pid) if $pid;
 	sql('UPDATE busy SET v = (want + 1)::text::varchar, want = want + 1 WHERE id % 3 = 0')
 	  if sql('SELECT pg_typeof(v) FROM busy LIMIT 1') ne 'bigint';
 	sql("SELECT rm_resume($id)") if sql("SELECT state FROM risky_migrations.migration WHERE id = $id") eq 'open';

@@ -15,7 +15,6 @@ use warnings;
 use LabServer;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(usleep);
 
 my $node = start_server('rewrite_points', q{
 autovacuum = off
@@ -83,9 +82,7 @@ sub broken_off
 	{
 		my ($pid) = split /\n/, $out;
 
-		# as soon as the postmaster knows of its end it takes no sessions
-		usleep(1_000) while kill 0, $pid;
-		comes_back($node) or die 'the server does not come back';
+		comes_back_after($pid) or die 'the server does not come back';
 	}
 	return ($status, $err);
 }

@@ -10,10 +10,8 @@ use strict;
 use warnings;
 
 use LabServer;
-use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(usleep);
 
 my $rows = 60000;
 my $node = start_server('rewrite_workers', q{
@@ -54,13 +52,6 @@ CREATE INDEX t_want ON t (want, v);
 	return;
 }
 
-sub close_gate
-{
-	my $session = $node->background_psql('postgres', on_error_stop => 0);
-	$session->query_safe('SELECT pg_advisory_lock(1)');
-	return $session;
-}
-
 # The call, in a session of its own, up to the cut-over, with a gate in one of so many rows.
 sub start_migration
 {
@@ -78,13 +69,6 @@ sub pages
 	my ($id) = @_;
 	return split /\|/, sql("SELECT pg_relation_size(shadow) / 8192, coalesce((SELECT sum(end_block - first_block)
 		FROM risky_migrations.rewrite_chunk c WHERE c.shadow = r.shadow), 0) FROM risky_migrations.rewrite r WHERE migration_id = $id");
-}
-
-sub pid_of
-{
-	my ($which) = @_;
-	return sql($which eq 'runner' ? 'SELECT running_pid FROM rm_migrations WHERE running_pid IS NOT NULL' :
-		  q{SELECT min(pid) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper'});
 }
 
 # It goes on, in the background, up to the cut-over.
@@ -130,7 +114,7 @@ sub all_is_right
 # ---------------------------------------------------------------------------
 
 make_table();
-my $gate = close_gate();
+my $gate = close_gate(1);
 my $call = start_migration(5000, 400);
 becomes("$helpers = 2", 'two helpers beside the runner');
 becomes('(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3', 'each has taken a range');
@@ -147,7 +131,7 @@ all_is_right('three workers', $id);
 # ---------------------------------------------------------------------------
 
 # 5000 rows are several chunks
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_migration(5000, 100000);
 wait_for("$helpers = 2", 'no helpers');
 $id = id_of();
@@ -180,7 +164,7 @@ sql("UPDATE t SET want = want + 1, v = v::int + 1 WHERE id % 10 = 0");
 all_is_right('pages of those who failed', $id);
 
 # at the end of the file they go away
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_migration(5000, 100000);
 wait_for("$helpers = 2", 'no helpers');
 $id = id_of();
@@ -222,7 +206,7 @@ for my $case (
 	my ($name, $whom, $signal) = @$case;
 	my $pgbench = start_pgbench($dir, '-R', '200', '-c', '2', '-f', "$dir/write.sql");
 
-	$gate = close_gate();
+	$gate = close_gate(1);
 	$call = start_migration(2000, 1000, 'SET risky_migrations.batch_pause = 100');
 	becomes('(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3', "$name: three are at work");
 	$id = id_of();
@@ -237,9 +221,7 @@ for my $case (
 	else
 	{
 		kill $signal, $pid;
-		# as soon as the postmaster knows of its end it takes no sessions
-		usleep(1_000) while $signal eq 'KILL' && kill 0, $pid;
-		ok(comes_back($node), "$name: the server is there");
+		ok(comes_back_after($pid), "$name: the server is there");
 	}
 	$gate->quit;
 	finish_call($call);
@@ -280,7 +262,7 @@ make_table();
 # The ground moves while helpers are at work
 # ---------------------------------------------------------------------------
 
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_migration(2000, 1000, 'SET client_min_messages = notice');
 becomes('(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3', 'three are at work');
 $id = id_of();
@@ -320,7 +302,7 @@ sql("INSERT INTO hold VALUES ('verify')");
 $call = start_migration(2000, 100000, $held);
 held_at('verify');
 verify_all();
-$gate = close_gate();
+$gate = close_gate(1);
 sql('TRUNCATE hold');
 becomes("$helpers = 2", 'the verification is shared out among three');
 becomes(q{EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)

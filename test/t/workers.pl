@@ -11,10 +11,8 @@ use strict;
 use warnings;
 
 use LabServer;
-use LabNode;
 use PostgreSQL::Test::Utils;
 use Test::More;
-use Time::HiRes qw(usleep);
 
 my $rows = 60000;
 my $node = start_server('workers', q{
@@ -71,21 +69,6 @@ sub add_column
 	return sql('SELECT max(id) FROM rm_migrations');
 }
 
-# A session that keeps everybody from going on.
-sub close_gate
-{
-	my $session = $node->background_psql('postgres', on_error_stop => 0);
-	$session->query_safe('SELECT pg_advisory_lock(1)');
-	return $session;
-}
-
-sub pid_of
-{
-	my ($which) = @_;
-	return sql($which eq 'runner' ? 'SELECT running_pid FROM rm_migrations WHERE running_pid IS NOT NULL' :
-		  q{SELECT min(pid) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper'});
-}
-
 # What has to be so at the end of the backfill, and of the migration.
 sub all_is_right
 {
@@ -108,7 +91,7 @@ sub all_is_right
 
 make_table();
 my $id = add_column();
-my $gate = close_gate();
+my $gate = close_gate(1);
 my $call = start_call('runner', "CALL rm_backfill_batched(1000, $id)");
 becomes("$helpers = 2", 'two helpers beside the runner');
 becomes('(SELECT workers FROM rm_progress) = 3', 'rm_progress says so');
@@ -132,7 +115,7 @@ ALTER TABLE t DISABLE TRIGGER ALL;
 UPDATE t SET v_new = 0 WHERE id % 600 = 0;
 });
 sql(qq{ALTER TABLE t ENABLE ALWAYS TRIGGER "~rm_sync_$id"});
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', "CALL rm_enforce_not_null($id)");
 becomes("$helpers = 2", 'the verification is shared out among three');
 # (where the rows lie after the backfill is chance, so that no range may have a
@@ -173,7 +156,7 @@ for my $case (
 	my ($name, $whom, $signal) = @$case;
 
 	$id = add_column();
-	$gate = close_gate();
+	$gate = close_gate(1);
 	# slow enough that it cannot be over before somebody dies
 	$call = start_call('runner', 'SET risky_migrations.batch_pause = 200', "CALL rm_backfill_batched(1000, $id)");
 	becomes("(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3", "$name: three are at work");
@@ -190,11 +173,9 @@ for my $case (
 	else
 	{
 		kill $signal, $pid;
-		# as soon as the postmaster knows of its end it takes no sessions
-		usleep(1_000) while $signal eq 'KILL' && kill 0, $pid;
+		ok(comes_back_after($pid), "$name: the server is there");
 		my $ended_well = finish_call($call);
 		is($ended_well ? 1 : 0, $whom eq 'helper' && $signal eq 'TERM' ? 1 : 0, "$name: the call") or diag $call->{err};
-		ok(comes_back($node), "$name: the server is there");
 	}
 	note "$name: $done rows had been done";
 	becomes("$helpers = 0", "$name: no helper is there any more");
@@ -211,7 +192,7 @@ for my $case (
 # ---------------------------------------------------------------------------
 
 $id = add_column('failing(v)');
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', "CALL rm_backfill_batched(1000, $id)");
 ok(!finish_call($call), 'an error of a helper ends the step');
 like($call->{err}, qr/ERROR:  58000: no such luck\n.*DETAIL:  It is a helper\.\n.*HINT:  Be lucky\..*helper \d/s,
@@ -225,7 +206,7 @@ is(sql('SELECT count(*) FROM t WHERE v_new IS DISTINCT FROM v::int'), 0, 'alone 
 sql("CALL rm_rollback($id)");
 
 $id = add_column();
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', "CALL rm_backfill_batched(1000, $id)");
 becomes("(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3", 'three are at work');
 sql("SELECT rm_pause($id)");
@@ -233,7 +214,7 @@ becomes("$helpers = 0", 'a pause sends the helpers away');
 my $done = sql("SELECT $left");
 $gate->quit;
 is(sql("SELECT $left"), $done, 'nobody goes on');
-$gate = close_gate();
+$gate = close_gate(1);
 sql("SELECT rm_resume($id)");
 becomes("$helpers = 2", 'with rm_resume they are back');
 sql("SELECT rm_cancel($id)");
@@ -271,7 +252,7 @@ make_table(50);
 for my $workers (1, 3)
 {
 	$id = add_column();
-	$gate = close_gate();
+	$gate = close_gate(1);
 	$call = start_call('runner', "SET risky_migrations.workers = $workers",
 		q{SET risky_migrations.max_row_lock_time = '10 s'}, "CALL rm_backfill_batched(100000, $id)");
 	becomes("(SELECT lock_retries > 0 FROM risky_migrations.step_log WHERE migration_id = $id AND step = 'backfill')",
@@ -289,7 +270,7 @@ make_table();
 # ---------------------------------------------------------------------------
 
 $id = add_column();
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', "CALL rm_backfill_batched(1000, $id)");
 becomes("(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3", 'three are at work');
 sql('DELETE FROM t WHERE id % 3 = 0; VACUUM FULL t');
@@ -345,7 +326,7 @@ sql('CALL rm_rollback()');
 
 make_table();
 $id = add_column();
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', 'SET risky_migrations.workers = 4', 'SET client_min_messages = notice',
 	"CALL rm_backfill_batched(1000, $id)");
 becomes('(SELECT workers FROM rm_progress) = 3', 'as many as there are (one of three is another worker of the server)');
@@ -359,7 +340,7 @@ CREATE ROLE owner; CREATE ROLE login LOGIN; GRANT owner TO login; GRANT CREATE O
 ALTER TABLE t OWNER TO owner;
 });
 $id = sql(q{SET ROLE owner; CALL rm_add_column('t', 'v', 'int', 'open(v)'); SELECT max(id) FROM rm_migrations});
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', 'SET SESSION AUTHORIZATION login', 'SET ROLE owner', "CALL rm_backfill_batched(1000, $id)");
 becomes(q{(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper' AND usename = 'login') = 2},
 	'helpers connect as the session\'s user');
@@ -376,7 +357,7 @@ $node->restart;
 $id = add_column('v::int');
 my $shared = $node->data_dir . '/pg_dynshmem';
 # no session could begin without it
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', 'SELECT pg_advisory_xact_lock(1)', 'SET client_min_messages = notice', "CALL rm_backfill_batched(1000, $id)");
 wait_for(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND NOT granted)}, 'there is no runner');
 rename $shared, "$shared.away" or die "rename: $!";
@@ -391,7 +372,7 @@ all_is_right('no shared memory', $id);
 # ---------------------------------------------------------------------------
 
 $id = add_column();
-$gate = close_gate();
+$gate = close_gate(1);
 $call = start_call('runner', "CALL rm_backfill_batched(1000, $id)");
 becomes("(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3", 'three are at work');
 sql('DROP EXTENSION risky_migrations CASCADE');
