@@ -8,9 +8,6 @@
 use strict;
 use warnings;
 
-use FindBin;
-use lib "$FindBin::RealBin/../perl";
-
 use IPC::Run;
 use LabServer;
 use LabNode;
