@@ -67,6 +67,11 @@
  *	same numbers: what a step remembers of a range is about one that it goes on
  *	with, never about one that is fresh.
  *
+ *	What is shared out, and what is offered to helpers aside, are ranges of one table, and
+ *	a runner that changes from one to the other may rest before it sends those helpers
+ *	away: m->ranges says what a range is for, and a helper looks at it when it has taken
+ *	one.
+ *
  *	The last sums of a helper are known when it has gone, which may be after
  *	its last range was seen to be done: a step sends the crew away before the
  *	transaction that ends it.

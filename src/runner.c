@@ -1097,9 +1097,16 @@ attempt_help(void *arg)
 
 	begin_attempt(run);
 	attempt->result = RM_STEP_DONE;
-	run->m = rm_migration_load(run->migration_id, false, CurrentMemoryContext);
 	if (rm_range_take(run) != RM_RANGE_TAKEN)
 		return;
+	/* after that, so that it is what it was when the range was made, or newer */
+	run->m = rm_migration_load(run->migration_id, false, CurrentMemoryContext);
+	if (run->aside != (run->m->ranges == 0))
+	{
+		/* not what this helper is for: it will be sent away */
+		run->range.number = 0;
+		return;
+	}
 	attempt->result = RM_STEP_AGAIN;
 	run->step->help(run);
 	run->transactions++;

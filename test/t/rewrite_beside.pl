@@ -3,8 +3,8 @@
 # for it the step verify does it all.
 #
 # Nothing depends on how fast anything is: an index asks for an advisory lock, and the
-# expression for another one.  While a session holds it (the gate is closed) its building,
-# or the copying of row 18000, fails and is tried again.
+# expression for others.  While a session holds it (the gate is closed) its building,
+# or the copying of row 18000, or a helper's looking at row 9000, fails and is tried again.
 
 use strict;
 use warnings;
@@ -12,6 +12,7 @@ use warnings;
 use LabServer;
 use PostgreSQL::Test::Utils;
 use Test::More;
+use Time::HiRes qw(usleep);
 
 my $rows = 21000;
 my $node = start_server('rewrite_beside', q{
@@ -41,6 +42,8 @@ CREATE FUNCTION slow(v text) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
 BEGIN
 	IF v = '18000' THEN
 		PERFORM pg_advisory_xact_lock_shared(2);
+	ELSIF v = '9000' AND current_setting('application_name') LIKE '% helper %' THEN
+		PERFORM pg_advisory_xact_lock_shared(3);
 	END IF;
 	RETURN v::int;
 END $$;
@@ -77,7 +80,7 @@ sub start_migration
 # One copies, in some transactions.
 sub start_copying
 {
-	return start_call('runner',
+	return start_call('runner', @_,
 		"CALL rm_alter_type('t', 'v', 'int', 'slow(v)', method => 'online_rewrite', cut_over => 'manual', batch => 2000)");
 }
 
@@ -285,6 +288,42 @@ $node->reload;
 $copy_gate->quit;
 stops_before_cut_over('it goes on', $id);
 all_is_right('terminated while copying', $id);
+
+# The copying is shared out while somebody verifies, who is not sent away yet (the runner is
+# stopped, and what it would do is done here), and must not take what is to be copied.  (The
+# gate keeps that one from having nothing to do, and from waiting for long.)
+my $helper_gate = close_gate(3);
+$copy_gate = close_gate(2);
+$call = start_copying(q{SET risky_migrations.lock_timeout = '1ms'});
+becomes(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 3 AND NOT granted)}, 'shared out: a helper verifies');
+becomes(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 2 AND NOT granted)}, 'shared out: most is copied');
+$id = id_of();
+my $runner = pid_of('runner');
+for (1 .. 10 * $PostgreSQL::Test::Utils::timeout_default)
+{
+	kill 'STOP', $runner;
+	last if sql("SELECT count(*) FROM pg_locks WHERE pid = $runner AND locktype = 'relation'") == 0;
+	kill 'CONT', $runner;
+	usleep(5_000);
+}
+my $shared_out = q{
+WITH gone AS (DELETE FROM risky_migrations.range RETURNING run, relid, relfilenode),
+	now AS (UPDATE risky_migrations.migration SET ranges = 1 WHERE state = 'open' RETURNING id, next_block)
+INSERT INTO risky_migrations.range (migration_id, number, relid, relfilenode, first_block, next_block, end_block, run)
+SELECT DISTINCT id, 1000, relid, relfilenode, next_block, next_block, next_block + 10, run FROM gone, now};
+sql($shared_out);
+# it looks every 50 ms at most; a helper that is slower than this would not be seen
+for (1 .. 40)
+{
+	last if sql('SELECT next_block > first_block FROM risky_migrations.range') eq 't';
+	usleep(50_000);
+}
+is(sql('SELECT number, next_block - first_block, worker FROM risky_migrations.range'), '1000|0|', 'shared out: it does not take that');
+sql(q{DELETE FROM risky_migrations.range; UPDATE risky_migrations.migration SET ranges = 0 WHERE state = 'open'});
+kill 'CONT', $runner;
+$_->quit foreach $copy_gate, $helper_gate;
+ends_well($call, 'shared out: it goes on');
+all_is_right('shared out', $id);
 
 # ---------------------------------------------------------------------------
 # Nobody is to be had

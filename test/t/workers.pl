@@ -158,7 +158,7 @@ for my $case (
 	$id = add_column();
 	$gate = close_gate(1);
 	# slow enough that it cannot be over before somebody dies
-	$call = start_call('runner', 'SET risky_migrations.batch_pause = 200', "CALL rm_backfill_batched(1000, $id)");
+	$call = start_call('runner', 'SET risky_migrations.batch_pause = 500', "CALL rm_backfill_batched(1000, $id)");
 	becomes("(SELECT count(DISTINCT worker) FROM risky_migrations.range) = 3", "$name: three are at work");
 	my $pid = $whom eq 'server' ? undef : pid_of($whom);
 	$gate->quit;
