@@ -123,7 +123,7 @@
 #define BUSY_SHARE 0.1
 /* of the time in which others wait for the WAL beside work that writes much, the part
  * that they wait because of it */
-#define WAL_WAIT_SHARE 0.3
+#define WAL_WAIT_SHARE 0.5
 /* "of late": the last so many milliseconds of work, none of it as long ago as this */
 #define LATELY 1000
 #define LONG_AGO 10000
