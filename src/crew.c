@@ -292,7 +292,7 @@ rm_ranges_cut(RmRun *run, Oid relid, int workers, int multiple_of)
 	run->range.number = 0;
 }
 
-/* gives these pages of relid (of its storage m->relfilenode) to helpers aside, run->helpers of them */
+/* gives these pages of relid (of its storage m->relfilenode) to run->helpers helpers aside */
 void
 rm_ranges_offer(RmRun *run, Oid relid, int64 first_block, int64 end_block, int multiple_of)
 {

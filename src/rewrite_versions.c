@@ -567,6 +567,24 @@ store_versions(Versions *v)
 	rm_transfer_clear(t);
 }
 
+/* one version, and what becomes of it */
+typedef struct Flatten
+{
+	RmTransfer *t;
+	HeapTuple	tup;
+	HeapTuple	flat;			/* in t->made_cxt */
+} Flatten;
+
+static void
+flatten(void *arg)
+{
+	Flatten    *f = arg;
+	MemoryContext oldcxt = MemoryContextSwitchTo(f->t->made_cxt);
+
+	f->flat = toast_flatten_tuple(f->tup, RelationGetDescr(f->t->rel));
+	MemoryContextSwitchTo(oldcxt);
+}
+
 /*
  * A version that is over, with its TOASTed values, which are looked up now.  NULL if
  * they have gone: then nobody can have a snapshot that sees the version.
@@ -574,34 +592,13 @@ store_versions(Versions *v)
 static HeapTuple
 flatten_old_version(Versions *v, HeapTuple tup)
 {
-	RmTransfer *t = v->r->t;
-	MemoryContext oldcxt = CurrentMemoryContext;
-	ResourceOwner oldowner = CurrentResourceOwner;
-	HeapTuple	volatile flat = NULL;
+	Flatten		f = {.t = v->r->t,.tup = tup};
+	ErrorData  *error = rm_try(flatten, &f, f.t->made_cxt);
 
-	BeginInternalSubTransaction(NULL);
-	PG_TRY();
-	{
-		MemoryContextSwitchTo(t->made_cxt);
-		flat = toast_flatten_tuple(tup, RelationGetDescr(t->rel));
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		ErrorData  *error;
-
-		MemoryContextSwitchTo(t->made_cxt);
-		error = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-		/* what the TOAST table does not have, or not all of it */
-		if (error->sqlerrcode != ERRCODE_DATA_CORRUPTED)
-			ReThrowError(error);
-	}
-	PG_END_TRY();
-	MemoryContextSwitchTo(oldcxt);
-	CurrentResourceOwner = oldowner;
-	return flat;
+	/* what the TOAST table does not have, or not all of it */
+	if (error && error->sqlerrcode != ERRCODE_DATA_CORRUPTED)
+		ReThrowError(error);
+	return f.flat;
 }
 
 /* the version in v->slot comes among those under way */

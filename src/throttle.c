@@ -15,9 +15,8 @@
  *
  *	after work that may be held, by one process alone: where it has waited for a
  *	processor, or others for the WAL that it writes in bulk, it rests, busy_rest times as
- *	long.  On a machine with processors to
- *	spare that is nothing; where all are busy the migration would otherwise take
- *	the share of one more client, and what clients do under locks would take longer
+ *	long.  On a machine with processors to spare that is nothing; where all are busy
+ *	the migration would otherwise take the share of one more client, and what clients do under locks would take longer
  *	for all who wait for these.  The operating system says how long a process has
  *	been ready to run and did not (Linux, /proc/self/schedstat); others do not say,
  *	and nothing is rested there.  Helpers that only make use of a processor with
@@ -121,8 +120,7 @@
 #define REASON_SIZE 256
 /* the part of its time that work has to wait for a processor until it counts */
 #define BUSY_SHARE 0.1
-/* of the time in which others wait for the WAL beside work that writes much, the part
- * that they wait because of it */
+/* of the time for which others wait for the WAL beside work that writes much, how much counts */
 #define WAL_WAIT_SHARE 0.5
 /* "of late": the last so many milliseconds of work, none of it as long ago as this */
 #define LATELY 1000

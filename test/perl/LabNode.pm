@@ -143,6 +143,25 @@ sub poll_query_until
 	return 0;
 }
 
+# Sets something for everybody while it runs; the server knows our settings where the
+# library is loaded.
+sub set_for_all
+{
+	my ($self, @settings) = @_;
+
+	$self->safe_psql('postgres', join ";\n", q{LOAD 'risky_migrations'}, map { "ALTER SYSTEM SET $_" } @settings);
+	return $self->reload;
+}
+
+# Takes all of that back.
+sub reset_all
+{
+	my ($self) = @_;
+
+	$self->safe_psql('postgres', 'ALTER SYSTEM RESET ALL');
+	return $self->reload;
+}
+
 # What was read again is in force for the next statement.
 sub reload
 {

@@ -77,25 +77,15 @@ END
 	$? = $status;
 }
 
-# for everybody, while it runs; the server knows our settings where the library is loaded
-sub set
-{
-	my (@settings) = @_;
-	sql(join ";\n", q{LOAD 'risky_migrations'}, map { "ALTER SYSTEM SET $_" } @settings);
-	$node->reload;
-	return;
-}
-
 # No rests any more, since other tests may take the processors too.
 sub no_more
 {
 	my ($call, $name) = @_;
 	give_processors_back();
-	sql('ALTER SYSTEM RESET ALL');
-	set('risky_migrations.busy_rest = 0');
+	$node->reset_all;
+	$node->set_for_all('risky_migrations.busy_rest = 0');
 	ends_well($call, "$name: it goes on then");
-	sql('ALTER SYSTEM RESET ALL');
-	$node->reload;
+	$node->reset_all;
 	return;
 }
 
@@ -127,7 +117,7 @@ sub builders
 # Others commit
 my $dir = $node->basedir;
 append_to_file("$dir/commit.sql", "INSERT INTO committed VALUES (1);\n");
-set('risky_migrations.busy_rest = 100', 'commit_delay = 20000');
+$node->set_for_all('risky_migrations.busy_rest = 100', 'commit_delay = 20000');
 my $pgbench = start_pgbench($dir, '-c', 3, '-f', "$dir/commit.sql");
 becomes('EXISTS (SELECT FROM committed)', 'WAL: others commit');
 my $call = start_migration(100);
@@ -143,7 +133,7 @@ SKIP:
 	# Others compute
 	take_processors();
 	sql(q{CALL rm_add_column('t', 'v', 'integer', 'v::integer')});
-	set('risky_migrations.busy_rest = 100');
+	$node->set_for_all('risky_migrations.busy_rest = 100');
 	$call = start_call('runner', 'SET risky_migrations.max_row_lock_time = 5', 'CALL rm_backfill_batched(100)');
 	rests('others use the processors', 'backfill: it rests');
 	no_more($call, 'backfill');
@@ -152,13 +142,13 @@ SKIP:
 
 	# it would have a helper beside it
 	take_processors();
-	set('risky_migrations.busy_rest = 100');
+	$node->set_for_all('risky_migrations.busy_rest = 100');
 	$call = start_migration(100);
 	rests('others use the processors', 'copy: it rests');
 	is(sql("SELECT step, (SELECT count(*) $helper) FROM rm_progress"), 'copy|0', 'copy: nobody verifies beside');
 
 	# and other processes for the indexes
-	set('risky_migrations.busy_rest = 0.1');
+	$node->set_for_all('risky_migrations.busy_rest = 0.1');
 	my $from = -s $node->logfile;
 	becomes(q{(SELECT step NOT IN ('begin', 'copy', 'index') FROM rm_progress)}, 'index: they are built');
 	is(builders($from), '1|0', 'index: by one process');
@@ -175,7 +165,7 @@ SKIP:
 	my $gate = $node->background_psql('postgres');
 	$gate->query_safe('SELECT pg_advisory_lock(1)');
 	take_processors();
-	set('risky_migrations.busy_rest = 100');
+	$node->set_for_all('risky_migrations.busy_rest = 100');
 	$call = start_migration(10000, 'SET risky_migrations.workers = 2');
 	# if it did not rest, it would not wait for anything before there is nothing to do
 	becomes("EXISTS (SELECT $helper AND wait_event_type = 'Extension')

@@ -280,8 +280,7 @@ isnt(sql('SELECT count(*) FROM risky_migrations.range'), 0, 'what it was given i
 sql("UPDATE t SET v = v WHERE id = 11000");
 sql("SELECT rm_resume($id)");
 becomes("(SELECT step = 'copy' FROM rm_progress) AND (SELECT count(*) = 0 FROM risky_migrations.range)", 'and is taken back');
-sql(q{LOAD 'risky_migrations'; ALTER SYSTEM SET risky_migrations.workers = 2});
-$node->reload;
+$node->set_for_all('risky_migrations.workers = 2');
 becomes('(SELECT ranges > 1 FROM risky_migrations.migration WHERE state = \'open\')', 'two workers share out what is left');
 sql('ALTER SYSTEM RESET risky_migrations.workers');
 $node->reload;

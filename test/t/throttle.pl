@@ -84,23 +84,6 @@ sub becomes
 	return ok($node->poll_query_until('postgres', $query), $name);
 }
 
-# Sets something for everybody while it runs.
-sub set
-{
-	my (@settings) = @_;
-	# the server knows our settings where the library is loaded
-	sql(join ";\n", q{LOAD 'risky_migrations'}, map { "ALTER SYSTEM SET $_" } @settings);
-	$node->reload;
-	return;
-}
-
-sub reset_all
-{
-	sql('ALTER SYSTEM RESET ALL');
-	$node->reload;
-	return;
-}
-
 my $open = q{(SELECT m FROM risky_migrations.migration m WHERE state = 'open')};
 
 sub next_block
@@ -337,19 +320,19 @@ take_back();
 # An archive that takes nothing
 # ---------------------------------------------------------------------------
 
-set(q{archive_command = 'false'});
+$node->set_for_all(q{archive_command = 'false'});
 becomes(q{SELECT failed_count > 0 FROM pg_stat_archiver, pg_switch_wal()}, 'archiving fails');
 begin_migration();
 {
 	my $call = start_call(q{SET risky_migrations.max_unarchived_wal = '10MB'}, 'CALL rm_backfill_batched()');
 	my $reason = holds('archive', 'archive');
 	still_holds($reason, 'archive', sub { write_wal(); sql('SELECT pg_switch_wal()') });
-	set(q{archive_command = 'true'});
+	$node->set_for_all(q{archive_command = 'true'});
 	ends_well($call, 'archive: it goes on when the archive takes WAL again');
 	all_right($node, 'archive');
 }
 take_back();
-reset_all();
+$node->reset_all;
 
 # ---------------------------------------------------------------------------
 # The user's query
@@ -468,7 +451,7 @@ take_back();
 # The pause, and the reload of settings in the middle of a call
 # ---------------------------------------------------------------------------
 
-set(q{risky_migrations.batch_pause = '1h'});
+$node->set_for_all(q{risky_migrations.batch_pause = '1h'});
 begin_migration();
 {
 	my @statements = ('SET client_min_messages = notice', 'CALL rm_backfill_batched(1000)');
@@ -490,14 +473,14 @@ begin_migration();
 
 	# by reload it becomes another reason, without a new call
 	as_owner('UPDATE switch SET on_ = true');
-	set(q{risky_migrations.batch_pause = 0}, q{risky_migrations.throttle_query = 'SELECT on_ FROM public.switch'});
+	$node->set_for_all(q{risky_migrations.batch_pause = 0}, q{risky_migrations.throttle_query = 'SELECT on_ FROM public.switch'});
 	holds('query', 'reload');
-	set(q{risky_migrations.throttle_query = ''});
+	$node->set_for_all(q{risky_migrations.throttle_query = ''});
 	ends_well($call, 'reload: it goes on');
 	all_right($node, 'pause');
 }
 take_back();
-reset_all();
+$node->reset_all;
 
 # ---------------------------------------------------------------------------
 # Rows that take long: no transaction keeps them for longer
@@ -580,7 +563,7 @@ BEGIN
 		END;
 	END LOOP;
 END $$});
-set(q{autovacuum = on}, q{autovacuum_naptime = '1s'});
+$node->set_for_all(q{autovacuum = on}, q{autovacuum_naptime = '1s'});
 my $vacuum = q{
 SELECT a.pid FROM pg_stat_activity a JOIN pg_locks l USING (pid)
 WHERE a.backend_type = 'autovacuum worker' AND a.query ~ 'public\.t \(to prevent wraparound\)'
@@ -606,7 +589,7 @@ foreach my $step ('CALL rm_enforce_not_null()', 'CALL rm_rollback()')
 	is(sql($vacuum), $pid, "wraparound, $step: the vacuum is left alone");
 	if ($step =~ /rollback/)
 	{
-		set(q{autovacuum = off});
+		$node->set_for_all(q{autovacuum = off});
 		becomes(q{SELECT count(*) = 0 FROM pg_stat_activity WHERE backend_type = 'autovacuum launcher'}, 'no more vacuums');
 		sql("SELECT pg_terminate_backend($pid)");
 		ends_well($call, "wraparound, $step: it goes on at its end");
@@ -618,7 +601,7 @@ foreach my $step ('CALL rm_enforce_not_null()', 'CALL rm_rollback()')
 	}
 }
 unlike(slurp_file($node->logfile, $from), qr/canceling autovacuum task/, 'wraparound: nobody tried to make it give way');
-reset_all();
+$node->reset_all;
 
 # ---------------------------------------------------------------------------
 # The standby is promoted in the middle, and the backfill goes on there

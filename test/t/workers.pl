@@ -286,8 +286,7 @@ sql("CALL rm_rollback($id)");
 for my $round (1 .. 4)
 {
 	$id = add_column('v::int');
-	sql(q{LOAD 'risky_migrations'; ALTER SYSTEM SET risky_migrations.batch_pause = '1h'});
-	$node->reload;
+	$node->set_for_all(q{risky_migrations.batch_pause = '1h'});
 	$call = start_call('runner', "CALL rm_backfill_batched(6000, $id)");
 	becomes("(SELECT waiting_for FROM rm_progress) = 'pause'", 'a part is done');
 	becomes(q{NOT EXISTS (SELECT FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper' AND backend_xid IS NOT NULL)},
