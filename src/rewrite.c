@@ -62,6 +62,10 @@
  *	No lock is kept between transactions, on the shadow neither: whatever comes
  *	in between is found out by looking.
  *
+ *	Shadow and log are members of the extension.  pg_dump passes over them, which could
+ *	not even read a shadow to its end (rewrite_copy.c), and whose tables nobody could
+ *	use.  DROP TABLE of the user's table leaves them for rm_rollback().
+ *
  * Copyright (c) 2026, risky_migrations contributors
  *
  *-------------------------------------------------------------------------
@@ -83,8 +87,10 @@
 #include "catalog/objectaddress.h"
 #include "catalog/partition.h"
 #include "catalog/pg_am.h"
+#include "catalog/pg_extension.h"
 #include "catalog/pg_type.h"
 #include "catalog/toasting.h"
+#include "commands/extension.h"
 #include "commands/trigger.h"
 #include "common/hashfn.h"
 #include "compat.h"
@@ -1091,6 +1097,21 @@ shadow_descriptor(Relation rel, const Twin *twin)
 	return desc;
 }
 
+/*
+ * Makes a table of ours a member of the extension, as the tables of state are.  It can
+ * depend on the user's table no more, then: DROP TABLE would have to drop the extension.
+ */
+void
+rm_rewrite_make_member(Oid relid)
+{
+	ObjectAddress table;
+	ObjectAddress extension;
+
+	ObjectAddressSet(table, RelationRelationId, relid);
+	ObjectAddressSet(extension, ExtensionRelationId, get_extension_oid("risky_migrations", false));
+	recordDependencyOn(&table, &extension, DEPENDENCY_EXTENSION);
+}
+
 static Oid
 create_shadow(int64 id, Relation rel, Twin *twin)
 {
@@ -1100,27 +1121,24 @@ create_shadow(int64 id, Relation rel, Twin *twin)
 											  list_make1(makeDefElem("autovacuum_enabled",
 																	 (Node *) makeString("false"), -1)),
 											  NULL, NULL, false, false);
-	ObjectAddress shadow;
-	ObjectAddress table;
+	Oid			shadow;
 	ListCell   *lc;
 
-	ObjectAddressSet(shadow, RelationRelationId,
-					 heap_create_with_catalog(shadow_name(id, relid), get_namespace_oid(RM_SCHEMA, false),
-											  rel->rd_rel->reltablespace, InvalidOid, InvalidOid, InvalidOid,
-											  rel->rd_rel->relowner, HEAP_TABLE_AM_OID,
-											  shadow_descriptor(rel, twin), NIL,
-											  RELKIND_RELATION, rel->rd_rel->relpersistence,
-											  false, false, ONCOMMIT_NOOP, options, false,
-											  true, true, relid, NULL));
+	shadow = heap_create_with_catalog(shadow_name(id, relid), get_namespace_oid(RM_SCHEMA, false),
+									  rel->rd_rel->reltablespace, InvalidOid, InvalidOid, InvalidOid,
+									  rel->rd_rel->relowner, HEAP_TABLE_AM_OID,
+									  shadow_descriptor(rel, twin), NIL,
+									  RELKIND_RELATION, rel->rd_rel->relpersistence,
+									  false, false, ONCOMMIT_NOOP, options, false,
+									  true, true, relid, NULL);
 	CommandCounterIncrement();
-	NewHeapCreateToastTable(shadow.objectId, OidIsValid(toast) ? reloptions_of(toast) : (Datum) 0,
+	NewHeapCreateToastTable(shadow, OidIsValid(toast) ? reloptions_of(toast) : (Datum) 0,
 							AccessExclusiveLock, OidIsValid(toast) ? toast : relid);
-	ObjectAddressSet(table, RelationRelationId, relid);
-	recordDependencyOn(&shadow, &table, DEPENDENCY_AUTO);
+	rm_rewrite_make_member(shadow);
 	foreach(lc, twin->checks)
 		rm_execute(psprintf("ALTER TABLE " RM_SCHEMA ".%s ADD CONSTRAINT %s", shadow_name(id, relid),
 							(char *) lfirst(lc)));
-	return shadow.objectId;
+	return shadow;
 }
 
 /* of a partitioned table: every partition gets one, also those to come */
@@ -1191,11 +1209,10 @@ drop_relation(Oid relid)
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
 		return;
 	LockRelationOid(relid, AccessExclusiveLock);
-	/* a partition that is dropped meanwhile takes it along */
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
 		return;
 	ObjectAddressSet(object, RelationRelationId, relid);
-	performDeletion(&object, DROP_RESTRICT, PERFORM_DELETION_INTERNAL);
+	performDeletion(&object, DROP_RESTRICT, PERFORM_DELETION_INTERNAL | PERFORM_DELETION_SKIP_EXTENSIONS);
 }
 
 /* shadow and log go; what is gone already is no error */

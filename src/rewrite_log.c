@@ -42,10 +42,8 @@
 #include "access/table.h"
 #include "access/tableam.h"
 #include "access/xact.h"
-#include "catalog/dependency.h"
 #include "catalog/heap.h"
 #include "catalog/namespace.h"
-#include "catalog/objectaddress.h"
 #include "catalog/pg_am.h"
 #include "catalog/pg_type.h"
 #include "catalog/toasting.h"
@@ -78,15 +76,14 @@ key_attnum(TupleDesc log_desc, int i)
 
 /*
  * Makes the change log for migration id of rel, whose rows are told apart by the
- * columns of key_index.  It goes with the table.
+ * columns of key_index.
  */
 Oid
 rm_log_create(int64 id, Relation rel, Relation key_index)
 {
 	int			nkeys = IndexRelationGetNumberOfKeyAttributes(key_index);
 	TupleDesc	desc = CreateTemplateTupleDesc(nkeys);
-	ObjectAddress log;
-	ObjectAddress table;
+	Oid			log;
 
 	for (int i = 0; i < nkeys; i++)
 	{
@@ -97,18 +94,16 @@ rm_log_create(int64 id, Relation rel, Relation key_index)
 						   att->atttypmod, 0);
 		TupleDescInitEntryCollation(desc, i + 1, att->attcollation);
 	}
-	ObjectAddressSet(log, RelationRelationId,
-					 heap_create_with_catalog(log_name(id, RelationGetRelid(rel)), get_namespace_oid(RM_SCHEMA, false),
-											  InvalidOid, InvalidOid, InvalidOid, InvalidOid,
-											  rel->rd_rel->relowner, HEAP_TABLE_AM_OID, desc, NIL,
-											  RELKIND_RELATION, rel->rd_rel->relpersistence,
-											  false, false, ONCOMMIT_NOOP, (Datum) 0, false,
-											  true, true, RelationGetRelid(rel), NULL));
+	log = heap_create_with_catalog(log_name(id, RelationGetRelid(rel)), get_namespace_oid(RM_SCHEMA, false),
+								   InvalidOid, InvalidOid, InvalidOid, InvalidOid,
+								   rel->rd_rel->relowner, HEAP_TABLE_AM_OID, desc, NIL,
+								   RELKIND_RELATION, rel->rd_rel->relpersistence,
+								   false, false, ONCOMMIT_NOOP, (Datum) 0, false,
+								   true, true, RelationGetRelid(rel), NULL);
 	CommandCounterIncrement();
-	NewHeapCreateToastTable(log.objectId, (Datum) 0, AccessExclusiveLock, RelationGetRelid(rel));
-	ObjectAddressSet(table, RelationRelationId, RelationGetRelid(rel));
-	recordDependencyOn(&log, &table, DEPENDENCY_AUTO);
-	return log.objectId;
+	NewHeapCreateToastTable(log, (Datum) 0, AccessExclusiveLock, RelationGetRelid(rel));
+	rm_rewrite_make_member(log);
+	return log;
 }
 
 /* stores the key of a row of the table */
