@@ -18,6 +18,7 @@ typedef struct RmSnapshotWait
 {
 	VirtualTransactionId *waiting;	/* whose snapshots may be too old */
 	int			nwaiting;
+	TransactionId oldest;		/* in progress at the first look; no later snapshot has an older xmin */
 	TimestampTz began;
 } RmSnapshotWait;
 
