@@ -20,6 +20,7 @@
 #include "catalog/index.h"
 #include "catalog/pg_authid.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_database.h"
 #include "catalog/pg_namespace.h"
 #include "commands/defrem.h"
 #include "executor/executor.h"
@@ -78,6 +79,17 @@ rm_may_create_in(Oid nspid, Oid roleid)
 	return pg_namespace_aclcheck(nspid, roleid, ACL_CREATE) == ACLCHECK_OK;
 #else
 	return object_aclcheck(NamespaceRelationId, nspid, roleid, ACL_CREATE) == ACLCHECK_OK;
+#endif
+}
+
+/* may the role make temporary tables in this database? */
+static inline bool
+rm_may_make_temporary(Oid roleid)
+{
+#if PG_VERSION_NUM < 160000
+	return pg_database_aclcheck(MyDatabaseId, roleid, ACL_CREATE_TEMP) == ACLCHECK_OK;
+#else
+	return object_aclcheck(DatabaseRelationId, MyDatabaseId, roleid, ACL_CREATE_TEMP) == ACLCHECK_OK;
 #endif
 }
 

@@ -1008,8 +1008,8 @@ typedef struct Twin
 static RmTwin
 make_twin(RmMigration *m, Oid relid)
 {
-	/* in pg_temp nobody needs a privilege, and nobody sees it */
-	RmTwin		twin = rm_twin_make(relid, "pg_temp",
+	/* in one place for all partitions, so that the first one tells whether it may be */
+	RmTwin		twin = rm_twin_make(relid, rm_twin_schema(m->relid),
 									psprintf("rm_twin_%lld", (long long) m->id),
 									psprintf("rm_x_%lld_", (long long) m->id));
 

@@ -28,6 +28,7 @@
 #include "access/table.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
+#include "commands/dbcommands.h"
 #include "commands/defrem.h"
 #include "compat.h"
 #include "executor/spi.h"
@@ -78,6 +79,38 @@ prepare(Oid relid)
 	(void) set_config_option("default_tablespace", "", PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_LOCAL, true, 0, false);
 	return owner;
+}
+
+/*
+ * Where the owner of the table may make a twin of it: among temporary tables, where
+ * nobody else sees it, or else in the table's schema.  42501 if in neither, although it
+ * may be that ALTER TABLE asks for no such privilege.
+ */
+const char *
+rm_twin_schema(Oid relid)
+{
+	Relation	rel = table_open(relid, AccessShareLock);
+	Oid			nspid = RelationGetNamespace(rel);
+	Oid			owner = rel->rd_rel->relowner;
+	const char *role;
+	const char *database;
+	const char *schema;
+
+	table_close(rel, NoLock);
+	if (rm_may_make_temporary(owner))
+		return "pg_temp";
+	schema = get_namespace_name(nspid);
+	if (rm_may_create_in(nspid, owner))
+		return schema;
+	role = quote_identifier(GetUserNameFromId(owner, false));
+	database = quote_identifier(get_database_name(MyDatabaseId));
+	ereport(ERROR,
+			(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
+			 errmsg("the owner of table %s may make tables neither in its schema nor temporary ones",
+					rm_relation_sql(relid)),
+			 errdetail("The change is tried on an empty copy of the table first, which is %s's.", role),
+			 errhint("GRANT TEMPORARY ON DATABASE %s TO %s, or GRANT CREATE ON SCHEMA %s TO %s.",
+					 database, role, quote_identifier(schema), role)));
 }
 
 /*

@@ -19,6 +19,7 @@ typedef struct RmTwin
 	const char *sql;			/* its qualified name */
 } RmTwin;
 
+extern const char *rm_twin_schema(Oid relid);
 extern RmTwin rm_twin_make(Oid relid, const char *schema, const char *name,
 						   const char *prefix);
 extern void rm_twin_alter(const RmTwin *twin, const char *clauses);

@@ -127,5 +127,38 @@ is(as('stranger', 'SELECT count(*) FROM rm_conversion_errors'), 0, 'nor its valu
 is(as('app', q{SELECT state, steps_done FROM rm_migrations WHERE state = 'open'}),
 	'open|1', 'and nothing has happened to it');
 
+# ---------------------------------------------------------------------------
+# Where the change is tried: online_rewrite asks for no privilege that is not there
+# ---------------------------------------------------------------------------
+
+as($superuser, q{
+REVOKE TEMPORARY ON DATABASE postgres FROM PUBLIC;
+CREATE SCHEMA closed;
+GRANT USAGE ON SCHEMA closed TO app;
+CREATE TABLE closed.t (id int PRIMARY KEY, v text);
+INSERT INTO closed.t SELECT g, g FROM generate_series(1, 100) g;
+ALTER TABLE closed.t OWNER TO app;
+CREATE TABLE app.t (LIKE closed.t INCLUDING ALL);
+INSERT INTO app.t TABLE closed.t;
+ALTER TABLE app.t OWNER TO app;
+});
+my $rewrite = sub { return "CALL rm_alter_type('$_[0].t', 'v', 'int', 'v::int', method => 'online_rewrite')" };
+as('app', $rewrite->('app'));
+is(as('app', 'SELECT sum(v), min(pg_typeof(v)::text) FROM app.t'), '5050|integer', 'an owner without TEMPORARY: in the schema of the table');
+foreach my $role ('app', $superuser)
+{
+	my (undef, undef, $stderr) = $node->psql('postgres', "\\set VERBOSITY verbose\n" . $rewrite->('closed'), extra_params => [ '-U', $role ]);
+	like($stderr, qr/ERROR:  42501: the owner of table closed\.t may make tables neither in its schema nor temporary ones
+DETAIL:  The change is tried on an empty copy of the table first, which is app's\.
+HINT:  GRANT TEMPORARY ON DATABASE postgres TO app, or GRANT CREATE ON SCHEMA closed TO app\.\n/, "nor there: $role is told so");
+}
+is(as($superuser, q{SELECT (SELECT count(*) FROM rm_migrations WHERE relation = 'closed.t'), (SELECT count(*) FROM risky_migrations.rewrite)}), '0|0',
+	'and nothing has begun');
+as('app', 'ALTER TABLE closed.t ALTER v TYPE varchar(20)');
+is(as('app', q{SELECT pg_typeof(v) FROM closed.t LIMIT 1}), 'character varying', 'which ALTER TABLE does not ask for');
+as($superuser, 'GRANT TEMPORARY ON DATABASE postgres TO app');
+as('app', $rewrite->('closed'));
+is(as('app', 'SELECT sum(v), min(pg_typeof(v)::text) FROM closed.t'), '5050|integer', 'with TEMPORARY it may');
+
 $node->stop;
 done_testing();
