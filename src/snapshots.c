@@ -96,7 +96,7 @@ snapshots_are_gone(RmRun *run, RmSnapshotWait *s, PGPROC **oldest)
 		TransactionIdRetreat(s->oldest);
 		s->began = GetCurrentTimestamp();
 	}
-	/* in this order: one who takes over the snapshot of one who is gone by then is found */
+	/* in this order: who takes over from one who is gone by then is found */
 	now = snapshots_until(ReadNextTransactionId(), &nnow);
 	old = snapshots_until(s->oldest, &nold);
 	waiting = MemoryContextAlloc(run->cxt, sizeof(VirtualTransactionId) * Max(nnow + nold, 1));

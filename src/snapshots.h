@@ -18,7 +18,7 @@ typedef struct RmSnapshotWait
 {
 	VirtualTransactionId *waiting;	/* whose snapshots may be too old */
 	int			nwaiting;
-	TransactionId oldest;		/* in progress at the first look; no later snapshot has an older xmin */
+	TransactionId oldest;		/* an xmin up to here is of an older snapshot */
 	TimestampTz began;
 } RmSnapshotWait;
 
