@@ -156,6 +156,8 @@ CREATE TABLE risky_migrations.rewrite (
 	shadow_storage oid NOT NULL,
 	rows_failed bigint NOT NULL DEFAULT 0,
 	fingerprint text,
+	-- when there were statistics for the shadow
+	analyzed timestamptz,
 	PRIMARY KEY (migration_id, relid)
 );
 COMMENT ON TABLE risky_migrations.rewrite IS 'what online_rewrite keeps of a migration besides its row, for each table that holds rows: shadow table, change log, and how far they are';

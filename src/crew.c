@@ -865,6 +865,15 @@ rm_crew_dismiss(RmRun *run)
  *-------------------------------------------------------------------------
  */
 
+/* for how long a helper rests before it looks again: not past the end of a rest of its own */
+static int
+look_after(const RmRun *run)
+{
+	long		ms = TimestampDifferenceMilliseconds(GetCurrentTimestamp(), run->idle_until);
+
+	return ms > 0 ? (int) Min(ms, IDLE_LOOK) : IDLE_LOOK;
+}
+
 /*
  * Between two transactions of a helper: waits as long as the runner rests, or it does
  * itself (run->idle_until), or, if idle, until there may be something to do.  False if it
@@ -887,7 +896,7 @@ rm_crew_may_go_on(RmRun *run, bool idle, ErrorData **error)
 			news_seen = news;
 			return true;
 		}
-		(void) rm_wait_latch(IDLE_LOOK, run->cxt, error);
+		(void) rm_wait_latch(look_after(run), run->cxt, error);
 		if (*error == NULL)
 			*error = rm_throttle_reload(run);
 	}

@@ -198,7 +198,7 @@ relfilenode_of(Oid relid)
 #define REWRITE_COLUMNS "shadow::int8, log::int8, key_index::int8, trigger_mark, ground," \
 	" s0_next, s0_xmin, s0_running, s0_overflowed::int::int8, rows_failed," \
 	" shadow_storage::int8, relid::int8, steps_done::int8, relfilenode::int8," \
-	" end_block, fingerprint"
+	" end_block, fingerprint, analyzed"
 
 /* the i-th that was found */
 static RmRewrite *
@@ -228,6 +228,7 @@ read_rewrite(const RmMigration *m, uint64 i)
 	rw->relfilenode = rm_result_int64(i, 14);
 	rw->end_block = rm_result_int64(i, 15);
 	rw->fingerprint = rm_result_text(i, 16);
+	rw->analyzed = (TimestampTz) rm_result_int64(i, 17);
 	return rw;
 }
 
@@ -312,16 +313,20 @@ match_tables(const RmMigration *m, List **gone, List **missing)
 void
 rm_rewrite_save(const RmRewrite *rw)
 {
-	Oid			types[] = {INT8OID, OIDOID, INT8OID, OIDOID, INT8OID, TEXTOID};
+	Oid			types[] = {INT8OID, OIDOID, INT8OID, OIDOID, INT8OID, TEXTOID, TIMESTAMPTZOID};
 	Datum		v[] = {Int64GetDatum(rw->id), ObjectIdGetDatum(rw->relid),
 		Int64GetDatum(rw->rows_failed), ObjectIdGetDatum(rw->shadow_storage),
 		Int64GetDatum(rw->steps_done),
-	rw->fingerprint ? CStringGetTextDatum(rw->fingerprint) : (Datum) 0};
+		rw->fingerprint ? CStringGetTextDatum(rw->fingerprint) : (Datum) 0,
+	TimestampTzGetDatum(rw->analyzed)};
+	char		n[] = "       ";
 
+	n[5] = rw->fingerprint ? ' ' : 'n';
+	n[6] = rw->analyzed ? ' ' : 'n';
 	rm_state_execute("UPDATE risky_migrations.rewrite SET rows_failed = $3,"
-					 " shadow_storage = $4, steps_done = $5, fingerprint = $6"
+					 " shadow_storage = $4, steps_done = $5, fingerprint = $6, analyzed = $7"
 					 " WHERE migration_id = $1 AND relid = $2",
-					 lengthof(types), types, v, rw->fingerprint ? NULL : "     n");
+					 lengthof(types), types, v, n);
 }
 
 /* the row without S0 */
@@ -1741,6 +1746,15 @@ verify_beside(RmRun *run, const RmRewrite *rw)
 	return true;
 }
 
+/* statistics for the shadow, so that plans are good from the first moment */
+void
+rm_rewrite_analyze(RmRewrite *rw)
+{
+	rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
+	rw->analyzed = GetCurrentTimestamp();
+	rm_rewrite_save(rw);
+}
+
 /*
  * One index each transaction.  What was mended since one could not be built is
  * in the log, so that is replayed first.
@@ -1803,13 +1817,20 @@ index_apply(RmRun *run)
 		UnlockRelationOid(rw->relid, AccessShareLock);
 		rm_throttle_building();
 		(void) rm_define_index(rw->shadow, copyObject(w->stmt));
-		/* what they have not done by the last one is left for the verification */
-		if (built + 1 == list_length(wanted))
-			run->helpers = 0;
+		if (rw->analyzed)
+		{
+			rw->analyzed = 0;	/* not with this index's expressions */
+			rm_rewrite_save(rw);
+		}
 		return RM_STEP_AGAIN;
 	}
 	if (run->helpers > 0)
 	{
+		UnlockRelationOid(rw->relid, AccessShareLock);
+		/* what else there is to do beside them; by small tables, the cut-over does it */
+		if (!rw->analyzed)
+			rm_rewrite_analyze(rw);
+		/* what they have not done by now is left for the verification */
 		run->helpers = 0;
 		return RM_STEP_AGAIN;
 	}

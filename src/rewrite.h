@@ -67,6 +67,7 @@ typedef struct RmRewrite
 	Oid			shadow_storage; /* its relfilenode */
 	int64		rows_failed;	/* at the last catch-up: rows without a new version */
 	char	   *fingerprint;	/* of the catalogs when the indexes were built, or NULL */
+	TimestampTz analyzed;		/* when the shadow was, or 0 */
 	Snapshot	snapshot;		/* to be read with, or NULL: a new one each time */
 } RmRewrite;
 
@@ -163,6 +164,7 @@ extern RmStepResult rm_rewrite_back_to(RmRun *run, RmRewrite *rw, RmRewriteStep 
 extern RmStepResult rm_rewrite_start_over(RmRun *run, Oid relid, const char *why);
 extern void rm_rewrite_progress(RmRun *run, RmRewrite *rw);
 extern bool rm_rewrite_indexes_complete(const RmRewrite *rw);
+extern void rm_rewrite_analyze(RmRewrite *rw);
 extern void rm_rewrite_explain(RmRun *run, ErrorData *error);
 
 /* rewrite_transfer.c */

@@ -110,6 +110,8 @@
 
 /* shadows are analyzed in one transaction as long as it has lasted no longer, milliseconds */
 #define ANALYZE_TIME 100
+/* statistics that are older when the cut-over begins are gathered again, milliseconds */
+#define STATISTICS_AGE 600000
 
 enum
 {
@@ -126,6 +128,7 @@ typedef struct CutOver
 	RmMark	   *new_mark;		/* of that in the transaction under way, once it commits */
 	bool		round;			/* there was one in it */
 	int			waits;			/* that were begun */
+	TimestampTz old_statistics; /* those from before it are gathered again */
 	bool		again;			/* everybody has to be waited for once more */
 	bool		inexact;		/* that has been done often enough */
 	bool		failed;			/* the round has met rows that cannot be made */
@@ -833,7 +836,7 @@ try_exchange(RmRun *run, List *tables)
  * transaction; false if they all have.
  */
 static bool
-analyze_next(List *tables)
+analyze_next(List *tables, const CutOver *c)
 {
 	instr_time	begun;
 	bool		done = false;
@@ -844,13 +847,11 @@ analyze_next(List *tables)
 	{
 		RmRewrite  *rw = lfirst(lc);
 
-		if (rw->steps_done > RM_REWRITE_CUT_OVER)
+		if (rw->analyzed > c->old_statistics)
 			continue;
 		if (done && rm_elapsed_ms(begun) > ANALYZE_TIME)
 			break;
-		rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
-		rw->steps_done = RM_REWRITE_CUT_OVER + 1;
-		rm_rewrite_save(rw);
+		rm_rewrite_analyze(rw);
 		done = true;
 	}
 	return done;
@@ -858,19 +859,13 @@ analyze_next(List *tables)
 
 /* a new run has not waited for anybody, and what statistics there are may be old */
 static void
-begin_run(RmRun *run, List *tables)
+begin_run(RmRun *run)
 {
-	ListCell   *lc;
+	CutOver    *c = MemoryContextAllocZero(run->cxt, sizeof(CutOver));
 
-	run->work = MemoryContextAllocZero(run->cxt, sizeof(CutOver));
+	c->old_statistics = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), -STATISTICS_AGE);
+	run->work = c;
 	run->m->phase = CUT_ANALYZE;
-	foreach(lc, tables)
-	{
-		RmRewrite  *rw = lfirst(lc);
-
-		rw->steps_done = Min(rw->steps_done, RM_REWRITE_CUT_OVER);
-		rm_rewrite_save(rw);
-	}
 }
 
 static RmStepResult
@@ -888,7 +883,7 @@ cut_over_apply(RmRun *run)
 	if (run->work == NULL)
 	{
 		rm_lock_check_room(m->method->name, m->relid, m->columns, m->id);
-		begin_run(run, tables);
+		begin_run(run);
 		begun = true;
 	}
 	c = run->work;
@@ -911,7 +906,7 @@ cut_over_apply(RmRun *run)
 	switch (m->phase)
 	{
 		case CUT_ANALYZE:
-			if (analyze_next(tables))
+			if (analyze_next(tables, c))
 				break;
 			if (!replay_all(run, tables, &result))
 				return result;

@@ -68,6 +68,7 @@
 #include "state.h"
 #include "steps.h"
 #include "storage/bufmgr.h"
+#include "throttle.h"
 #include "utils/datum.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
@@ -587,6 +588,8 @@ verify_range(RmRun *run, RmRewrite *rw, Relation rel, bool in_order)
 		if (v->differs)
 			rows[i] = -1;
 		i++;
+		if (run->aside && rm_throttle_aside_unwanted(run))
+			break;
 	}
 	range->next_block = i < n || n == MANY_CHUNKS ? chunks[i - 1].end_block : range->end_block;
 	ExecDropSingleTupleTableSlot(slot);

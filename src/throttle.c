@@ -120,6 +120,8 @@
 #define REASON_SIZE 256
 /* the part of its time that work has to wait for a processor until it counts */
 #define BUSY_SHARE 0.1
+/* and at least so many milliseconds, where it could end in the middle */
+#define UNWANTED_AFTER 2.0
 /* of the time for which others wait for the WAL beside work that writes much, how much counts */
 #define WAL_WAIT_SHARE 0.5
 /* "of late": the last so many milliseconds of work, none of it as long ago as this */
@@ -885,6 +887,20 @@ rm_throttle_aside_ends(RmRun *run)
 {
 	run->idle_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(),
 												  (int) rest_for_others(run->throttle));
+}
+
+/*
+ * In the middle of it: is its processor wanted by others, so that it should end here?  Its
+ * rest is then short too, and it is soon there when a processor has nothing to do.
+ */
+bool
+rm_throttle_aside_unwanted(RmRun *run)
+{
+	RmThrottle *t = run->throttle;
+	uint64		waited;
+
+	return t->waited_known && time_waited_for_processor(&waited) &&
+		(waited - t->waited) / 1e6 >= Max(UNWANTED_AFTER, BUSY_SHARE * rm_elapsed_ms(t->work_began));
 }
 
 /*

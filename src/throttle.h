@@ -17,6 +17,7 @@ extern ErrorData *rm_throttle(RmRun *run);
 extern ErrorData *rm_throttle_reload(RmRun *run);
 extern ErrorData *rm_throttle_wraparound(RmRun *run);
 extern void rm_throttle_aside_begins(RmRun *run);
+extern bool rm_throttle_aside_unwanted(RmRun *run);
 extern void rm_throttle_aside_ends(RmRun *run);
 extern void rm_throttle_look_at_wal(void);
 extern void rm_throttle_building(void);
