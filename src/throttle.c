@@ -20,7 +20,8 @@
  *	for all who wait for these.  The operating system says how long a process has
  *	been ready to run and did not (Linux, /proc/self/schedstat); others do not say,
  *	and nothing is rested there.  Helpers that only make use of a processor with
- *	nothing to do (run->aside) rest likewise, each for itself; and where one process
+ *	nothing to do (run->aside) rest likewise, each for itself, and break off their work
+ *	for it; and where one process
  *	copies it does not rest beside them: they are sent away (run->busy).  What cannot
  *	be interrupted for a rest, the building of an index, does without the processes
  *	that PostgreSQL would have help it (rm_throttle_building).  How long others wait because
