@@ -354,9 +354,9 @@ rm_migration_save(const RmMigration *m)
 }
 
 /*
- * The only open migration of that method (NULL: of any) whose table still
- * exists and is the caller's own.  42704 if there is none, 42725 with the list if there are
- * several.
+ * The only open migration of that method (NULL: of any) whose table is the caller's own, or,
+ * if there is none, which is and whose table has been dropped.  42704 if there is none
+ * either, 42725 with the list if there are several.
  */
 int64
 rm_open_migration(const char *method)
@@ -371,12 +371,15 @@ rm_open_migration(const char *method)
 		values[0] = CStringGetTextDatum(method);
 		nulls[0] = ' ';
 	}
-	rm_state_execute("SELECT m.id, m.relation, coalesce('column ' || f.column_name, 'written anew')"
+	rm_state_execute("SELECT id, relation, what FROM (SELECT m.id, m.relation,"
+					 "  coalesce('column ' || f.column_name, 'written anew') AS what,"
+					 "  c.oid IS NOT NULL AS stands, bool_or(c.oid IS NOT NULL) OVER () AS any_stands"
 					 " FROM risky_migrations.migration m"
 					 " JOIN risky_migrations.migration_columns f ON f.migration_id = m.id"
-					 " JOIN pg_catalog.pg_class c ON c.oid = m.relid"
+					 " LEFT JOIN pg_catalog.pg_class c ON c.oid = m.relid"
 					 " WHERE m.state = 'open' AND coalesce(m.method = $1, true)"
-					 " AND pg_catalog.pg_has_role($2, c.relowner, 'USAGE') ORDER BY m.id",
+					 " AND pg_catalog.pg_has_role($2, coalesce(c.relowner, m.owner), 'USAGE')) m"
+					 " WHERE stands = any_stands ORDER BY id",
 					 2, types, values, nulls);
 	if (SPI_processed == 1)
 		return rm_result_int64(0, 1);
