@@ -244,6 +244,19 @@ rm_set_new_storage(Relation rel)
 #endif
 }
 
+/* is the relation's storage of this transaction? */
+static inline bool
+rm_storage_is_new(Relation rel)
+{
+	if (rel->rd_createSubid != InvalidSubTransactionId)
+		return true;
+#if PG_VERSION_NUM < 160000
+	return rel->rd_firstRelfilenodeSubid != InvalidSubTransactionId;
+#else
+	return rel->rd_firstRelfilelocatorSubid != InvalidSubTransactionId;
+#endif
+}
+
 /* this backend knows that the relation's storage is of this subtransaction */
 static inline void
 rm_assume_new_storage(Relation rel)

@@ -22,7 +22,10 @@
  *	are dropped (their definitions have been read);
  *	the table gets a new, empty heap, and PostgreSQL's own ALTER TABLE changes the
  *	type: all that the catalogs have to say is its work, and
- *	on an empty table it takes milliseconds;
+ *	on an empty table it takes milliseconds.  Most of these would go into building
+ *	indexes, for no use, each of which up to PostgreSQL 16 is put to disk at once: so
+ *	when it comes to rewriting, the table has no indexes (indislive is false until it is
+ *	done) and no TOAST table;
  *	table and shadow exchange their files, each index with its counterpart, and
  *	their TOAST tables; what has been dropped is made again, foreign keys NOT VALID;
  *	shadow, log and trigger go.
@@ -45,13 +48,17 @@
  *	With wal_level = minimal, storage of this very transaction is not written to
  *	the WAL.  The table's empty storage is such, the shadow's is not: with the
  *	files the marks in the relcache must change places too, or the next write to
- *	the table in this transaction would be lost in a crash.
+ *	the table in this transaction would be lost in a crash.  An index that ALTER TABLE
+ *	has left alone still has its old storage, full of rows that are gone.
  *
  *	TOAST pointers name their TOAST table by OID, so the tables themselves change
  *	hands, not their files, as in ALTER TABLE.
  *
- *	Rows keep their predicate locks (SERIALIZABLE) by place; they are promoted to
- *	the relation before the places mean nothing any more.
+ *	Rows keep their predicate locks (SERIALIZABLE) by place, and so do ranges of an
+ *	index; they are promoted to the relation before the places mean nothing any more.
+ *
+ *	What ALTER TABLE leaves of an index that it has made again is a file without a
+ *	page: nothing may use an index before it has the shadow's storage.
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -71,8 +78,10 @@
 #include "catalog/heap.h"
 #include "catalog/indexing.h"
 #include "catalog/namespace.h"
+#include "catalog/objectaccess.h"
 #include "catalog/objectaddress.h"
 #include "catalog/pg_class.h"
+#include "catalog/pg_index.h"
 #include "catalog/pg_statistic.h"
 #include "catalog/pg_type.h"
 #include "commands/tablecmds.h"
@@ -93,6 +102,7 @@
 #include "storage/smgr.h"
 #include "utils/builtins.h"
 #include "utils/fmgroids.h"
+#include "utils/inval.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -159,7 +169,7 @@ relink_toast(Oid toast, Oid owner)
 }
 
 /*
- * Exchanges the storage of two relations of the same kind: mine has some of this
+ * Exchanges the storage of two relations of the same kind: mine may be of this
  * transaction, other's is older.  What pg_class tells of the storage goes with it.
  */
 static void
@@ -194,7 +204,8 @@ exchange_storage(Oid mine, Oid other)
 	}
 
 	/* see the top of the file */
-	rm_assume_new_storage(b_rel);
+	if (rm_storage_is_new(a_rel))
+		rm_assume_new_storage(b_rel);
 	rm_assume_old_storage(a_rel);
 
 	indexes = CatalogOpenIndexes(pg_class);
@@ -471,10 +482,130 @@ relations_to_lock(const RmMigration *m, List *tables)
 	return lcons_oid(m->relid, list_delete_oid(list, m->relid));
 }
 
-/* PostgreSQL's own ALTER TABLE, as the table's owner, on the empty table, and its partitions */
-static void
-alter_type(const RmMigration *m)
+/*
+ * What is kept from the ALTER TABLE under way.  Once it has changed all definitions it
+ * makes a new heap for each table, and of that we are told: all that is left for it to do
+ * then is to fill that heap, with its TOAST table and the indexes.
+ */
+typedef struct Hiding
 {
+	List	   *tables;			/* of RmRewrite: nothing is hidden of others */
+	List	   *indexes;		/* OIDs of those that are hidden */
+	MemoryContext cxt;			/* of that list */
+} Hiding;
+
+static Hiding *hiding = NULL;	/* NULL: no ALTER TABLE of ours is under way */
+static object_access_hook_type next_object_access_hook = NULL;
+
+static void
+hide_indexes(Oid relid)
+{
+	Relation	rel = table_open(relid, NoLock);
+	Relation	pg_index = table_open(IndexRelationId, RowExclusiveLock);
+	List	   *indexes = RelationGetIndexList(rel);
+	MemoryContext oldcxt;
+	ListCell   *lc;
+
+	foreach(lc, indexes)
+	{
+		HeapTuple	tup = SearchSysCacheCopy1(INDEXRELID, ObjectIdGetDatum(lfirst_oid(lc)));
+
+		((Form_pg_index) GETSTRUCT(tup))->indislive = false;
+		CatalogTupleUpdate(pg_index, &tup->t_self, tup);
+		heap_freetuple(tup);
+	}
+	table_close(pg_index, RowExclusiveLock);
+	CacheInvalidateRelcache(rel);
+	table_close(rel, NoLock);
+	oldcxt = MemoryContextSwitchTo(hiding->cxt);
+	hiding->indexes = list_concat(hiding->indexes, indexes);
+	MemoryContextSwitchTo(oldcxt);
+}
+
+/* the new heap of a table without a TOAST table gets none; what the table had goes with the shadow */
+static void
+hide_toast(Oid relid, Oid shadow)
+{
+	Relation	pg_class = table_open(RelationRelationId, RowExclusiveLock);
+	HeapTuple	tup = SearchSysCacheCopy1(RELOID, ObjectIdGetDatum(relid));
+	Form_pg_class form = (Form_pg_class) GETSTRUCT(tup);
+
+	if (OidIsValid(form->reltoastrelid))
+	{
+		relink_toast(form->reltoastrelid, shadow);
+		form->reltoastrelid = InvalidOid;
+		CatalogTupleUpdate(pg_class, &tup->t_self, tup);
+	}
+	heap_freetuple(tup);
+	table_close(pg_class, RowExclusiveLock);
+}
+
+/*
+ * They are there again.  What they are about to get is a complete index, whatever they
+ * were; so it is after REINDEX.
+ */
+static void
+show_indexes(List *indexes)
+{
+	Relation	pg_index = table_open(IndexRelationId, RowExclusiveLock);
+	ListCell   *lc;
+
+	foreach(lc, indexes)
+	{
+		HeapTuple	tup = SearchSysCacheCopy1(INDEXRELID, ObjectIdGetDatum(lfirst_oid(lc)));
+		Form_pg_index form;
+
+		if (!HeapTupleIsValid(tup))
+			continue;			/* an event trigger has dropped it */
+		form = (Form_pg_index) GETSTRUCT(tup);
+		form->indislive = form->indisready = form->indisvalid = true;
+		form->indcheckxmin = false;
+		CatalogTupleUpdate(pg_index, &tup->t_self, tup);
+		CacheInvalidateRelcacheByRelid(form->indrelid);
+		heap_freetuple(tup);
+	}
+	table_close(pg_index, RowExclusiveLock);
+	CommandCounterIncrement();
+}
+
+/*
+ * Looks for the heap that has just been created for one of our tables.  Its rows in the
+ * catalogs, and what is changed here, are seen together, at the next command counter.
+ */
+static void
+object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, void *arg)
+{
+	Relation	rel;
+	ListCell   *lc;
+
+	if (next_object_access_hook)
+		next_object_access_hook(access, class_id, object_id, sub_id, arg);
+	if (hiding == NULL || access != OAT_POST_CREATE || class_id != RelationRelationId || sub_id != 0)
+		return;
+	rel = RelationIdGetRelation(object_id);
+	if (!RelationIsValid(rel))
+		return;
+	foreach(lc, hiding->tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		if (rw->relid != rel->rd_rel->relrewrite)
+			continue;
+		hide_indexes(rw->relid);
+		hide_toast(rw->relid, rw->shadow);
+	}
+	RelationClose(rel);
+}
+
+/*
+ * PostgreSQL's own ALTER TABLE, as the table's owner, on the empty table, and its
+ * partitions: tables is all that hold rows.
+ */
+static void
+alter_type(const RmMigration *m, List *tables)
+{
+	static bool hooked = false;
+	Hiding		h = {.tables = tables,.cxt = CurrentMemoryContext};
 	Relation	rel = table_open(m->relid, NoLock);
 	Oid			owner = rel->rd_rel->relowner;
 	Oid			save_userid;
@@ -485,10 +616,37 @@ alter_type(const RmMigration *m)
 		return;
 	GetUserIdAndSecContext(&save_userid, &save_sec_context);
 	SetUserIdAndSecContext(owner, save_sec_context | SECURITY_LOCAL_USERID_CHANGE);
-	rm_execute(psprintf("ALTER TABLE %s %s", rm_relation_sql(m->relid),
-						rm_alter_clauses(m->columns, m->relid, true)));
+	if (!hooked)
+	{
+		/* for good: others may have hooked themselves in by the time it is over */
+		next_object_access_hook = object_access_hook;
+		object_access_hook = object_access;
+		hooked = true;
+	}
+	hiding = &h;
+	PG_TRY();
+	{
+		rm_execute(psprintf("ALTER TABLE %s %s", rm_relation_sql(m->relid),
+							rm_alter_clauses(m->columns, m->relid, true)));
+	}
+	PG_FINALLY();
+	{
+		hiding = NULL;
+	}
+	PG_END_TRY();
 	SetUserIdAndSecContext(save_userid, save_sec_context);
 	CommandCounterIncrement();
+	show_indexes(h.indexes);
+}
+
+/* those on pages of an index */
+static void
+promote_predicate_locks(Oid relid)
+{
+	Relation	index = index_open(relid, AccessExclusiveLock);
+
+	TransferPredicateLocksToHeapRelation(index);
+	index_close(index, NoLock);
 }
 
 /* table and shadow, indexes and TOAST tables change their storage */
@@ -509,6 +667,7 @@ exchange_files(RmRewrite *rw, List *pairs)
 	{
 		if (!OidIsValid(lfirst_oid(ls)))
 			lfirst_oid(ls) = pair_left_of(pairs, lfirst_oid(lc));
+		promote_predicate_locks(lfirst_oid(lc));
 		exchange_storage(lfirst_oid(lc), lfirst_oid(ls));
 		take_index_statistics(lfirst_oid(ls), lfirst_oid(lc));
 	}
@@ -643,7 +802,7 @@ exchange(RmRun *run, ExchangePlan *plan)
 
 	foreach(lc, plan->tables)
 		make_empty(((RmRewrite *) lfirst(lc))->relid);
-	alter_type(m);
+	alter_type(m, plan->tables);
 	forboth(lc, plan->tables, lp, plan->pairs)
 		exchange_files(lfirst(lc), lfirst(lp));
 

@@ -177,6 +177,114 @@ nothing_is_left('given up');
 is(sql("SELECT count(*) FROM changed WHERE v::bigint = want"), $rows, 'and the table is what it was');
 
 # ---------------------------------------------------------------------------
+# Indexes that have nothing to do with the column, or are not what they should be
+# ---------------------------------------------------------------------------
+
+sub make_indexed
+{
+	my ($name) = @_;
+	sql(qq{
+		CREATE TABLE $name (id int PRIMARY KEY DEFERRABLE, v varchar(40) NOT NULL, want bigint NOT NULL, k int NOT NULL, r int4range NOT NULL, big text,
+			UNIQUE (want) DEFERRABLE INITIALLY DEFERRED, UNIQUE (k) INCLUDE (v), EXCLUDE USING gist (r WITH &&));
+		ALTER TABLE $name ALTER big SET STORAGE EXTERNAL;
+		INSERT INTO $name SELECT g, g * 3, g * 3, -g, int4range(g, g + 1), repeat(g::text, 1000) FROM generate_series(1, 3000) g;
+		CREATE UNIQUE INDEX ${name}_identity ON $name (k);
+		ALTER TABLE $name REPLICA IDENTITY USING INDEX ${name}_identity;
+		CREATE INDEX ${name}_cluster ON $name (k DESC, id);
+		ALTER TABLE $name CLUSTER ON ${name}_cluster;
+		CREATE INDEX ${name}_hash ON $name USING hash (k);
+		CREATE INDEX ${name}_brin ON $name USING brin (want);
+		CREATE INDEX ${name}_gin ON $name USING gin ((ARRAY[k]));
+		CREATE INDEX ${name}_spgist ON $name USING spgist (r);
+		CREATE INDEX ${name}_expr ON $name ((k % 100));
+		CREATE INDEX ${name}_v ON $name (v);
+		CREATE INDEX ${name}_only ON $name (id) WHERE v <> '7';
+		CREATE INDEX ${name}_young ON $name (want, id);
+		ANALYZE $name;
+	});
+	# as left behind by CREATE INDEX CONCURRENTLY
+	foreach my $on ('k, want', 'v DESC')
+	{
+		my $index = "${name}_invalid_" . substr $on, 0, 1;
+		sql("CREATE INDEX $index ON $name ($on); UPDATE pg_index SET indisvalid = false, indisready = false WHERE indexrelid = '$index'::regclass");
+	}
+	sql("UPDATE pg_index SET indcheckxmin = true WHERE indexrelid = '${name}_young'::regclass");
+	return;
+}
+
+my $flags = q{SELECT string_agg(concat_ws(' ', replace(indexrelid::regclass::text, 'NAME', 'it'), indisunique, indisprimary, indisexclusion, indimmediate,
+	indisclustered, indisvalid, indcheckxmin, indisready, indislive, indisreplident), chr(10) ORDER BY indexrelid::regclass::text)
+	FROM pg_index WHERE indrelid = 'NAME'::regclass};
+
+make_indexed($_) foreach 'indexed', 'idxtwin';
+sql(q{CALL rm_alter_type('indexed', 'v', 'bigint', 'v::bigint', method => 'online_rewrite', cut_over => 'manual')});
+sql(q{INSERT INTO indexed VALUES (4000, '6', 6000001, 1, '[4000,4001)', 'x'); UPDATE indexed SET v = '9', want = 6000002 WHERE id = 7});
+my $log_end = -s $node->logfile;
+sql(q{SET log_min_messages = debug1; CALL rm_cut_over()});
+my $said = slurp_file($node->logfile, $log_end);
+like($said, qr/rewriting table "indexed"/, 'ALTER TABLE rewrites the table');
+unlike($said, qr/building index/, 'but builds no index, not of a TOAST table either');
+sql('ALTER TABLE idxtwin ALTER v TYPE bigint USING v::bigint');
+is(sql($flags =~ s/NAME/indexed/gr), sql($flags =~ s/NAME/idxtwin/gr), 'all flags of the indexes are what they are after ALTER TABLE');
+is(sql(q{SELECT count(*), bool_and(indisvalid AND indisready AND indislive), sum(indisreplident::int), sum(indisclustered::int) FROM pg_index WHERE indrelid = 'indexed'::regclass}),
+	'16|t|1|1', 'none is missing');
+is(definitions_of('indexed', 'it'), definitions_of('idxtwin', 'it'), 'and so are the definitions');
+is(sql(q{SELECT count(*), count(bt_index_check(i.indexrelid, true)::text) FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
+	WHERE i.indrelid = 'indexed'::regclass AND c.relam = (SELECT oid FROM pg_am WHERE amname = 'btree')}), '11|11', 'every row is in every B-tree');
+foreach my $by (['hash', 'k = -44'], ['brin', 'want = 132'], ['gin', 'ARRAY[k] @> ARRAY[-44]'], ['spgist', 'r @> 44'], ['r_excl', 'r && int4range(44, 45)'],
+	['invalid_k', 'k = -44 AND want = 132'], ['invalid_v', 'v = 132 ORDER BY v DESC'])
+{
+	my ($index, $where) = @$by;
+	# no other one could be used instead
+	my $out = sql(qq{BEGIN; SET LOCAL enable_seqscan = off; SET LOCAL client_min_messages = error;
+		DO \$\$ DECLARE c regclass; BEGIN FOR c IN SELECT conname FROM pg_constraint WHERE conrelid = 'indexed'::regclass AND contype IN ('p', 'u', 'x') AND conname <> 'indexed_$index'
+			LOOP EXECUTE 'ALTER TABLE indexed DROP CONSTRAINT ' || c; END LOOP;
+			FOR c IN SELECT indexrelid FROM pg_index WHERE indrelid = 'indexed'::regclass AND indexrelid <> 'indexed_$index'::regclass LOOP EXECUTE 'DROP INDEX ' || c; END LOOP; END \$\$;
+		EXPLAIN (COSTS OFF) SELECT id FROM indexed WHERE $where;
+		SELECT id FROM indexed WHERE $where; ROLLBACK});
+	like($out, qr/indexed_$index\b.*\n44$/s, "indexed_$index finds its row");
+}
+is(sql(q{SELECT count(*) FROM pg_stats WHERE tablename = 'indexed_expr'}), '1', 'an index on an expression has statistics');
+(undef, undef, $err) = $node->psql('postgres', q{INSERT INTO indexed VALUES (5000, 1, 1, 5000, '[1,2)')});
+like($err, qr/conflicting key value/, 'what is forbidden is forbidden');
+is(sql(q{SELECT count(*), (SELECT relname = 'pg_toast_' || 'indexed'::regclass::oid FROM pg_class WHERE oid = (SELECT reltoastrelid FROM pg_class WHERE oid = 'indexed'::regclass))
+	FROM indexed WHERE big = repeat(id::text, 1000)}), '3000|t', 'long values are there');
+nothing_is_left('with all sorts of indexes');
+
+# What serializable transactions have read through an index, where there was no row yet.
+# The index is as if made by insertion from the end: its pages have other places afterwards.
+sub read_then_written
+{
+	my ($columns, $what) = @_;
+	sql(q{
+		DROP TABLE IF EXISTS gap, aside;
+		CREATE TABLE aside (x int); INSERT INTO aside VALUES (1);
+		CREATE TABLE gap (id int PRIMARY KEY, v int);
+		INSERT INTO gap SELECT -g, g FROM generate_series(1, 20000) g;
+		ANALYZE gap, aside;
+	});
+	sql(qq{CALL rm_alter_types('gap', $columns, method => 'online_rewrite', cut_over => 'manual')});
+	my $holder = $node->background_psql('postgres', on_error_stop => 0);
+	$holder->query('BEGIN; LOCK TABLE gap IN ACCESS SHARE MODE');
+	my $call = start_call('cut over', 'CALL rm_cut_over()');
+	wait_for('EXISTS (SELECT FROM rm_progress WHERE lock_retries > 0)', 'the cut-over does not try for its lock');
+	my $writer = $node->background_psql('postgres', on_error_stop => 0);
+	$writer->query('BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT x FROM aside');
+	sql(q{SET enable_seqscan = off; SET enable_bitmapscan = off;
+		BEGIN ISOLATION LEVEL SERIALIZABLE; SELECT count(v) FROM gap WHERE id BETWEEN 5 AND 9; UPDATE aside SET x = 2; COMMIT});
+	$holder->query('COMMIT');
+	$holder->quit;
+	ends_well($call, "$what: it is exchanged");
+	$writer->query('INSERT INTO gap VALUES (7, 7); COMMIT');
+	like($writer->{stderr}, qr/could not serialize access/, "$what: what was read through an index and is written after the exchange is a conflict");
+	$writer->quit;
+	return;
+}
+
+read_then_written(q{'{"v": "bigint"}'}, 'an index that the column is not in');
+read_then_written(q{'{}'}, 'no column');
+
+# ---------------------------------------------------------------------------
 # Values that do not convert
 # ---------------------------------------------------------------------------
 
