@@ -226,7 +226,8 @@ sub end_session { my ($name) = @_; return sql("SELECT count(pg_terminate_backend
 sub session_in { my ($name, $event) = @_; wait_for("EXISTS (SELECT FROM pg_stat_activity WHERE application_name = '$name' AND wait_event = '$event')", "$name is not in $event"); return }
 
 sql(q{CREATE FUNCTION slowly(v varchar) RETURNS bigint LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN
-	IF v = '777' THEN PERFORM pg_sleep(1); END IF; RETURN v::bigint; END $$});
+	WHILE v = '777' AND NOT pg_try_advisory_xact_lock_shared(10) LOOP PERFORM pg_sleep(0.05); END LOOP;
+	RETURN v::bigint; END $$});
 sql('DROP TABLE busy CASCADE');
 make_table('busy');
 sql(q{CALL rm_alter_type('busy', 'v', 'bigint', 'slowly(v)', method => 'online_rewrite', cut_over => 'manual')});
@@ -236,11 +237,13 @@ session_in('old', 'PgSleep');
 my $cut = start_call('cut', "CALL rm_cut_over($id)");
 wait_for("EXISTS (SELECT FROM rm_progress WHERE migration = $id AND waiting_for IS NOT NULL)", 'nobody is waited for');
 sql(q{UPDATE busy SET v = '777', want = 777 WHERE id = 30 AND day = 0});
+my $gate = close_gate(10);
 end_session('old');
 session_in('cut', 'PgSleep');
 sql('UPDATE busy SET day = 15 WHERE id = 60 AND day = 0');
 my $holder = start_call('holder', 'BEGIN', 'LOCK TABLE busy1 IN ACCESS SHARE MODE', 'SELECT pg_advisory_lock(8)', 'SELECT pg_sleep(60)');
 session_in('holder', 'PgSleep');
+$gate->quit;
 wait_for("(SELECT phase FROM risky_migrations.migration WHERE id = $id) = 2", 'the last round does not end');
 my $keeper = start_call('keeper', 'SELECT pg_advisory_lock(9)', 'SELECT pg_sleep(60)');
 session_in('keeper', 'PgSleep');
