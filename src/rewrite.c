@@ -1214,7 +1214,8 @@ drop_relation(Oid relid)
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
 		return;
 	LockRelationOid(relid, AccessExclusiveLock);
-	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+	/* nor is it ours, if somebody else's has got its OID since */
+	if (get_rel_namespace(relid) != get_namespace_oid(RM_SCHEMA, false))
 		return;
 	ObjectAddressSet(object, RelationRelationId, relid);
 	performDeletion(&object, DROP_RESTRICT, PERFORM_DELETION_INTERNAL | PERFORM_DELETION_SKIP_EXTENSIONS);

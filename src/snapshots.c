@@ -94,7 +94,6 @@ snapshots_are_gone(RmRun *run, RmSnapshotWait *s, PGPROC **oldest)
 		/* before the look: who comes in between is in the list */
 		s->oldest = oldest_in_progress();
 		TransactionIdRetreat(s->oldest);
-		s->began = GetCurrentTimestamp();
 	}
 	/* in this order: who takes over from one who is gone by then is found */
 	now = snapshots_until(ReadNextTransactionId(), &nnow);
@@ -110,6 +109,8 @@ snapshots_are_gone(RmRun *run, RmSnapshotWait *s, PGPROC **oldest)
 		pfree(s->waiting);
 	s->waiting = waiting;
 	s->nwaiting = n;
+	if (first)
+		s->began = GetCurrentTimestamp();
 	*oldest = n > 0 ? rm_backend_proc(waiting[0]) : NULL;
 	return n == 0;
 }

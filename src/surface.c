@@ -24,6 +24,7 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
+#include "crew.h"
 #include "dependents.h"
 #include "executor/spi.h"
 #include "fmgr.h"
@@ -753,6 +754,7 @@ close_migration(void *arg)
 	/* those of tables that were detached have not gone with it, nor their triggers */
 	rm_rewrite_drop_trigger(m);
 	rm_rewrite_forget(m);
+	rm_ranges_forget(m);
 	m->state = "rolled back";
 	m->steps_done = 0;
 	rm_migration_save(m);

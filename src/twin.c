@@ -89,14 +89,19 @@ prepare(Oid relid)
 const char *
 rm_twin_schema(Oid relid)
 {
-	Relation	rel = table_open(relid, AccessShareLock);
-	Oid			nspid = RelationGetNamespace(rel);
-	Oid			owner = rel->rd_rel->relowner;
+	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	Oid			nspid;
+	Oid			owner;
 	const char *role;
 	const char *database;
 	const char *schema;
 
-	table_close(rel, NoLock);
+	/* without a lock: it may be the root of a partition that is locked */
+	if (!HeapTupleIsValid(tup))
+		elog(ERROR, "cache lookup failed for relation %u", relid);
+	nspid = ((Form_pg_class) GETSTRUCT(tup))->relnamespace;
+	owner = ((Form_pg_class) GETSTRUCT(tup))->relowner;
+	ReleaseSysCache(tup);
 	if (rm_may_make_temporary(owner))
 		return "pg_temp";
 	schema = get_namespace_name(nspid);
