@@ -810,7 +810,14 @@ rm_rewrite_all(RmRun *run, List **list, RmStepResult *result)
 
 	*list = match_tables(m, &gone, &missing);
 	foreach(lc, gone)
-		drop_tables(m, lfirst(lc));
+	{
+		RmRewrite  *rw = lfirst(lc);
+
+		/* if a VACUUM is at work on it, say, then at another look, "finish" at the latest */
+		if (ConditionalLockRelationOid(rw->shadow, AccessExclusiveLock) &&
+			ConditionalLockRelationOid(rw->log, AccessExclusiveLock))
+			drop_tables(m, rw);
+	}
 	if (missing == NIL)
 		return true;
 	if (!rm_rewrite_by_leaf(m))

@@ -257,6 +257,24 @@ is($reader->{out}, "1\n\n1\n", 'a row that has moved is seen once');
 finish_call($_) for $old, $holder, $keeper;
 check_rows('busy', 'after a row has moved');
 
+# a partition that is dropped while somebody is at work on its shadow (and has no snapshot)
+sql('DROP TABLE busy CASCADE');
+make_table('busy');
+up_to_cut_over();
+my $shadow = sql(q{SELECT shadow::regclass FROM risky_migrations.rewrite WHERE relid = 'busy1'::regclass});
+my $worker = $node->background_psql('postgres');
+$worker->query_safe("BEGIN; LOCK TABLE $shadow IN ACCESS SHARE MODE");
+sql('DROP TABLE busy1');
+$cut = start_call('cut', "CALL rm_cut_over($id)");
+wait_for(q{(SELECT atttypid = 'bigint'::regtype FROM pg_attribute WHERE attrelid = 'busy'::regclass AND attname = 'v')},
+	'the shadow of a dropped partition keeps the others from being exchanged');
+isnt(sql("SELECT to_regclass('$shadow')"), '', 'the exchange does not wait for the shadow of a dropped partition');
+$worker->quit;
+ends_well($cut, 'it ends when that can be dropped');
+is(sql("SELECT to_regclass('$shadow')"), '', 'and has dropped it');
+sql('DROP TABLE busy CASCADE');
+make_table('busy');
+
 # without the table
 up_to_cut_over();
 sql("ALTER TABLE busy DETACH PARTITION busy1; DROP TABLE busy CASCADE; CALL rm_rollback($id)");
