@@ -356,7 +356,7 @@ rm_migration_save(const RmMigration *m)
 /*
  * The only open migration of that method (NULL: of any) whose table is the caller's own, or,
  * if there is none, which is and whose table has been dropped.  42704 if there is none
- * either, 42725 with the list if there are several.
+ * either, 42P08 with the list if there are several.
  */
 int64
 rm_open_migration(const char *method)

@@ -16,17 +16,17 @@
  *	after work that may be held, by one process alone: where it has waited for a
  *	processor, or others for the WAL that it writes in bulk, it rests, busy_rest times as
  *	long.  On a machine with processors to spare that is nothing; where all are busy
- *	the migration would otherwise take the share of one more client, and what clients do under locks would take longer
- *	for all who wait for these.  The operating system says how long a process has
- *	been ready to run and did not (Linux, /proc/self/schedstat); others do not say,
- *	and nothing is rested there.  Helpers that only make use of a processor with
- *	nothing to do (run->aside) rest likewise, each for itself, and break off their work
- *	for it; and where one process
- *	copies it does not rest beside them: they are sent away (run->busy).  What cannot
- *	be interrupted for a rest, the building of an index, does without the processes
- *	that PostgreSQL would have help it (rm_throttle_building).  How long others wait because
- *	of the WAL is estimated: pages that are logged make each fsync of theirs longer, but
- *	who commits waits for the disk anyway
+ *	the migration would otherwise take the share of one more client, and what clients
+ *	do under locks would take longer for all who wait for these.  The operating
+ *	system says how long a process has been ready to run and did not (Linux,
+ *	/proc/self/schedstat); others do not say, and nothing is rested there.  Helpers
+ *	that only make use of a processor with nothing to do (run->aside) rest likewise,
+ *	each for itself, and break off their work for it; and where one process copies
+ *	it does not rest beside them: they are sent away (run->busy).  What cannot be
+ *	interrupted for a rest, the building of an index, does without the processes
+ *	that PostgreSQL would have help it (rm_throttle_building).  How long others wait
+ *	because of the WAL is estimated: pages that are logged make each fsync of theirs
+ *	longer, but who commits waits for the disk anyway
  *
  *	before work that may be held (run->may_hold): while one of these is so,
  *	  replica lag	a walsender's receiver is behind, in bytes or in time

@@ -119,7 +119,7 @@ rm_twin_schema(Oid relid)
 }
 
 /*
- * Makes a twin of that name in that schema (as SQL has it; pg_temp is one).
+ * Makes a twin of that name in that schema (neither is quoted; pg_temp is one).
  * Its indexes and statistics are called prefix<OID of the original>.  The errors
  * are PostgreSQL's own: not everything can be copied.
  */
