@@ -115,8 +115,9 @@
 
 #define CREW_MAGIC 0x726d6331
 
-/* ranges for each worker, so that they end at about the same time */
+/* ranges for each worker, so that they end at about the same time; the last one in parts */
 #define RANGES_PER_WORKER 8
+#define LAST_PARTS 4
 /* and the most pages of one of them: 1 GB */
 #define MAX_RANGE_PAGES (128 * 1024)
 /* how long a helper goes on without hearing of its runner, milliseconds */
@@ -253,24 +254,31 @@ static int
 add_ranges(RmRun *run, Oid relid, int64 first_block, int64 end_block, int workers, int multiple_of)
 {
 	RmMigration *m = run->m;
-	Oid			types[] = {INT8OID, OIDOID, OIDOID, INT8OID, INT8OID, INT8OID, INT8OID};
+	Oid			types[] = {INT8OID, OIDOID, OIDOID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID, INT8OID};
 	Datum		v[lengthof(types)];
-	int64		pages = (end_block - first_block) / ((int64) workers * RANGES_PER_WORKER);
+	int64		blocks = end_block - first_block;
+	int64		pages = Min(blocks / ((int64) workers * RANGES_PER_WORKER), MAX_RANGE_PAGES);
+	int64		last_pages;
+	int64		last;
 
 	multiple_of = range_pages(multiple_of);
-	pages = Min(pages, MAX_RANGE_PAGES);
 	pages = Max(1, pages / multiple_of) * multiple_of;
+	last_pages = Max(1, pages / LAST_PARTS / multiple_of) * multiple_of;
+	last = first_block + Max(0, blocks / pages - workers) * pages;
 	v[0] = Int64GetDatum(m->id);
 	v[1] = ObjectIdGetDatum(relid);
 	v[2] = ObjectIdGetDatum(m->relfilenode);
 	v[3] = Int64GetDatum(first_block);
 	v[4] = Int64GetDatum(end_block);
 	v[5] = Int64GetDatum(pages);
-	v[6] = Int64GetDatum(run->log_id);
+	v[6] = Int64GetDatum(last);
+	v[7] = Int64GetDatum(last_pages);
+	v[8] = Int64GetDatum(run->log_id);
 	rm_state_execute("INSERT INTO risky_migrations.range (migration_id, number, relid,"
 					 " relfilenode, first_block, next_block, end_block, run)"
-					 " SELECT $1, before + row_number() OVER (ORDER BY b), $2, $3, b, b, least(b + $6, $5), $7"
-					 " FROM pg_catalog.generate_series($4, $5 - 1, $6) b,"
+					 " SELECT $1, before + row_number() OVER (ORDER BY b), $2, $3, b, b, lead(b, 1, $5) OVER (ORDER BY b), $9"
+					 " FROM (SELECT * FROM pg_catalog.generate_series($4, $7 - 1, $6)"
+					 "  UNION ALL SELECT * FROM pg_catalog.generate_series($7, $5 - 1, $8)) s(b),"
 					 "  (SELECT coalesce(max(number), 0) AS before FROM risky_migrations.range"
 					 "   WHERE migration_id = $1) r",
 					 lengthof(types), types, v, NULL);
@@ -415,6 +423,7 @@ void
 rm_range_wait(RmRun *run)
 {
 	run->pause_ms = RM_LOOK_AT_OTHERS;
+	run->wait_for_helpers = true;
 	run->wait_kind = "helper";
 	run->wait_reason = "the last pages are those that helpers work on";
 }
@@ -903,16 +912,20 @@ rm_crew_may_go_on(RmRun *run, bool idle, ErrorData **error)
 	return false;
 }
 
-/* after a transaction: what this helper has done so far */
+/* after a transaction: what this helper has done so far, and to a runner that waits that it has */
 void
 rm_crew_publish(RmRun *run)
 {
+	PGPROC	   *runner = BackendPidGetProc(segment->runner_pid);
+
 	pg_atomic_write_u64(&berth->sums[SUM_TRANSACTIONS], run->transactions);
 	pg_atomic_write_u64(&berth->sums[SUM_BATCHES], run->batches);
 	pg_atomic_write_u64(&berth->sums[SUM_ROWS_CHANGED], run->rows_changed);
 	pg_atomic_write_u64(&berth->sums[SUM_ROWS_HOT], run->rows_hot);
 	pg_atomic_write_u64(&berth->sums[SUM_LOCK_RETRIES], run->lock_retries);
 	pg_atomic_write_u64(&berth->sums[SUM_WAL_BYTES], pgWalUsage.wal_bytes - run->wal_started);
+	if (runner)
+		SetLatch(&runner->procLatch);
 }
 
 /*

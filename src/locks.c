@@ -156,6 +156,7 @@ rm_lock_account_begin(RmLockAccount *account)
 	INSTR_TIME_SET_CURRENT(account->xact_start);
 	release_armed = true;
 	account->blocking = account->strong = false;
+	account->queued = true;		/* as long as nobody has looked */
 	account->vacuumed = InvalidOid;
 	account->set_size = 1;
 	account->missed = false;
@@ -409,12 +410,31 @@ note_dropped_index(RmLockAccount *account, Oid relid)
 	begin_hold(account, stat, account->xact_start, true);
 }
 
+/* does somebody wait for a relation on which we have a lock that blocks writers? */
+static bool
+is_waited_for(const LockData *data)
+{
+	for (int i = 0; i < data->nelements; i++)
+	{
+		const LockInstanceData *waiter = &data->locks[i];
+
+		if (waiter->waitLockMode == NoLock || waiter->locktag.locktag_type != LOCKTAG_RELATION)
+			continue;
+		for (int j = 0; j < data->nelements; j++)
+			if (data->locks[j].pid == MyProcPid && data->locks[j].holdMask >= LOCKBIT_ON(ShareLock) &&
+				memcmp(&data->locks[j].locktag, &waiter->locktag, sizeof(LOCKTAG)) == 0)
+				return true;
+	}
+	return false;
+}
+
 /* reads our own entries in the lock table into the account */
 static void
 read_lock_table(RmLockAccount *account, Oid target, List *old_storage)
 {
 	LockData   *data = GetLockStatusData();
 
+	account->queued = is_waited_for(data);
 	for (int i = 0; i < data->nelements; i++)
 	{
 		LockInstanceData *lock = &data->locks[i];

@@ -71,6 +71,7 @@ typedef struct RmLockAccount
 	bool		strong;			/* a set of locks that block writers was taken */
 	instr_time	strong_from;	/* then; before, no such lock was held at all */
 	bool		blocking;		/* a lock of this transaction blocks writers */
+	bool		queued;			/* and somebody may stand behind it */
 	bool		complete;		/* the lock table has been read for these modes */
 	Oid			vacuumed;		/* not asked for: see rm_lock_relation() */
 	int			set_size;		/* relations that are needed together */

@@ -209,6 +209,7 @@ struct RmRun
 	/* set by the step for the transaction under way */
 	bool		async_commit;	/* work that is lost together with its state */
 	int			pause_ms;		/* to rest after the commit */
+	bool		wait_for_helpers;	/* or until one of them has committed */
 	List	   *old_storage;	/* of the table before it may be rewritten */
 	const char *top_level;		/* a statement for a worker after the commit */
 	const char *top_level_what;

@@ -1743,7 +1743,7 @@ known_indexes(IndexWork *work, RmMigration *m, RmRewrite *rw, const char *finger
 static bool
 verify_beside(RmRun *run, const RmRewrite *rw)
 {
-	int			helpers = rm_helpers_aside_for(rm_chunks_unverified(rw->shadow), RM_REWRITE_RANGE_PAGES);
+	int			helpers = rm_rewrite_verifiers(rm_chunks_unverified(rw->shadow));
 
 	if (helpers == 0)
 		return false;

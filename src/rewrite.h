@@ -75,6 +75,8 @@ typedef struct RmRewrite
 #define RM_CHUNK_PAGES 128
 /* a step is shared out in multiples of so many pages */
 #define RM_REWRITE_RANGE_PAGES 1024
+/* where so many are worth a process; and of so many otherwise */
+#define RM_REWRITE_RANGE_UNIT 256
 
 /* a place in the table as the chunks have it, and the first one of a page */
 #define RM_ROW_PLACE(block, offset) (((int64) (block) << 16) | (offset))
@@ -185,6 +187,7 @@ extern void rm_chunks_changed(Oid shadow, const Bitmapset *pages, const Bitmapse
 
 /* rewrite_verify.c */
 extern void rm_verify_beside(RmRun *run);
+extern int	rm_rewrite_verifiers(int64 pages);
 
 /* rewrite_log.c */
 extern Oid	rm_log_create(int64 id, Relation rel, Relation key_index);

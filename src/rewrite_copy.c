@@ -801,7 +801,7 @@ offer_pages(RmRun *run, const RmRewrite *rw)
 		return;
 	last = &work->written[work->nwritten - 1];
 	end = (int64) last->first + last->npages;
-	if (rm_helpers_aside_for(end - work->offered, RM_REWRITE_RANGE_PAGES) == 0)
+	if (rm_rewrite_verifiers(end - work->offered) == 0)
 		return;
 	rm_ranges_offer(run, rw->relid, work->offered, end, RM_REWRITE_RANGE_PAGES);
 	work->offered = (BlockNumber) end;
@@ -830,13 +830,13 @@ copy_pages(RmRun *run, RmRewrite *rw, Relation rel)
 		if (workers > 1)
 		{
 			/* no more in this transaction: helpers can begin with the next one */
-			rm_ranges_cut(run, rw->relid, workers, RM_REWRITE_RANGE_PAGES);
+			rm_ranges_cut(run, rw->relid, workers, RM_REWRITE_RANGE_UNIT);
 			return;
 		}
 		/* where a processor has nothing to do it can verify */
 		run->aside = true;
 		if (!run->busy)
-			run->helpers = rm_helpers_aside_for(m->end_block, RM_REWRITE_RANGE_PAGES);
+			run->helpers = rm_rewrite_verifiers(m->end_block);
 		rm_range_whole(run);
 		m->rows_done += copy_range(run, rw, rel);
 		m->next_block = run->range.next_block;

@@ -63,6 +63,7 @@
 #include "leaves.h"
 #include "miscadmin.h"
 #include "replay.h"
+#include "risky_migrations.h"
 #include "rewrite.h"
 #include "rows.h"
 #include "state.h"
@@ -654,7 +655,7 @@ verify_chunks(RmRun *run, RmRewrite *rw, Relation rel)
 	if (m->ranges == 0 && workers > 1)
 	{
 		/* no more in this transaction: helpers can begin with the next one */
-		rm_ranges_cut(run, rw->relid, workers, RM_REWRITE_RANGE_PAGES);
+		rm_ranges_cut(run, rw->relid, workers, RM_REWRITE_RANGE_UNIT);
 		return;
 	}
 	if (m->ranges == 0)
@@ -757,6 +758,13 @@ static void
 verify_help(RmRun *run)
 {
 	help(run, false);
+}
+
+/* how many helpers are to verify so many pages of the shadow while the runner is busy */
+int
+rm_rewrite_verifiers(int64 pages)
+{
+	return rm_verify_while_busy ? rm_helpers_aside_for(pages, RM_REWRITE_RANGE_PAGES) : 0;
 }
 
 /* the same in a helper of the steps copy and index, of what is as it was copied */

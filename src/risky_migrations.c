@@ -65,6 +65,7 @@ int			rm_range_pages = 0;
 int			rm_snapshot_timeout = 3600000;
 bool		rm_accept_publications = false;
 bool		rm_compress_wal = true;
+bool		rm_verify_while_busy = true;
 bool		rm_recreate_matviews = false;
 int			rm_end_blockers_after = 0;
 int			rm_launcher_interval = 60;
@@ -158,6 +159,13 @@ _PG_init(void)
 							 "Compresses the pages that steps write to the WAL whole.",
 							 "With lz4, where the server has it and wal_compression is off.",
 							 &rm_compress_wal, true, PGC_USERSET, 0,
+							 NULL, NULL, NULL);
+
+	/* else all of it is done when the shadow is complete, which takes longer */
+	DefineCustomBoolVariable("risky_migrations.verify_beside",
+							 "Verifies while online_rewrite copies and builds indexes.",
+							 "By helpers, background workers, as long as a processor has nothing else to do.",
+							 &rm_verify_while_busy, true, PGC_USERSET, 0,
 							 NULL, NULL, NULL);
 
 	rm_throttle_init();

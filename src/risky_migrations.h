@@ -20,6 +20,7 @@ extern int	rm_range_pages; /* of a range of them; 0: as the step wants it */
 extern int	rm_snapshot_timeout;	/* milliseconds */
 extern bool rm_accept_publications;
 extern bool rm_compress_wal;
+extern bool rm_verify_while_busy;
 extern bool rm_recreate_matviews;
 extern int	rm_end_blockers_after;	/* milliseconds, 0: never */
 

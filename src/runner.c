@@ -242,8 +242,8 @@ rm_wait_latch(int ms, MemoryContext cxt, ErrorData **error)
 
 /*
  * Rests that long, whatever wakes it meanwhile, unless something else is wanted
- * of the run (which may be NULL) or, if asked, the configuration is to be
- * reloaded.  Returns the error that interrupted it.
+ * of the run (which may be NULL), it waits for its helpers, or, if asked, the
+ * configuration is to be reloaded.  Returns the error that interrupted it.
  */
 static ErrorData *
 rest_out(RmRun *run, int ms, bool until_reload, MemoryContext cxt)
@@ -254,7 +254,7 @@ rest_out(RmRun *run, int ms, bool until_reload, MemoryContext cxt)
 	while (ms > 0 && error == NULL && !(until_reload && ConfigReloadPending))
 	{
 		if (rm_wait_latch(ms, cxt, &error) && error == NULL && run &&
-			rm_steer_wanted(run) != RM_WANT_RUN)
+			(run->wait_for_helpers || rm_steer_wanted(run) != RM_WANT_RUN))
 			break;
 		ms = (int) TimestampDifferenceMilliseconds(GetCurrentTimestamp(), until);
 	}
@@ -650,6 +650,7 @@ begin_attempt(RmRun *run)
 	rm_lock_account_begin(&run->locks);
 	run->async_commit = false;
 	run->pause_ms = 0;
+	run->wait_for_helpers = false;
 	run->old_storage = NIL;
 	run->top_level = NULL;
 	run->may_hold = run->batch_ended = false;
@@ -918,7 +919,8 @@ after_commit(RmRun *run, RmStepResult result)
 	{
 		if (synchronous_commit > SYNCHRONOUS_COMMIT_OFF)
 			XLogFlush(XactLastCommitEnd);
-		let_through_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LET_THROUGH);
+		if (run->locks.queued)
+			let_through_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LET_THROUGH);
 	}
 	run->duration_ms = rm_elapsed_ms(run->started);
 	if (run->step->committed)
@@ -1050,6 +1052,7 @@ run_transactions(RmRun *run)
 			run->tries = 0;
 
 		error = rest_out(run, pause_ms, false, run->cxt);
+		run->wait_for_helpers = false;
 		if (error == NULL && run->tries > tries)
 			error = rm_show_wait(run, NULL, NULL);
 		if (error && !rm_steer_interrupted(run, error))

@@ -154,6 +154,7 @@ SELECT set_eq($$SELECT format('%s %s%s %s %s..%s', name, boot_val, unit, context
 	WHERE name ~ '^risky_migrations\.'$$, ARRAY[
 	'risky_migrations.accept_publications off user ..',
 	'risky_migrations.compress_wal on user ..',
+	'risky_migrations.verify_beside on user ..',
 	'risky_migrations.recreate_matviews off user ..',
 	'risky_migrations.batch_pause 0ms user 0..2147483647',
 	'risky_migrations.busy_rest 10 user 0..100',

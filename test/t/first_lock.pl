@@ -72,5 +72,20 @@ finish_call($seeding);
 is(sql('SELECT rm_seed(500)'), '500', 'and not when the first has ended');
 is(sql('SELECT count(*) FROM large_record'), '500', 'the rows are there once');
 
+# who stood behind a lock has the processors first, when it is gone
+my $writer_holds = start_call('holder', 'BEGIN', 'LOCK TABLE large_record IN ROW EXCLUSIVE MODE', 'SELECT pg_sleep(3600)');
+wait_for(q{EXISTS (SELECT FROM pg_locks JOIN pg_stat_activity USING (pid)
+	WHERE application_name = 'holder' AND relation = 'large_record'::regclass AND granted)}, 'nobody locks the table');
+my $call = start_call('call', q{SET risky_migrations.lock_timeout = '60 s'},
+	q{CALL rm_alter_type('large_record', 'created_at', 'timestamp', 'created_at::timestamp', method => 'online_rewrite')});
+becomes(waits('call'), 'online_rewrite asks for its first strong lock');
+my $writer = start_call('writer', 'DELETE FROM large_record WHERE id < 0');
+becomes(waits('writer'), 'a writer stands behind it');
+end_holder($writer_holds);
+ends_well($call, 'online_rewrite comes through');
+finish_call($writer);
+is(sql(q{SELECT duration_ms >= 45 FROM risky_migrations.step_log WHERE step = 'copy' ORDER BY id DESC LIMIT 1}),
+	't', 'and rests after the step in which somebody stood behind it');
+
 $node->stop;
 done_testing();
