@@ -224,12 +224,25 @@ rm_qualified_name_list(const char *name)
 #endif
 }
 
-/* an attribute in a descriptor of our own has been changed */
+/* an attribute in a descriptor of our own has been changed; NOT NULL in it is valid */
 static inline void
 rm_attribute_changed(TupleDesc desc, int i)
 {
 #if PG_VERSION_NUM >= 180000
 	populate_compact_attribute(desc, i);
+	if (TupleDescAttr(desc, i)->attnotnull)
+		TupleDescCompactAttr(desc, i)->attnullability = ATTNULLABLE_VALID;
+#endif
+}
+
+/* is the column of a relation NOT NULL, for the rows too that are there already? */
+static inline bool
+rm_attribute_not_null(TupleDesc desc, int i)
+{
+#if PG_VERSION_NUM >= 180000
+	return TupleDescCompactAttr(desc, i)->attnullability == ATTNULLABLE_VALID;
+#else
+	return TupleDescAttr(desc, i)->attnotnull;
 #endif
 }
 

@@ -452,7 +452,7 @@ is_key_index(Relation rel, Relation index)
 	{
 		AttrNumber	attnum = form->indkey.values[i];
 
-		if (attnum <= 0 || !TupleDescAttr(RelationGetDescr(rel), attnum - 1)->attnotnull)
+		if (attnum <= 0 || !rm_attribute_not_null(RelationGetDescr(rel), attnum - 1))
 			return false;
 	}
 	return true;
@@ -1088,7 +1088,7 @@ shadow_descriptor(Relation rel, const Twin *twin)
 	ListCell   *lc;
 
 	for (int i = 0; i < desc->natts; i++)
-		TupleDescAttr(desc, i)->attnotnull = TupleDescAttr(RelationGetDescr(rel), i)->attnotnull;
+		TupleDescAttr(desc, i)->attnotnull = rm_attribute_not_null(RelationGetDescr(rel), i);
 	foreach(lc, twin->attnums)
 	{
 		Form_pg_attribute mine = TupleDescAttr(desc, lfirst_int(lc) - 1);

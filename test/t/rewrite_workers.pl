@@ -4,7 +4,7 @@
 # As in workers.pl nothing depends on how fast anything is: the expression asks, in
 # one row of many, for an advisory lock.  While a session holds that (the gate is
 # closed) each worker does what it can until it comes to such a row, fails with all
-# that its transaction has put into the file, and tries again.
+# that its transaction has put into the file, and tries again. So there is one in each range.
 
 use strict;
 use warnings;
