@@ -300,6 +300,25 @@ sql(q{UPDATE odd SET v = want WHERE id IN (17, 90000)});
 sql('CALL rm_cut_over()');
 check_rows('odd', 'mended');
 
+# NOT NULL says nothing of the rows that were there before it, if it is not valid
+if ($node->pg_version >= 18)
+{
+	sql(q{
+		CREATE TABLE half (id int PRIMARY KEY, v text, other int);
+		INSERT INTO half VALUES (1, NULL, NULL), (2, '2', 2);
+		ALTER TABLE half ADD CONSTRAINT half_v NOT NULL v NOT VALID, ADD CONSTRAINT half_other NOT NULL other NOT VALID;
+		CREATE UNIQUE INDEX half_key ON half (other);
+		CALL rm_alter_type('half', 'v', 'bigint', 'v::bigint', method => 'online_rewrite');
+	});
+	is(sql(q{SELECT string_agg(format('%s %s', conname, convalidated), ', ' ORDER BY conname) FROM pg_constraint
+		WHERE conrelid = 'half'::regclass AND contype = 'n'}), 'half_id_not_null t, half_other f, half_v f', 'NOT NULL is as valid as it was');
+	is(sql('SELECT count(*), count(v), count(other), min(pg_typeof(v)::text) FROM half'), '2|1|1|bigint', 'and the rows are there');
+	sql('ALTER TABLE half DROP CONSTRAINT half_pkey');
+	(undef, undef, $err) = $node->psql('postgres', q{\set VERBOSITY verbose
+CALL rm_alter_type('half', 'v', 'int', 'v::int', method => 'online_rewrite')});
+	like($err, qr/0A000: .*key/s, 'nor does it make a key');
+}
+
 # ---------------------------------------------------------------------------
 # Foreign keys, and the key itself
 # ---------------------------------------------------------------------------
