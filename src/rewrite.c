@@ -83,6 +83,7 @@
 #include "catalog/catalog.h"
 #include "catalog/dependency.h"
 #include "catalog/heap.h"
+#include "catalog/indexing.h"
 #include "catalog/namespace.h"
 #include "catalog/objectaddress.h"
 #include "catalog/partition.h"
@@ -609,6 +610,174 @@ rm_rewrite_refuse(Relation rel, List *columns)
 }
 
 /*-------------------------------------------------------------------------
+ * How rows are stored
+ *-------------------------------------------------------------------------
+ */
+
+/* reloptions of a relation as they are in pg_class; (Datum) 0 if it has none, or is InvalidOid */
+static Datum
+reloptions_of(Oid relid)
+{
+	HeapTuple	tup;
+	Datum		options;
+	bool		isnull;
+
+	if (!OidIsValid(relid))
+		return (Datum) 0;
+	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	if (!HeapTupleIsValid(tup))
+		elog(ERROR, "cache lookup failed for relation %u", relid);
+	options = SysCacheGetAttr(RELOID, tup, Anum_pg_class_reloptions, &isnull);
+	options = isnull ? (Datum) 0 : datumCopy(options, false, -1);
+	ReleaseSysCache(tup);
+	return options;
+}
+
+static void
+set_reloptions(Oid relid, Datum options)
+{
+	Relation	pg_class = table_open(RelationRelationId, RowExclusiveLock);
+	HeapTuple	old = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	HeapTuple	tup;
+	Datum		values[Natts_pg_class] = {0};
+	bool		nulls[Natts_pg_class] = {0};
+	bool		replaces[Natts_pg_class] = {0};
+
+	values[Anum_pg_class_reloptions - 1] = options;
+	nulls[Anum_pg_class_reloptions - 1] = options == (Datum) 0;
+	replaces[Anum_pg_class_reloptions - 1] = true;
+	tup = heap_modify_tuple(old, RelationGetDescr(pg_class), values, nulls, replaces);
+	CatalogTupleUpdate(pg_class, &tup->t_self, tup);
+	ReleaseSysCache(old);
+	table_close(pg_class, RowExclusiveLock);
+}
+
+/* for a table of ours, if it needs one, with the options that rel's has */
+static void
+create_toast(Oid relid, Relation rel)
+{
+	NewHeapCreateToastTable(relid, reloptions_of(rel->rd_rel->reltoastrelid), AccessExclusiveLock,
+							RelationGetRelid(rel));
+}
+
+/*
+ * Does the shadow store a column as the table does?  One that changes is stored as its new
+ * type is.
+ */
+static bool
+stores_column_alike(const RmRewrite *rw, Relation rel, Relation shadow, AttrNumber attnum)
+{
+	Form_pg_attribute a = TupleDescAttr(RelationGetDescr(rel), attnum - 1);
+	Form_pg_attribute b = TupleDescAttr(RelationGetDescr(shadow), attnum - 1);
+
+	return a->attisdropped || list_member_int(rw->attnums, attnum) ||
+		(a->attstorage == b->attstorage && a->attcompression == b->attcompression);
+}
+
+/* what ALTER TABLE does not keep: the TOAST table's options, and itself, where none is needed */
+bool
+rm_rewrite_has_right_toast(Relation rel, Relation shadow)
+{
+	Oid			toast = shadow->rd_rel->reltoastrelid;
+	Datum		wanted;
+	Datum		options;
+
+	if (OidIsValid(toast) != table_relation_needs_toast_table(shadow))
+		return false;
+	if (!OidIsValid(toast))
+		return true;
+	wanted = reloptions_of(rel->rd_rel->reltoastrelid);
+	options = reloptions_of(toast);
+	if (wanted == (Datum) 0 || options == (Datum) 0)
+		return wanted == options;
+	return datum_image_eq(wanted, options, false, -1);
+}
+
+/*
+ * Does the shadow store its rows as the table does now?  Not after ALTER TABLE ... SET
+ * STORAGE, SET COMPRESSION or SET (toast. ...).  The caller holds a lock on rel.
+ */
+static bool
+is_stored_alike(const RmRewrite *rw, Relation rel)
+{
+	Relation	shadow = table_open(rw->shadow, AccessShareLock);
+	bool		alike = rm_rewrite_has_right_toast(rel, shadow);
+
+	for (AttrNumber attnum = 1; alike && attnum <= RelationGetDescr(rel)->natts; attnum++)
+		alike = stores_column_alike(rw, rel, shadow, attnum);
+	table_close(shadow, AccessShareLock);
+	return alike;
+}
+
+/* the shadow's columns; what it has already stays as it is, as it does in the table */
+static void
+store_columns_alike(const RmRewrite *rw, Relation rel)
+{
+	Relation	shadow = table_open(rw->shadow, NoLock);
+	Relation	pg_attribute = table_open(AttributeRelationId, RowExclusiveLock);
+
+	for (AttrNumber attnum = 1; attnum <= RelationGetDescr(rel)->natts; attnum++)
+	{
+		Form_pg_attribute wanted = TupleDescAttr(RelationGetDescr(rel), attnum - 1);
+		HeapTuple	tup;
+
+		if (stores_column_alike(rw, rel, shadow, attnum))
+			continue;
+		tup = SearchSysCacheCopyAttNum(rw->shadow, attnum);
+		((Form_pg_attribute) GETSTRUCT(tup))->attstorage = wanted->attstorage;
+		((Form_pg_attribute) GETSTRUCT(tup))->attcompression = wanted->attcompression;
+		CatalogTupleUpdate(pg_attribute, &tup->t_self, tup);
+		heap_freetuple(tup);
+	}
+	table_close(pg_attribute, RowExclusiveLock);
+	table_close(shadow, NoLock);
+	CommandCounterIncrement();
+}
+
+/*
+ * With the table's lock held nothing is waited for: helpers are at work on it, or a VACUUM,
+ * and this transaction is tried again.
+ */
+static void
+lock_ours(Oid relid)
+{
+	if (!ConditionalLockRelationOid(relid, AccessExclusiveLock))
+		ereport(ERROR,
+				(errcode(ERRCODE_LOCK_NOT_AVAILABLE),
+				 errmsg("could not obtain lock on relation \"%s\"", get_rel_name(relid))));
+}
+
+/*
+ * The shadow stores its rows as the table does now, and gets the TOAST table that it
+ * needs.  Where it needs none any more there may be values in it: all begins again.
+ * Returns what the step returns.
+ */
+static RmStepResult
+store_alike(RmRun *run, RmRewrite *rw, Relation rel)
+{
+	Relation	shadow;
+	Oid			toast;
+	bool		needs_toast;
+
+	lock_ours(rw->shadow);
+	store_columns_alike(rw, rel);
+	shadow = table_open(rw->shadow, NoLock);
+	toast = shadow->rd_rel->reltoastrelid;
+	needs_toast = table_relation_needs_toast_table(shadow);
+	table_close(shadow, NoLock);
+	if (OidIsValid(toast) && !needs_toast)
+		return rm_rewrite_start_over(run, rw->relid, "it needs no TOAST table any more");
+	if (OidIsValid(toast))
+	{
+		lock_ours(toast);
+		set_reloptions(toast, reloptions_of(rel->rd_rel->reltoastrelid));
+	}
+	else
+		create_toast(rw->shadow, rel);
+	return RM_STEP_AGAIN;
+}
+
+/*-------------------------------------------------------------------------
  * The ground
  *-------------------------------------------------------------------------
  */
@@ -770,9 +939,12 @@ rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result)
 	missed = rm_rewrite_missed(run->m, rw, rel);
 	if (missed == NULL)
 		missed = first_child(run->m, rel);
-	if (missed == NULL)
+	if (missed)
+		*result = rm_rewrite_start_over(run, rw->relid, missed);
+	else if (!is_stored_alike(rw, rel))
+		*result = store_alike(run, rw, rel);
+	else
 		return true;
-	*result = rm_rewrite_start_over(run, rw->relid, missed);
 	return false;
 }
 
@@ -965,7 +1137,8 @@ rm_rewrite_help(RmRun *run, Relation *rel)
 		return NULL;
 	rw = rm_rewrite_load(m, run->range.relid);
 	if (rw && rw->steps_done == run->step_index && rw->relfilenode == run->range.relfilenode &&
-		changed_ground(rw) == NULL && rm_rewrite_missed(m, rw, *rel) == NULL)
+		changed_ground(rw) == NULL && rm_rewrite_missed(m, rw, *rel) == NULL &&
+		is_stored_alike(rw, *rel))
 	{
 		check_ground(m, rw, NULL);
 		run->pause_ms = 0;
@@ -1064,22 +1237,6 @@ ask_twin(void *arg)
 	MemoryContextSwitchTo(oldcxt);
 }
 
-/* reloptions of a relation as they are in pg_class; (Datum) 0 if it has none */
-static Datum
-reloptions_of(Oid relid)
-{
-	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
-	Datum		options;
-	bool		isnull;
-
-	if (!HeapTupleIsValid(tup))
-		elog(ERROR, "cache lookup failed for relation %u", relid);
-	options = SysCacheGetAttr(RELOID, tup, Anum_pg_class_reloptions, &isnull);
-	options = isnull ? (Datum) 0 : datumCopy(options, false, -1);
-	ReleaseSysCache(tup);
-	return options;
-}
-
 /* the table's columns, in their places, as they will be */
 static TupleDesc
 shadow_descriptor(Relation rel, const Twin *twin)
@@ -1128,7 +1285,6 @@ static Oid
 create_shadow(int64 id, Relation rel, Twin *twin)
 {
 	Oid			relid = RelationGetRelid(rel);
-	Oid			toast = rel->rd_rel->reltoastrelid;
 	Datum		options = transformRelOptions(reloptions_of(relid),
 											  list_make1(makeDefElem("autovacuum_enabled",
 																	 (Node *) makeString("false"), -1)),
@@ -1144,8 +1300,7 @@ create_shadow(int64 id, Relation rel, Twin *twin)
 									  false, false, ONCOMMIT_NOOP, options, false,
 									  true, true, relid, NULL);
 	CommandCounterIncrement();
-	NewHeapCreateToastTable(shadow, OidIsValid(toast) ? reloptions_of(toast) : (Datum) 0,
-							AccessExclusiveLock, OidIsValid(toast) ? toast : relid);
+	create_toast(shadow, rel);
 	rm_rewrite_make_member(shadow);
 	foreach(lc, twin->checks)
 		rm_execute(psprintf("ALTER TABLE " RM_SCHEMA ".%s ADD CONSTRAINT %s", shadow_name(id, relid),

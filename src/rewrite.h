@@ -156,6 +156,7 @@ extern void rm_rewrite_drop(const RmRewrite *rw);
 extern void rm_rewrite_forget(const RmMigration *m);
 extern void rm_rewrite_forget_failures(const RmMigration *m);
 extern void rm_rewrite_drop_trigger(const RmMigration *m);
+extern bool rm_rewrite_has_right_toast(Relation rel, Relation shadow);
 extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);
 extern bool rm_rewrite_stands(RmRun *run, RmRewrite *rw, Relation rel, RmStepResult *result);
 extern RmRewrite *rm_rewrite_next(RmRun *run, Relation *rel, RmStepResult *result);

@@ -177,6 +177,79 @@ nothing_is_left('given up');
 is(sql("SELECT count(*) FROM changed WHERE v::bigint = want"), $rows, 'and the table is what it was');
 
 # ---------------------------------------------------------------------------
+# How rows are stored, changed in between
+# ---------------------------------------------------------------------------
+
+# the statements, with that name for @
+sub on
+{
+	my ($name, $statements) = @_;
+	sql($statements =~ s/\@/$name/gr);
+	return;
+}
+
+# The migration of "stored" stands before its cut-over while this is done, to its twin before
+# ALTER TABLE does the change.
+sub stored_as_its_twin
+{
+	my ($what, $create, $between, $type) = @_;
+	foreach my $name ('stored', 'plainly')
+	{
+		sql("DROP TABLE IF EXISTS $name");
+		on($name, $create);
+		on($name, q{INSERT INTO @ SELECT g, g::text, 'x' FROM generate_series(1, 300) g});
+	}
+	sql("CALL rm_alter_type('stored', 'v', '$type', 'v::$type', method => 'online_rewrite', cut_over => 'manual')");
+	on($_, $between) foreach 'stored', 'plainly';
+	ends_well(start_call('cut over', 'CALL rm_cut_over()'), "$what: it is exchanged");
+	sql("ALTER TABLE plainly ALTER v TYPE $type USING v::$type");
+	is(definitions_of('stored', 'it'), definitions_of('plainly', 'it'), "$what: the definitions are those after ALTER TABLE");
+	my $toast = q{SELECT string_agg(concat_ws(' ', t.relname = 'pg_toast_' || c.oid, t.relrewrite, t.reloptions, t.relowner::regrole,
+			(SELECT string_agg(i.relname, ' ') FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid WHERE x.indrelid = t.oid AND i.relname = t.relname || '_index') = 'pg_toast_' || c.oid || '_index'),
+			chr(10) ORDER BY c.relname)
+		FROM pg_class c LEFT JOIN pg_class t ON t.oid = c.reltoastrelid WHERE c.relkind = 'r' AND c.relname ~ '^NAME'};
+	is(sql($toast =~ s/NAME/stored/r), sql($toast =~ s/NAME/plainly/r), "$what: and so is the TOAST table");
+	nothing_is_left($what);
+	return;
+}
+
+my $long = q{INSERT INTO @ VALUES (1000, '5', (SELECT string_agg(md5(g::text), '') FROM generate_series(1, 3000) g))};
+my $short = q{CREATE TABLE @ (id int PRIMARY KEY, v varchar(10), b text)};
+my $no_toast = "$short; ALTER TABLE @ ALTER b SET STORAGE PLAIN, ALTER id TYPE bigint";
+stored_as_its_twin('options of the TOAST table', $short, "ALTER TABLE @ SET (toast.autovacuum_enabled = off, toast.autovacuum_vacuum_threshold = 77); $long", 'int');
+stored_as_its_twin('none any more', "$short WITH (toast.autovacuum_enabled = off)", 'ALTER TABLE @ RESET (toast.autovacuum_enabled)', 'int');
+stored_as_its_twin('others before', "$short WITH (toast.autovacuum_enabled = off)", $long, 'int');
+stored_as_its_twin('no TOAST table without the column', 'CREATE TABLE @ (id int PRIMARY KEY, v text, b varchar(10)) WITH (toast.autovacuum_enabled = off)', 'ALTER TABLE @ SET (toast.autovacuum_vacuum_threshold = 77)', 'int');
+stored_as_its_twin('a TOAST table by the column', 'CREATE TABLE @ (id int PRIMARY KEY, v varchar(10), b varchar(10))', 'ALTER TABLE @ SET (toast.autovacuum_enabled = off)', 'text');
+stored_as_its_twin('a TOAST table is needed', $no_toast, 'ALTER TABLE @ ALTER b SET STORAGE EXTENDED', 'int');
+on($_, $long) foreach 'stored', 'plainly';
+is(sql('SELECT max(length(b)) FROM stored'), '96000', 'a long value is stored');
+stored_as_its_twin('a TOAST table is needed at once, with options', $no_toast, "ALTER TABLE @ ALTER b SET STORAGE EXTERNAL; ALTER TABLE @ SET (toast.autovacuum_enabled = off); $long", 'int');
+stored_as_its_twin('a column may be TOASTed', 'CREATE TABLE @ (id int PRIMARY KEY, v varchar(10), b text, c text); ALTER TABLE @ ALTER b SET STORAGE PLAIN',
+	"ALTER TABLE @ ALTER b SET STORAGE MAIN, ALTER b SET COMPRESSION pglz; $long", 'int');
+is(sql(q{SELECT pg_column_compression(b) FROM stored WHERE id = 1000}), sql(q{SELECT pg_column_compression(b) FROM plainly WHERE id = 1000}), 'as it says');
+stored_as_its_twin('no TOAST table is needed', $short, 'ALTER TABLE @ ALTER b SET STORAGE PLAIN, SET (toast.autovacuum_enabled = off)', 'int');
+stored_as_its_twin('partitions', 'CREATE TABLE @ (id int PRIMARY KEY, v varchar(10), b text) PARTITION BY RANGE (id);
+	CREATE TABLE @_1 PARTITION OF @ FOR VALUES FROM (1) TO (100); CREATE TABLE @_2 PARTITION OF @ DEFAULT WITH (toast.autovacuum_enabled = off); ALTER TABLE @_1 ALTER b SET STORAGE PLAIN',
+	"ALTER TABLE \@_1 SET (toast.autovacuum_enabled = off); ALTER TABLE @ ALTER b SET STORAGE EXTERNAL; ALTER TABLE \@_2 RESET (toast.autovacuum_enabled); $long", 'int');
+
+# somebody else is at work on the shadow
+sql('DROP TABLE stored, plainly');
+on('stored', $short);
+sql(q{CALL rm_alter_type('stored', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual')});
+my $shadow = sql('SELECT shadow::regclass FROM risky_migrations.rewrite');
+my $at_work = $node->background_psql('postgres', on_error_stop => 0);
+$at_work->query("BEGIN; SELECT count(*) FROM $shadow");
+sql('ALTER TABLE stored SET (toast.autovacuum_vacuum_threshold = 77)');
+my $follow = start_call('cut over', 'CALL rm_cut_over()');
+wait_for('EXISTS (SELECT FROM rm_progress WHERE lock_retries > 0)', 'the shadow is not waited for');
+is(sql(q{SET lock_timeout = '10s'; ALTER TABLE stored SET (parallel_workers = 1); SELECT count(*) FROM stored}), '0', 'nobody waits while the shadow is waited for');
+$at_work->query('COMMIT');
+$at_work->quit;
+ends_well($follow, 'then it goes on');
+like(definitions_of('stored', 'it'), qr/toast.autovacuum_vacuum_threshold='77'/, 'with the options');
+
+# ---------------------------------------------------------------------------
 # Indexes that have nothing to do with the column, or are not what they should be
 # ---------------------------------------------------------------------------
 
