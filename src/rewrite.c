@@ -1270,8 +1270,8 @@ shadow_descriptor(Relation rel, const Twin *twin)
  * Makes a table of ours a member of the extension, as the tables of state are.  It can
  * depend on the user's table no more, then: DROP TABLE would have to drop the extension.
  */
-void
-rm_rewrite_make_member(Oid relid)
+static void
+make_member(Oid relid)
 {
 	ObjectAddress table;
 	ObjectAddress extension;
@@ -1279,6 +1279,23 @@ rm_rewrite_make_member(Oid relid)
 	ObjectAddressSet(table, RelationRelationId, relid);
 	ObjectAddressSet(extension, ExtensionRelationId, get_extension_oid("risky_migrations", false));
 	recordDependencyOn(&table, &extension, DEPENDENCY_EXTENSION);
+}
+
+/* a shadow or a log for rel, which is told by relrewrite; see rewrite_log.c */
+Oid
+rm_rewrite_create_table(const char *name, Relation rel, Oid tablespace, TupleDesc desc, Datum options)
+{
+	Oid			relid = heap_create_with_catalog(name, get_namespace_oid(RM_SCHEMA, false),
+												 tablespace, InvalidOid, InvalidOid, InvalidOid,
+												 rel->rd_rel->relowner, HEAP_TABLE_AM_OID, desc, NIL,
+												 RELKIND_RELATION, rel->rd_rel->relpersistence,
+												 false, false, ONCOMMIT_NOOP, options, false,
+												 true, true, RelationGetRelid(rel), NULL);
+
+	CommandCounterIncrement();
+	create_toast(relid, rel);
+	make_member(relid);
+	return relid;
 }
 
 static Oid
@@ -1292,16 +1309,8 @@ create_shadow(int64 id, Relation rel, Twin *twin)
 	Oid			shadow;
 	ListCell   *lc;
 
-	shadow = heap_create_with_catalog(shadow_name(id, relid), get_namespace_oid(RM_SCHEMA, false),
-									  rel->rd_rel->reltablespace, InvalidOid, InvalidOid, InvalidOid,
-									  rel->rd_rel->relowner, HEAP_TABLE_AM_OID,
-									  shadow_descriptor(rel, twin), NIL,
-									  RELKIND_RELATION, rel->rd_rel->relpersistence,
-									  false, false, ONCOMMIT_NOOP, options, false,
-									  true, true, relid, NULL);
-	CommandCounterIncrement();
-	create_toast(shadow, rel);
-	rm_rewrite_make_member(shadow);
+	shadow = rm_rewrite_create_table(shadow_name(id, relid), rel, rel->rd_rel->reltablespace,
+									 shadow_descriptor(rel, twin), options);
 	foreach(lc, twin->checks)
 		rm_execute(psprintf("ALTER TABLE " RM_SCHEMA ".%s ADD CONSTRAINT %s", shadow_name(id, relid),
 							(char *) lfirst(lc)));

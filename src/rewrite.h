@@ -148,7 +148,8 @@ extern Oid	rm_rewrite_shadow_index(const RmRewrite *rw, Oid original);
 extern Oid	rm_rewrite_shadow_key(const RmRewrite *rw);
 extern bool rm_rewrite_key_converts(const RmRewrite *rw);
 extern bool rm_rewrite_by_leaf(const RmMigration *m);
-extern void rm_rewrite_make_member(Oid relid);
+extern Oid	rm_rewrite_create_table(const char *name, Relation rel, Oid tablespace, TupleDesc desc,
+									Datum options);
 extern List *rm_rewrite_tables_with_trigger(const RmMigration *m);
 extern RmStepResult rm_rewrite_begin(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);

@@ -41,12 +41,8 @@
 #include "access/htup_details.h"
 #include "access/table.h"
 #include "access/tableam.h"
-#include "access/xact.h"
-#include "catalog/heap.h"
 #include "catalog/namespace.h"
-#include "catalog/pg_am.h"
 #include "catalog/pg_type.h"
-#include "catalog/toasting.h"
 #include "commands/trigger.h"
 #include "compat.h"
 #include "executor/executor.h"
@@ -83,7 +79,6 @@ rm_log_create(int64 id, Relation rel, Relation key_index)
 {
 	int			nkeys = IndexRelationGetNumberOfKeyAttributes(key_index);
 	TupleDesc	desc = CreateTemplateTupleDesc(nkeys);
-	Oid			log;
 
 	for (int i = 0; i < nkeys; i++)
 	{
@@ -94,16 +89,8 @@ rm_log_create(int64 id, Relation rel, Relation key_index)
 						   att->atttypmod, 0);
 		TupleDescInitEntryCollation(desc, i + 1, att->attcollation);
 	}
-	log = heap_create_with_catalog(log_name(id, RelationGetRelid(rel)), get_namespace_oid(RM_SCHEMA, false),
-								   InvalidOid, InvalidOid, InvalidOid, InvalidOid,
-								   rel->rd_rel->relowner, HEAP_TABLE_AM_OID, desc, NIL,
-								   RELKIND_RELATION, rel->rd_rel->relpersistence,
-								   false, false, ONCOMMIT_NOOP, (Datum) 0, false,
-								   true, true, RelationGetRelid(rel), NULL);
-	CommandCounterIncrement();
-	NewHeapCreateToastTable(log, (Datum) 0, AccessExclusiveLock, RelationGetRelid(rel));
-	rm_rewrite_make_member(log);
-	return log;
+	return rm_rewrite_create_table(log_name(id, RelationGetRelid(rel)), rel, InvalidOid, desc,
+								   (Datum) 0);
 }
 
 /* stores the key of a row of the table */
