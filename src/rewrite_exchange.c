@@ -26,8 +26,9 @@
  *	indexes, for no use, each of which up to PostgreSQL 16 is put to disk at once: so
  *	when it comes to rewriting, the table has no indexes (indislive is false until it is
  *	done) and no TOAST table;
- *	table and shadow exchange their files, each index with its counterpart, and
- *	their TOAST tables; what has been dropped is made again, foreign keys NOT VALID;
+ *	where ALTER TABLE is through with a table, but is not over, table and shadow exchange
+ *	their files, each index with its counterpart, and their TOAST tables;
+ *	what has been dropped is made again, foreign keys NOT VALID;
  *	shadow, log and trigger go.
  *
  * "finish" proves the foreign keys, beside everybody, so that they are what they
@@ -59,6 +60,10 @@
  *
  *	What ALTER TABLE leaves of an index that it has made again is a file without a
  *	page: nothing may use an index before it has the shadow's storage.
+ *
+ *	Event triggers may do anything with the table.  Those that fire at the end of the
+ *	ALTER TABLE find it complete, as after an ordinary one.  What others change, of which
+ *	the shadow knows nothing, is refused (refuse_changed()).
  *
  * Copyright (c) 2026, risky_migrations contributors
  *
@@ -222,6 +227,18 @@ exchange_storage(Oid mine, Oid other)
 	CommandCounterIncrement();
 }
 
+/* somebody has changed what nobody else can: the locks are held */
+static void
+refuse_changed_table(const RmRewrite *rw, const char *what)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE),
+			 errmsg("table %s was changed in the middle of its cut-over", rm_relation_sql(rw->relid)),
+			 errdetail("%s Nothing has been exchanged.", what),
+			 errhint("An event trigger does that, which fires for one of the commands of the cut-over: ALTER EVENT TRIGGER ... DISABLE, then SELECT rm_resume(%lld).",
+					 (long long) rw->id)));
+}
+
 /*
  * An index of the table.  ALTER TABLE makes it anew, under the same name; but
  * where it is a part of the partitioned table's index, under any.
@@ -300,7 +317,7 @@ pair_of(List *pairs, Oid index)
 
 /* of those that have got another name, one that is left */
 static Oid
-pair_left_of(List *pairs, Oid index)
+pair_left_of(const RmRewrite *rw, List *pairs, Oid index)
 {
 	ListCell   *lc;
 
@@ -314,24 +331,41 @@ pair_left_of(List *pairs, Oid index)
 			return p->shadow;
 		}
 	}
-	elog(ERROR, "index \"%s\" of the changed table is none of those that were built",
-		 get_rel_name(index));
+	refuse_changed_table(rw, psprintf("Index \"%s\" is none of those that were built.",
+									  get_rel_name(index)));
 	return InvalidOid;
+}
+
+static Oid
+toast_of(Oid relid)
+{
+	Relation	rel = table_open(relid, NoLock);
+	Oid			toast = rel->rd_rel->reltoastrelid;
+
+	table_close(rel, NoLock);
+	return toast;
+}
+
+/* ALTER TABLE gives it another name, and takes it for new, locked by whoever has made it */
+static void
+lock_toast_index(Oid relid)
+{
+	Oid			toast = toast_of(relid);
+
+	if (OidIsValid(toast))
+		(void) toast_get_valid_index(toast, AccessExclusiveLock);
 }
 
 /* the TOAST table that has come from the shadow gets the name it should have */
 static void
 name_toast(Oid relid)
 {
-	Relation	rel = table_open(relid, NoLock);
-	Oid			toast = rel->rd_rel->reltoastrelid;
+	Oid			toast = toast_of(relid);
 	Oid			index;
 
-	table_close(rel, NoLock);
-	if (!OidIsValid(toast) ||
-		strcmp(get_rel_name(toast), psprintf("pg_toast_%u", relid)) == 0)
+	if (!OidIsValid(toast))
 		return;
-	index = toast_get_valid_index(toast, AccessExclusiveLock);
+	index = toast_get_valid_index(toast, NoLock);
 	RenameRelationInternal(toast, psprintf("pg_toast_%u", relid), true, false);
 	RenameRelationInternal(index, psprintf("pg_toast_%u_index", relid), true, true);
 	CommandCounterIncrement();
@@ -482,44 +516,58 @@ relations_to_lock(const RmMigration *m, List *tables)
 	return lcons_oid(m->relid, list_delete_oid(list, m->relid));
 }
 
-/*
- * What is kept from the ALTER TABLE under way.  Once it has changed all definitions it
- * makes a new heap for each table, and of that we are told: all that is left for it to do
- * then is to fill that heap, with its TOAST table and the indexes.
- */
-typedef struct Hiding
+/* a table that holds rows, on its way to other storage */
+typedef struct Exchange
 {
-	List	   *tables;			/* of RmRewrite: nothing is hidden of others */
-	List	   *indexes;		/* OIDs of those that are hidden */
-	MemoryContext cxt;			/* of that list */
-} Hiding;
+	RmRewrite  *rw;
+	List	   *pairs;			/* of IndexPair */
+	int			nchecks;		/* CHECK constraints that the new rows were tried on */
+	Oid			heap;			/* the transient one that ALTER TABLE makes for it, or InvalidOid */
+	List	   *hidden;			/* OIDs of indexes */
+	bool		done;
+} Exchange;
 
-static Hiding *hiding = NULL;	/* NULL: no ALTER TABLE of ours is under way */
+/* those of the ALTER TABLE of ours that is under way, or NIL; see object_access() */
+static List *altering = NIL;
+static MemoryContext altering_cxt;
 static object_access_hook_type next_object_access_hook = NULL;
 
+/* are these indexes there, or not? */
 static void
-hide_indexes(Oid relid)
+set_live(List *indexes, bool live)
 {
-	Relation	rel = table_open(relid, NoLock);
 	Relation	pg_index = table_open(IndexRelationId, RowExclusiveLock);
-	List	   *indexes = RelationGetIndexList(rel);
-	MemoryContext oldcxt;
 	ListCell   *lc;
 
 	foreach(lc, indexes)
 	{
 		HeapTuple	tup = SearchSysCacheCopy1(INDEXRELID, ObjectIdGetDatum(lfirst_oid(lc)));
+		Form_pg_index form = (Form_pg_index) GETSTRUCT(tup);
 
-		((Form_pg_index) GETSTRUCT(tup))->indislive = false;
+		form->indislive = live;
+		/* what they are about to get is a complete index, whatever they were; so it is after REINDEX */
+		if (live)
+		{
+			form->indisready = form->indisvalid = true;
+			form->indcheckxmin = false;
+		}
 		CatalogTupleUpdate(pg_index, &tup->t_self, tup);
+		CacheInvalidateRelcacheByRelid(form->indrelid);
 		heap_freetuple(tup);
 	}
 	table_close(pg_index, RowExclusiveLock);
-	CacheInvalidateRelcache(rel);
-	table_close(rel, NoLock);
-	oldcxt = MemoryContextSwitchTo(hiding->cxt);
-	hiding->indexes = list_concat(hiding->indexes, indexes);
+}
+
+static void
+hide_indexes(Exchange *x)
+{
+	Relation	rel = table_open(x->rw->relid, NoLock);
+	MemoryContext oldcxt = MemoryContextSwitchTo(altering_cxt);
+
+	x->hidden = list_copy(RelationGetIndexList(rel));
 	MemoryContextSwitchTo(oldcxt);
+	table_close(rel, NoLock);
+	set_live(x->hidden, false);
 }
 
 /* the new heap of a table without a TOAST table gets none; what the table had goes with the shadow */
@@ -540,72 +588,162 @@ hide_toast(Oid relid, Oid shadow)
 	table_close(pg_class, RowExclusiveLock);
 }
 
-/*
- * They are there again.  What they are about to get is a complete index, whatever they
- * were; so it is after REINDEX.
- */
+/* those on pages of an index */
 static void
-show_indexes(List *indexes)
+promote_predicate_locks(Oid relid)
 {
-	Relation	pg_index = table_open(IndexRelationId, RowExclusiveLock);
+	Relation	index = index_open(relid, AccessExclusiveLock);
+
+	TransferPredicateLocksToHeapRelation(index);
+	index_close(index, NoLock);
+}
+
+/* table and shadow, indexes and TOAST tables change their storage */
+static void
+exchange_files(Exchange *x)
+{
+	RmRewrite  *rw = x->rw;
+	Relation	rel;
+	List	   *indexes;
+	List	   *shadows = NIL;
 	ListCell   *lc;
+	ListCell   *ls;
 
-	foreach(lc, indexes)
-	{
-		HeapTuple	tup = SearchSysCacheCopy1(INDEXRELID, ObjectIdGetDatum(lfirst_oid(lc)));
-		Form_pg_index form;
-
-		if (!HeapTupleIsValid(tup))
-			continue;			/* an event trigger has dropped it */
-		form = (Form_pg_index) GETSTRUCT(tup);
-		form->indislive = form->indisready = form->indisvalid = true;
-		form->indcheckxmin = false;
-		CatalogTupleUpdate(pg_index, &tup->t_self, tup);
-		CacheInvalidateRelcacheByRelid(form->indrelid);
-		heap_freetuple(tup);
-	}
-	table_close(pg_index, RowExclusiveLock);
+	x->done = true;
+	set_live(x->hidden, true);
 	CommandCounterIncrement();
+	rel = table_open(rw->relid, NoLock);
+	indexes = list_copy(RelationGetIndexList(rel));
+	table_close(rel, NoLock);
+	exchange_storage(rw->relid, rw->shadow);
+	foreach(lc, indexes)
+		shadows = lappend_oid(shadows, pair_of(x->pairs, lfirst_oid(lc)));
+	forboth(lc, indexes, ls, shadows)
+	{
+		if (!OidIsValid(lfirst_oid(ls)))
+			lfirst_oid(ls) = pair_left_of(rw, x->pairs, lfirst_oid(lc));
+		promote_predicate_locks(lfirst_oid(lc));
+		exchange_storage(lfirst_oid(lc), lfirst_oid(ls));
+		take_index_statistics(lfirst_oid(ls), lfirst_oid(lc));
+	}
+	foreach(lc, rw->attnums)
+		take_statistics(rw->shadow, rw->relid, lfirst_int(lc));
+	rm_rewrite_drop(rw);
+	lock_toast_index(rw->relid);
+}
+
+static int
+count_checks(Relation rel)
+{
+	return RelationGetDescr(rel)->constr ? RelationGetDescr(rel)->constr->num_check : 0;
+}
+
+/* are the columns of both the same? */
+static bool
+same_columns(Relation rel, Relation shadow)
+{
+	TupleDesc	a = RelationGetDescr(rel);
+	TupleDesc	b = RelationGetDescr(shadow);
+
+	if (a->natts != b->natts)
+		return false;
+	for (int i = 0; i < a->natts; i++)
+	{
+		Form_pg_attribute x = TupleDescAttr(a, i);
+		Form_pg_attribute y = TupleDescAttr(b, i);
+
+		if (x->attisdropped != y->attisdropped ||
+			(!x->attisdropped && (x->atttypid != y->atttypid || x->atttypmod != y->atttypmod ||
+								  x->attcollation != y->attcollation || x->attnotnull != y->attnotnull ||
+								  x->attstorage != y->attstorage || x->attcompression != y->attcompression)))
+			return false;
+	}
+	return true;
 }
 
 /*
- * Looks for the heap that has just been created for one of our tables.  Its rows in the
- * catalogs, and what is changed here, are seen together, at the next command counter.
+ * Is the table, empty and with its definition changed, what the shadow was made for?  Event
+ * triggers may have come in between that fire for what was done before, or when the ALTER
+ * TABLE starts.
  */
 static void
-object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, void *arg)
+refuse_changed(const Exchange *x)
 {
-	Relation	rel;
+	Relation	rel = table_open(x->rw->relid, NoLock);
+	Relation	shadow = table_open(x->rw->shadow, NoLock);
+	const char *what = NULL;
+
+	if (rel->rd_rel->relowner != shadow->rd_rel->relowner)
+		what = "It has another owner.";
+	else if (rel->rd_rel->reltablespace != shadow->rd_rel->reltablespace)
+		what = "It is in another tablespace.";
+	else if (!same_columns(rel, shadow) || count_checks(rel) != x->nchecks)
+		what = "It has other columns or CHECK constraints.";
+	else if (!rm_rewrite_has_right_toast(rel, shadow))
+		what = "Its TOAST table has other options.";
+	else if (RelationGetNumberOfBlocks(rel) != 0)
+		what = "Rows were written to it.";
+	table_close(rel, NoLock);
+	table_close(shadow, NoLock);
+	if (what)
+		refuse_changed_table(x->rw, what);
+}
+
+/* ALTER TABLE has made a heap: if it is for one of our tables, that has nothing to be filled */
+static void
+heap_made(Oid heap)
+{
+	Relation	rel = RelationIdGetRelation(heap);
 	ListCell   *lc;
 
-	if (next_object_access_hook)
-		next_object_access_hook(access, class_id, object_id, sub_id, arg);
-	if (hiding == NULL || access != OAT_POST_CREATE || class_id != RelationRelationId || sub_id != 0)
-		return;
-	rel = RelationIdGetRelation(object_id);
 	if (!RelationIsValid(rel))
 		return;
-	foreach(lc, hiding->tables)
+	foreach(lc, altering)
 	{
-		RmRewrite  *rw = lfirst(lc);
+		Exchange   *x = lfirst(lc);
 
-		if (rw->relid != rel->rd_rel->relrewrite)
+		if (x->rw->relid != rel->rd_rel->relrewrite || x->done)
 			continue;
-		hide_indexes(rw->relid);
-		hide_toast(rw->relid, rw->shadow);
+		x->heap = heap;
+		refuse_changed(x);
+		hide_indexes(x);
+		hide_toast(x->rw->relid, x->rw->shadow);
 	}
 	RelationClose(rel);
 }
 
 /*
- * PostgreSQL's own ALTER TABLE, as the table's owner, on the empty table, and its
- * partitions: tables is all that hold rows.
+ * Told of each heap that is made or dropped.  ALTER TABLE makes one for each of our tables
+ * once it has changed all definitions.  What is changed then, and the rows of that heap in
+ * the catalogs, are seen together, at the next command counter.  And it drops it, with the
+ * table's former storage, when there is nothing left for it to do: before event triggers are
+ * fired, so that these find the table complete.
  */
 static void
-alter_type(const RmMigration *m, List *tables)
+object_access(ObjectAccessType access, Oid class_id, Oid object_id, int sub_id, void *arg)
+{
+	ListCell   *lc;
+
+	if (next_object_access_hook)
+		next_object_access_hook(access, class_id, object_id, sub_id, arg);
+	if (altering == NIL || class_id != RelationRelationId || sub_id != 0)
+		return;
+	if (access == OAT_POST_CREATE)
+		heap_made(object_id);
+	else if (access == OAT_DROP)
+		foreach(lc, altering)
+			if (((Exchange *) lfirst(lc))->heap == object_id)
+				exchange_files(lfirst(lc));
+}
+
+/*
+ * PostgreSQL's own ALTER TABLE, as the table's owner, on the empty table, and its
+ * partitions.  What it rewrites has the shadow's storage afterwards.
+ */
+static void
+alter_type(const RmMigration *m, List *exchanges)
 {
 	static bool hooked = false;
-	Hiding		h = {.tables = tables,.cxt = CurrentMemoryContext};
 	Relation	rel = table_open(m->relid, NoLock);
 	Oid			owner = rel->rd_rel->relowner;
 	Oid			save_userid;
@@ -623,7 +761,8 @@ alter_type(const RmMigration *m, List *tables)
 		object_access_hook = object_access;
 		hooked = true;
 	}
-	hiding = &h;
+	altering = exchanges;
+	altering_cxt = CurrentMemoryContext;
 	PG_TRY();
 	{
 		rm_execute(psprintf("ALTER TABLE %s %s", rm_relation_sql(m->relid),
@@ -631,51 +770,23 @@ alter_type(const RmMigration *m, List *tables)
 	}
 	PG_FINALLY();
 	{
-		hiding = NULL;
+		altering = NIL;
 	}
 	PG_END_TRY();
 	SetUserIdAndSecContext(save_userid, save_sec_context);
 	CommandCounterIncrement();
-	show_indexes(h.indexes);
 }
 
-/* those on pages of an index */
+/* where there is no ALTER TABLE, with what it does last else */
 static void
-promote_predicate_locks(Oid relid)
+exchange_unaltered(Exchange *x)
 {
-	Relation	index = index_open(relid, AccessExclusiveLock);
+	Relation	rel;
 
-	TransferPredicateLocksToHeapRelation(index);
-	index_close(index, NoLock);
-}
-
-/* table and shadow, indexes and TOAST tables change their storage */
-static void
-exchange_files(RmRewrite *rw, List *pairs)
-{
-	Relation	rel = table_open(rw->relid, NoLock);
-	List	   *indexes = list_copy(RelationGetIndexList(rel));
-	List	   *shadows = NIL;
-	ListCell   *lc;
-	ListCell   *ls;
-
-	table_close(rel, NoLock);
-	exchange_storage(rw->relid, rw->shadow);
-	foreach(lc, indexes)
-		shadows = lappend_oid(shadows, pair_of(pairs, lfirst_oid(lc)));
-	forboth(lc, indexes, ls, shadows)
-	{
-		if (!OidIsValid(lfirst_oid(ls)))
-			lfirst_oid(ls) = pair_left_of(pairs, lfirst_oid(lc));
-		promote_predicate_locks(lfirst_oid(lc));
-		exchange_storage(lfirst_oid(lc), lfirst_oid(ls));
-		take_index_statistics(lfirst_oid(ls), lfirst_oid(lc));
-	}
-	foreach(lc, rw->attnums)
-		take_statistics(rw->shadow, rw->relid, lfirst_int(lc));
-	rm_rewrite_drop(rw);
-	name_toast(rw->relid);
-	rel = table_open(rw->relid, NoLock);
+	refuse_changed(x);
+	exchange_files(x);
+	name_toast(x->rw->relid);
+	rel = table_open(x->rw->relid, NoLock);
 	RelationClearMissing(rel);
 	table_close(rel, NoLock);
 	CommandCounterIncrement();
@@ -689,8 +800,21 @@ typedef struct ExchangePlan
 	List	   *definitions;
 	List	   *keys;
 	List	   *tables;			/* of RmRewrite */
-	List	   *pairs;			/* of List of IndexPair, for each of them */
+	List	   *exchanges;		/* of Exchange, for each of them */
 } ExchangePlan;
+
+static Exchange *
+plan_exchange(RmRewrite *rw)
+{
+	Exchange   *x = palloc0(sizeof(Exchange));
+	Relation	rel = table_open(rw->relid, NoLock);
+
+	x->rw = rw;
+	x->pairs = index_pairs(rw);
+	x->nchecks = count_checks(rel);
+	table_close(rel, NoLock);
+	return x;
+}
 
 /* does each table stand as its shadow was made for?  If not, *result is what the step returns */
 static bool
@@ -766,7 +890,7 @@ make_plan(RmRun *run, List *tables, RmStepResult *result)
 	plan->definitions = rm_definitions_on(m, rm_attnums_of(m->columns, m->relid));
 	plan->keys = foreign_keys(m);
 	foreach(lc, plan->tables)
-		plan->pairs = lappend(plan->pairs, index_pairs(lfirst(lc)));
+		plan->exchanges = lappend(plan->exchanges, plan_exchange(lfirst(lc)));
 	return plan;
 }
 
@@ -792,7 +916,6 @@ exchange(RmRun *run, ExchangePlan *plan)
 {
 	RmMigration *m = run->m;
 	ListCell   *lc;
-	ListCell   *lp;
 
 	rm_definitions_drop(plan->definitions);
 	foreach(lc, plan->keys)
@@ -802,9 +925,10 @@ exchange(RmRun *run, ExchangePlan *plan)
 
 	foreach(lc, plan->tables)
 		make_empty(((RmRewrite *) lfirst(lc))->relid);
-	alter_type(m, plan->tables);
-	forboth(lc, plan->tables, lp, plan->pairs)
-		exchange_files(lfirst(lc), lfirst(lp));
+	alter_type(m, plan->exchanges);
+	foreach(lc, plan->exchanges)
+		if (!((Exchange *) lfirst(lc))->done)
+			exchange_unaltered(lfirst(lc));
 
 	foreach(lc, plan->keys)
 	{

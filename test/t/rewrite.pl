@@ -250,6 +250,82 @@ ends_well($follow, 'then it goes on');
 like(definitions_of('stored', 'it'), qr/toast.autovacuum_vacuum_threshold='77'/, 'with the options');
 
 # ---------------------------------------------------------------------------
+# Event triggers
+# ---------------------------------------------------------------------------
+
+sql(q{
+	CREATE TABLE told (name text, what text);
+	CREATE ROLE successor;
+	CREATE FUNCTION interfere() RETURNS event_trigger LANGUAGE plpgsql SET search_path = public AS $$
+	DECLARE
+		name text := current_setting('interfere.name', true);
+	BEGIN
+		IF name <> '' AND (tg_event = 'ddl_command_start' OR tg_tag <> 'ALTER TABLE' OR
+			EXISTS (SELECT FROM pg_event_trigger_ddl_commands() WHERE object_identity = 'public.' || name)) THEN
+			PERFORM set_config('interfere.name', '', false);
+			EXECUTE replace(current_setting('interfere.how'), '@', name);
+		END IF;
+	END $$;
+});
+
+# As stored_as_its_twin(): this is done when such a command starts or ends.
+sub interfered
+{
+	my ($event, $tag, $how) = @_;
+	foreach my $name ('met', 'alone')
+	{
+		sql("DROP TABLE IF EXISTS $name CASCADE");
+		on($name, q{CREATE TABLE @ (id int PRIMARY KEY, v text, b text, k int CHECK (k > 0));
+			INSERT INTO @ SELECT g, g::text, 'x', g FROM generate_series(1, 100) g;
+			CREATE INDEX @_v ON @ (v); CREATE INDEX @_k ON @ (k); CREATE VIEW @_view AS SELECT v FROM @});
+	}
+	sql(q{CALL rm_alter_type('met', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual')});
+	sql("CREATE EVENT TRIGGER interfere ON $event WHEN TAG IN ('$tag') EXECUTE FUNCTION interfere()");
+	my $as = "SET interfere.name = '\@'; SET interfere.how = \$\$$how\$\$;";
+	my $call = start_call('cut over', $as =~ s/\@/met/r, 'CALL rm_cut_over()');
+	my $ended = finish_call($call);
+	on('alone', "$as DROP VIEW \@_view; ALTER TABLE @ ALTER v TYPE int USING v::int; CREATE VIEW \@_view AS SELECT v FROM @");
+	sql('DROP EVENT TRIGGER interfere');
+	return ($ended, $call->{err});
+}
+
+my $owners = q{SELECT string_agg(format('%s %s', c.relkind, c.relowner::regrole), ', ' ORDER BY c.relkind) FROM pg_class t, pg_class c
+	WHERE t.relname = 'NAME' AND (c.oid IN (t.oid, t.reltoastrelid) OR c.oid IN (SELECT indexrelid FROM pg_index WHERE indrelid IN (t.oid, t.reltoastrelid)))};
+foreach my $how (
+	'ALTER TABLE @ OWNER TO successor', 'ALTER TABLE @ SET (fillfactor = 70, toast.autovacuum_enabled = off); ALTER INDEX @_k SET (fillfactor = 60)',
+	'CREATE INDEX @_more ON @ (b); DROP INDEX @_k', 'ALTER TABLE @ ADD n int DEFAULT 5, ADD CHECK (k < 1000), ALTER b TYPE varchar', 'TRUNCATE @',
+	q{INSERT INTO @ VALUES (1000, 1000, 'y', 1); DELETE FROM @ WHERE id = 5; UPDATE @ SET b = repeat(b, 3) WHERE k = 7; INSERT INTO told SELECT '@', format('%s %s', count(*), sum(v)) FROM @})
+{
+	my ($ended, $complaints) = interfered('ddl_command_end', 'ALTER TABLE', $how);
+	ok($ended, "at the end of ALTER TABLE: $how") or diag $complaints;
+	is(definitions_of('met', 'it'), definitions_of('alone', 'it'), 'the definitions are those after ALTER TABLE');
+	is(sql($owners =~ s/NAME/met/r), sql($owners =~ s/NAME/alone/r), 'the owners too');
+	is(sql('SELECT * FROM met EXCEPT SELECT * FROM alone UNION ALL (SELECT * FROM alone EXCEPT SELECT * FROM met)'), '', 'and so are the rows');
+	is(sql(q{SELECT count(*) - count(bt_index_check(indexrelid, true)::text) FROM pg_index WHERE indrelid = 'met'::regclass}), '0', 'which are in every index');
+	nothing_is_left($how);
+}
+is(sql('SELECT string_agg(what, chr(10)) FROM told'), "100 6045\n100 6045", 'an event trigger finds the rows');
+
+foreach my $case (
+	[ 'ddl_command_end', 'DROP VIEW', 'ALTER TABLE @ OWNER TO successor', 'another owner' ],
+	[ 'ddl_command_end', 'DROP VIEW', 'CREATE INDEX @_more ON @ (b)', 'Index "met_more"' ],
+	[ 'ddl_command_end', 'DROP VIEW', 'ALTER TABLE @ ADD n int', 'other columns' ],
+	[ 'ddl_command_end', 'DROP VIEW', 'ALTER TABLE @ SET (toast.autovacuum_enabled = off)', 'other options' ],
+	[ 'ddl_command_start', 'ALTER TABLE', 'ALTER TABLE @ ADD CHECK (k < 1000)', 'CHECK constraints' ],
+	[ 'ddl_command_start', 'ALTER TABLE', 'ALTER TABLE @ ALTER b SET STORAGE PLAIN', 'other columns' ],
+	[ 'ddl_command_start', 'ALTER TABLE', q{INSERT INTO @ VALUES (1000, 1000, 'y', 1)}, 'Rows were written' ])
+{
+	my ($event, $tag, $how, $detail) = @$case;
+	my ($ended, $complaints) = interfered($event, $tag, $how);
+	ok(!$ended, "when $tag is met: $how");
+	like($complaints, qr/55000.*met was changed in the middle of its cut-over.*$detail.*Nothing has been exchanged/s, 'it is refused');
+	is(sql('SELECT count(*), min(pg_typeof(v)::text) FROM met'), '100|text', 'the table is what it was');
+	sql('CALL rm_cut_over()');
+	is(sql('SELECT count(*), min(pg_typeof(v)::text) FROM met'), '100|integer', 'and is exchanged without');
+	nothing_is_left($how);
+}
+
+# ---------------------------------------------------------------------------
 # Indexes that have nothing to do with the column, or are not what they should be
 # ---------------------------------------------------------------------------
 
