@@ -565,8 +565,8 @@ visit_skipped_row(RmRun *run, Relation rel)
 	return false;
 }
 
-static void
-forget_skipped_rows(const RmMigration *m)
+void
+rm_forget_skipped_rows(const RmMigration *m)
 {
 	Oid			types[] = {INT8OID};
 	Datum		v[] = {Int64GetDatum(m->id)};
@@ -584,7 +584,7 @@ start_over(RmRun *run, Relation rel)
 	ereport(NOTICE,
 			(errmsg("table %s has been rewritten or truncated meanwhile, the backfill starts again at its first page",
 					OidIsValid(m->leaf) ? rm_relation_sql(m->leaf) : m->relation)));
-	forget_skipped_rows(m);
+	rm_forget_skipped_rows(m);
 	rm_backfill_fix_end(m, rel);
 	m->phase = 0;
 }
@@ -726,7 +726,7 @@ next_leaf(RmRun *run)
 	rm_ranges_forget(m);		/* likewise */
 	rm_range_whole(run);
 	(void) begin_work(run);
-	forget_skipped_rows(m);		/* of a leaf that is none any more */
+	rm_forget_skipped_rows(m);		/* of a leaf that is none any more */
 	m->phase = 0;
 	if (rm_leaves_arm(run) || rm_leaves_choose(run))
 		return end_transaction(run, RM_STEP_AGAIN);

@@ -894,3 +894,14 @@ rm_record_failure(RmMigration *m, const char *row_key, ItemPointer tid,
 					 " VALUES ($1, $2, $3, $4, $5, $6, $7)",
 					 7, types, v, n);
 }
+
+/* what has been recorded of rows that do not convert is of no use any more; needs SPI */
+void
+rm_forget_failures(const RmMigration *m)
+{
+	Oid			types[] = {INT8OID};
+	Datum		v[] = {Int64GetDatum(m->id)};
+
+	rm_state_execute("DELETE FROM risky_migrations.conversion_error WHERE migration_id = $1",
+					 1, types, v, NULL);
+}

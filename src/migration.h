@@ -293,6 +293,7 @@ extern char *rm_alter_clauses(List *columns, Oid root, bool emptied);
 extern void rm_record_failure(RmMigration *m, const char *row_key,
 							  ItemPointer tid, const char *value,
 							  ErrorData *error);
+extern void rm_forget_failures(const RmMigration *m);
 
 /* runner.c */
 extern void rm_procedure_begin(FunctionCallInfo fcinfo, const char *name);

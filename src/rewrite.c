@@ -92,6 +92,7 @@
 #include "catalog/pg_type.h"
 #include "catalog/toasting.h"
 #include "commands/extension.h"
+#include "commands/tablespace.h"
 #include "commands/trigger.h"
 #include "common/hashfn.h"
 #include "compat.h"
@@ -1456,22 +1457,51 @@ rm_rewrite_forget(const RmMigration *m)
 		drop_tables(m, lfirst(lc));
 }
 
-/* what is recorded of rows that could not be made */
-void
-rm_rewrite_forget_failures(const RmMigration *m)
+static List *
+add_if_there(List *list, Oid relid)
 {
-	Oid			types[] = {INT8OID};
-	Datum		v[] = {Int64GetDatum(m->id)};
+	return SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)) ? list_append_unique_oid(list, relid) : list;
+}
 
-	rm_state_execute("DELETE FROM risky_migrations.conversion_error WHERE migration_id = $1",
-					 1, types, v, NULL);
+/*
+ * What is locked, beside the table, where all of the migration goes: others' tables that
+ * have its trigger; shadows and logs, at which VACUUM may be.  Needs SPI.
+ */
+static List *
+relations_to_clear(const RmMigration *m)
+{
+	List	   *list = rm_rewrite_tables_with_trigger(m);
+	ListCell   *lc;
+
+	foreach(lc, rm_rewrite_load_all(m))
+	{
+		list = add_if_there(list, ((RmRewrite *) lfirst(lc))->shadow);
+		list = add_if_there(list, ((RmRewrite *) lfirst(lc))->log);
+	}
+	return list;
+}
+
+/*
+ * The way back of a migration whose table is gone: what it has left goes, also in tables
+ * that were detached.  Nobody is kept waiting while this waits for others.  Needs SPI.
+ */
+void
+rm_rewrite_clear(const RmMigration *m)
+{
+	RmLockAccount account = {.cxt = CurrentMemoryContext};
+	List	   *relids = relations_to_clear(m);
+
+	if (relids != NIL)
+		rm_lock_relations(&account, relids, AccessExclusiveLock, 0);
+	rm_rewrite_drop_trigger(m);
+	rm_rewrite_forget(m);
 }
 
 static void
 forget_all(const RmMigration *m)
 {
 	rm_rewrite_forget(m);
-	rm_rewrite_forget_failures(m);
+	rm_forget_failures(m);
 }
 
 /*
@@ -1706,7 +1736,7 @@ begin_revert(RmRun *run)
 {
 	RmMigration *m = run->m;
 
-	rm_lock_tree_and(run, AccessExclusiveLock, rm_rewrite_tables_with_trigger(m));
+	rm_lock_tree_and(run, AccessExclusiveLock, relations_to_clear(m));
 	rm_check_owner(m->relid, m->relation);
 	run->old_storage = rm_relation_storage(m->relid);
 	rm_rewrite_drop_trigger(m);
@@ -1782,6 +1812,8 @@ statement_for_shadow(Indexes *i, Oid original, Relation index)
 	stmt->isconstraint = stmt->excludeOpNames != NIL;
 	stmt->primary = false;
 	stmt->deferrable = stmt->initdeferred = false;
+	/* as in ALTER TABLE: without a tablespace of its own it is in the database's */
+	stmt->reset_default_tblspc = true;
 	MemoryContextSwitchTo(oldcxt);
 	free_attrmap(map);
 	return stmt;
@@ -1838,12 +1870,26 @@ wanted_indexes(RmMigration *m, RmRewrite *rw, MemoryContext cxt)
 	return i.changed ? NIL : i.wanted;
 }
 
-/* drops those of the shadow's indexes whose original is not there any more */
-static void
+/* is that index in the tablespace of that name, NULL: the database's? */
+static bool
+is_in_tablespace(Oid index, const char *name)
+{
+	Oid			tablespace = get_rel_tablespace(index);
+
+	return tablespace == (name ? get_tablespace_oid(name, true) : InvalidOid);
+}
+
+/*
+ * Drops those of the shadow's indexes whose original is not there any more, or has been
+ * moved: in the exchange it would get back to where it was.  True if one of these was
+ * among them, which has to be built again.
+ */
+static bool
 drop_stale_indexes(RmRewrite *rw, List *wanted)
 {
 	Relation	shadow = table_open(rw->shadow, AccessExclusiveLock);
 	List	   *indexes = list_copy(RelationGetIndexList(shadow));
+	bool		moved = false;
 	ListCell   *li;
 	ListCell   *lw;
 
@@ -1853,7 +1899,14 @@ drop_stale_indexes(RmRewrite *rw, List *wanted)
 		bool		needed = false;
 
 		foreach(lw, wanted)
-			needed |= rm_rewrite_shadow_index(rw, ((Wanted *) lfirst(lw))->original) == lfirst_oid(li);
+		{
+			Wanted	   *w = lfirst(lw);
+
+			if (rm_rewrite_shadow_index(rw, w->original) != lfirst_oid(li))
+				continue;
+			needed = is_in_tablespace(lfirst_oid(li), w->stmt->tableSpace);
+			moved |= !needed;
+		}
 		if (needed)
 			continue;
 		if (OidIsValid(get_index_constraint(lfirst_oid(li))))
@@ -1862,6 +1915,7 @@ drop_stale_indexes(RmRewrite *rw, List *wanted)
 		else
 			rm_execute(psprintf("DROP INDEX %s", rm_relation_sql(lfirst_oid(li))));
 	}
+	return moved;
 }
 
 /* does the shadow have all indexes, and are they those of the present definitions? */
@@ -1918,10 +1972,31 @@ verify_beside(RmRun *run, const RmRewrite *rw)
 	return true;
 }
 
+/* as detailed as the table's, and with what somebody knows better than ANALYZE */
+static void
+take_statistics_settings(const RmRewrite *rw)
+{
+	char	   *clauses;
+
+	rm_execute(psprintf("SELECT pg_catalog.string_agg(pg_catalog.format("
+						"'ALTER %%1$I SET STATISTICS %%2$s, ALTER %%1$I %%3$s', s.attname, coalesce(a.attstattarget, -1),"
+						" coalesce('SET (' || d.mine || ')', 'RESET (n_distinct)')), ', ')"
+						" FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_attribute s USING (attnum),"
+						" LATERAL (SELECT (SELECT o FROM pg_catalog.unnest(a.attoptions) o WHERE o LIKE 'n\\_distinct=%%'),"
+						" (SELECT o FROM pg_catalog.unnest(s.attoptions) o WHERE o LIKE 'n\\_distinct=%%')) d (mine, its)"
+						" WHERE a.attrelid = %u AND s.attrelid = %u AND a.attnum > 0 AND NOT a.attisdropped"
+						" AND (coalesce(a.attstattarget, -1) <> coalesce(s.attstattarget, -1)"
+						" OR d.mine IS DISTINCT FROM d.its)", rw->relid, rw->shadow));
+	clauses = rm_result_text(0, 1);
+	if (clauses)
+		rm_execute(psprintf("ALTER TABLE %s %s", rm_relation_sql(rw->shadow), clauses));
+}
+
 /* statistics for the shadow, so that plans are good from the first moment */
 void
 rm_rewrite_analyze(RmRewrite *rw)
 {
+	take_statistics_settings(rw);
 	rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
 	rw->analyzed = GetCurrentTimestamp();
 	rm_rewrite_save(rw);
@@ -2007,7 +2082,8 @@ index_apply(RmRun *run)
 		return RM_STEP_AGAIN;
 	}
 	rm_ranges_forget(m);
-	drop_stale_indexes(rw, wanted);
+	if (drop_stale_indexes(rw, wanted))
+		return RM_STEP_AGAIN;
 	rw->fingerprint = fingerprint;
 	return rm_rewrite_table_done(run, rw);
 }

@@ -155,7 +155,7 @@ extern RmStepResult rm_rewrite_begin(RmRun *run);
 extern RmStepResult rm_rewrite_nothing(RmRun *run);
 extern void rm_rewrite_drop(const RmRewrite *rw);
 extern void rm_rewrite_forget(const RmMigration *m);
-extern void rm_rewrite_forget_failures(const RmMigration *m);
+extern void rm_rewrite_clear(const RmMigration *m);
 extern void rm_rewrite_drop_trigger(const RmMigration *m);
 extern bool rm_rewrite_has_right_toast(Relation rel, Relation shadow);
 extern const char *rm_rewrite_missed(RmMigration *m, RmRewrite *rw, Relation rel);

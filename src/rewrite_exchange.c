@@ -401,14 +401,19 @@ take_statistics(Oid from, Oid to, AttrNumber attnum)
 	table_close(pg_statistic, RowExclusiveLock);
 }
 
-/* the same of an index, whose expressions have statistics of their own */
+/*
+ * The same of an index, whose expressions have statistics of their own.  What ALTER TABLE
+ * has left alone keeps those that it has, as other columns do: to its own target.
+ */
 static void
 take_index_statistics(Oid from, Oid to)
 {
 	Relation	index = index_open(to, AccessExclusiveLock);
 
 	for (int i = 0; i < index->rd_index->indnkeyatts; i++)
-		if (index->rd_index->indkey.values[i] == 0)
+		if (index->rd_index->indkey.values[i] == 0 &&
+			!SearchSysCacheExists3(STATRELATTINH, ObjectIdGetDatum(to), Int16GetDatum(i + 1),
+								   BoolGetDatum(false)))
 			take_statistics(from, to, i + 1);
 	index_close(index, NoLock);
 }
@@ -993,7 +998,7 @@ replay_all(RmRun *run, List *tables, RmStepResult *result)
 		return false;
 	/* the keys of all rows that could not be made are in the logs: they are met again */
 	if (!run->m->null_on_error)
-		rm_rewrite_forget_failures(run->m);
+		rm_forget_failures(run->m);
 	snapshot = RegisterSnapshot(GetTransactionSnapshot());
 	foreach(lc, tables)
 	{

@@ -25,6 +25,7 @@ extern void rm_direct_refuse_inexact(const RmMigration *m);
 
 /* backfill.c */
 extern void rm_backfill_fix_end(RmMigration *m, Relation rel);
+extern void rm_forget_skipped_rows(const RmMigration *m);
 
 /* three_step.c */
 /* enforce_not_null: leaves have come since all were verified; a phase in the state row */

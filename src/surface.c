@@ -751,10 +751,13 @@ close_migration(void *arg)
 	if ((m->steps_done > 0 || m->phase != 0) && SearchSysCacheExists1(RELOID, ObjectIdGetDatum(m->relid)))
 		refuse_wrong_state(m, "the rollback",
 						   "Another session has gone on with it meanwhile; call it again.");
-	/* those of tables that were detached have not gone with it, nor their triggers */
-	rm_rewrite_drop_trigger(m);
-	rm_rewrite_forget(m);
+	rm_rewrite_clear(m);
 	rm_ranges_forget(m);
+	rm_forget_skipped_rows(m);
+	rm_forget_failures(m);
+	rm_leaves_forget(m);
+	rm_dependents_save(m, true, NIL);
+	rm_dependents_save(m, false, NIL);
 	m->state = "rolled back";
 	m->steps_done = 0;
 	rm_migration_save(m);

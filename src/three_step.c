@@ -563,14 +563,9 @@ drop_column_and_trigger(RmRun *run)
 static void
 forget_rows(RmMigration *m)
 {
-	Oid			types[] = {INT8OID};
-	Datum		v[] = {Int64GetDatum(m->id)};
-
 	rm_ranges_forget(m);
-	rm_state_execute("DELETE FROM risky_migrations.skipped_row WHERE migration_id = $1",
-					 1, types, v, NULL);
-	rm_state_execute("DELETE FROM risky_migrations.conversion_error WHERE migration_id = $1",
-					 1, types, v, NULL);
+	rm_forget_skipped_rows(m);
+	rm_forget_failures(m);
 }
 
 /* what parse_reverse() is given, and its result */

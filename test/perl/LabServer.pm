@@ -17,7 +17,7 @@ use PostgreSQL::Test::Utils;
 use Test::More;
 use Time::HiRes qw(usleep);
 
-our @EXPORT = qw(start_server start_lab sql wait_for becomes comes_back start_call finish_call ends_well start_pgbench end_pgbench dump_of close_gate pid_of comes_back_after);
+our @EXPORT = qw(start_server start_lab sql wait_for becomes comes_back start_call finish_call ends_well start_pgbench end_pgbench dump_of dump_in close_gate pid_of comes_back_after);
 
 my $node;
 
@@ -54,10 +54,14 @@ sub sql
 }
 
 # What pg_dump says of the definitions of what these arguments choose.
-sub dump_of
+sub dump_of { return dump_in('postgres', @_) }
+
+# The same in that database.
+sub dump_in
 {
+	my ($database, @arguments) = @_;
 	my ($out, $err);
-	IPC::Run::run([ 'pg_dump', '-s', @_, $node->connstr('postgres') ], '>', \$out, '2>', \$err) or die $err;
+	IPC::Run::run([ 'pg_dump', '-s', @arguments, $node->connstr($database) ], '>', \$out, '2>', \$err) or die $err;
 	return $out =~ s/^--.*\n|^\\(?:un)?restrict .*\n//mgr;
 }
 

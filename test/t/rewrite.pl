@@ -434,6 +434,128 @@ read_then_written(q{'{"v": "bigint"}'}, 'an index that the column is not in');
 read_then_written(q{'{}'}, 'no column');
 
 # ---------------------------------------------------------------------------
+# A table of all sorts
+# ---------------------------------------------------------------------------
+
+# In a database of UTF-8, with names of 63 bytes whose last character has two.  What is
+# "late" forbids ALTER TABLE, and comes after it in the twin's database.
+my $long = sub { my ($first) = @_; return '"' . $first . "\xC5\x9E" x 31 . '"' };
+my ($sorts, $number, $sorts_index) = map { $long->($_) } 't', 'n', 'i';
+
+sub make_sorts
+{
+	my ($database) = @_;
+	sql("CREATE DATABASE $database TEMPLATE template0 ENCODING 'UTF8' LOCALE 'C'");
+	$node->safe_psql($database, qq{
+		CREATE SCHEMA s;
+		SET search_path = s;
+		CREATE TABLE peer (a int PRIMARY KEY, b int UNIQUE);
+		INSERT INTO peer SELECT g, g FROM generate_series(1, 500) g;
+		CREATE TABLE $sorts (gone int, id int GENERATED ALWAYS AS IDENTITY (START 1000), $number int NOT NULL, gone_too text, s serial, n int DEFAULT 5,
+			r int4range, words tsvector, place point, txt text COMPRESSION pglz DEFAULT 'x', twice int GENERATED ALWAYS AS (n * 2) STORED,
+			arr int[], j jsonb, up int,
+			CONSTRAINT pk PRIMARY KEY (id) WITH (fillfactor = 77) USING INDEX TABLESPACE near,
+			CONSTRAINT ex EXCLUDE USING gist (r WITH &&) WHERE (n > 0) DEFERRABLE, EXCLUDE USING btree ($number WITH =, id WITH =),
+			CONSTRAINT un UNIQUE NULLS NOT DISTINCT (n, $number) INCLUDE (s) USING INDEX TABLESPACE far, UNIQUE ($number),
+			UNIQUE ($number, s) DEFERRABLE INITIALLY DEFERRED, CONSTRAINT ck CHECK ($number > -5), CHECK (n > -5) NO INHERIT)
+			WITH (fillfactor = 60, parallel_workers = 3, toast.autovacuum_enabled = off, toast_tuple_target = 300) TABLESPACE near;
+		ALTER TABLE $sorts DROP gone, DROP gone_too, ALTER arr SET STORAGE EXTERNAL, ALTER j SET STORAGE MAIN,
+			ALTER $number SET STATISTICS 321, ALTER $number SET (n_distinct = -0.25);
+		INSERT INTO $sorts ($number, r, words, place, txt, arr, j, up) SELECT g, int4range(g, g + 1), to_tsvector('english', 'word' || g), point(g, g),
+			CASE WHEN g % 50 = 0 THEN (SELECT string_agg(md5((g * x)::text), '') FROM generate_series(1, 200) x) ELSE 'z' END,
+			ARRAY[g, g % 7], jsonb_build_object('a', g), CASE WHEN g > 1 THEN 999 + g / 2 END FROM generate_series(1, 500) g;
+		ALTER TABLE $sorts ADD late int DEFAULT 77, ADD later text NOT NULL DEFAULT 'later', ADD CONSTRAINT unproven CHECK ($number < 400) NOT VALID;
+		CREATE INDEX ON $sorts USING gin (arr);
+		CREATE INDEX ON $sorts USING gin (j jsonb_path_ops) WITH (fastupdate = off) TABLESPACE far;
+		CREATE INDEX ON $sorts USING gist (words tsvector_ops (siglen = 64));
+		CREATE INDEX ON $sorts USING spgist (place);
+		CREATE INDEX ON $sorts USING brin (n int4_minmax_multi_ops (values_per_range = 16), s int4_bloom_ops (n_distinct_per_range = 50)) WITH (pages_per_range = 8);
+		CREATE INDEX hashed ON $sorts USING hash ($number) WITH (fillfactor = 50);
+		CREATE INDEX expression ON $sorts (($number * 2), (s + 1)) TABLESPACE far;
+		CREATE INDEX other ON $sorts ((s * 2), left(later, 3));
+		ALTER INDEX other ALTER COLUMN 1 SET STATISTICS 400;
+		CREATE INDEX ON $sorts (s DESC NULLS LAST, $number ASC NULLS FIRST) INCLUDE (n) WITH (deduplicate_items = off) WHERE $number > 3 AND n IS NOT NULL;
+		CREATE INDEX ON $sorts (txt text_pattern_ops, txt COLLATE "POSIX") WHERE length(txt) < 100;
+		CREATE INDEX $sorts_index ON $sorts ($number, late);
+		CREATE UNIQUE INDEX identity ON $sorts ($number, id);
+		ALTER TABLE $sorts REPLICA IDENTITY USING INDEX identity, CLUSTER ON $sorts_index;
+		COMMENT ON INDEX hashed IS 'h';
+		COMMENT ON CONSTRAINT un ON $sorts IS 'u';
+		COMMENT ON CONSTRAINT ck ON $sorts IS 'c';
+		CREATE STATISTICS st (ndistinct) ON $number, s FROM $sorts;
+		ALTER STATISTICS st SET STATISTICS 55;
+		CREATE STATISTICS of_expression ON ($number % 10), (n + 1) FROM $sorts;
+		CREATE TABLE c1 (a int CONSTRAINT fk1 REFERENCES $sorts ($number) ON UPDATE CASCADE ON DELETE SET NULL DEFERRABLE INITIALLY DEFERRED);
+		CREATE TABLE c2 (a int, b int CONSTRAINT fk3 REFERENCES $sorts ($number) MATCH FULL);
+		INSERT INTO c2 VALUES (99999, 1);
+		ALTER TABLE c2 ADD CONSTRAINT fk2 FOREIGN KEY (a) REFERENCES $sorts ($number) NOT VALID;
+		ALTER TABLE $sorts ADD CONSTRAINT to_itself FOREIGN KEY (up) REFERENCES $sorts (id) ON DELETE CASCADE;
+		ALTER TABLE $sorts ADD CONSTRAINT out FOREIGN KEY ($number) REFERENCES peer (b) DEFERRABLE;
+		COMMENT ON CONSTRAINT fk3 ON c2 IS 'three';
+		GRANT SELECT ($number), UPDATE (n, $number) ON $sorts TO PUBLIC;
+		ANALYZE $sorts;
+	});
+	return;
+}
+
+my $late = qq{
+	SET search_path = s;
+	CREATE VIEW v1 AS SELECT * FROM $sorts WHERE $number > 0;
+	CREATE VIEW v2 AS SELECT $number, count(*) OVER (PARTITION BY n) FROM v1;
+	GRANT SELECT ON v2 TO PUBLIC;
+	COMMENT ON COLUMN v2.$number IS 'v';
+	CREATE RULE r1 AS ON UPDATE TO $sorts WHERE new.$number = -4 DO ALSO INSERT INTO peer VALUES (new.$number, new.$number);
+	COMMENT ON RULE r1 ON $sorts IS 'r';
+	CREATE RULE r2 AS ON INSERT TO v1 DO INSTEAD INSERT INTO $sorts ($number) VALUES (new.$number);
+	ALTER TABLE $sorts ENABLE ROW LEVEL SECURITY;
+	CREATE POLICY p1 ON $sorts AS RESTRICTIVE FOR SELECT USING ($number > 3);
+	COMMENT ON POLICY p1 ON $sorts IS 'p';
+	CREATE POLICY p2 ON $sorts FOR INSERT WITH CHECK (EXISTS (SELECT FROM peer WHERE b = $number));
+	CREATE FUNCTION nothing() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+	CREATE TRIGGER t1 AFTER UPDATE OF $number ON $sorts FOR EACH ROW WHEN (old.$number > 3) EXECUTE FUNCTION nothing();
+	CREATE CONSTRAINT TRIGGER t2 AFTER INSERT ON $sorts DEFERRABLE INITIALLY DEFERRED FOR EACH ROW WHEN (new.$number = 7) EXECUTE FUNCTION nothing();
+	CREATE TRIGGER t3 AFTER INSERT ON $sorts REFERENCING NEW TABLE AS nt FOR EACH STATEMENT EXECUTE FUNCTION nothing();
+	ALTER TABLE $sorts ENABLE REPLICA TRIGGER t1;
+	COMMENT ON TRIGGER t1 ON $sorts IS 't';
+};
+
+sql($_) foreach 'SET allow_in_place_tablespaces = on; CREATE TABLESPACE near LOCATION \'\'; CREATE TABLESPACE far LOCATION \'\'';
+make_sorts($_) foreach 'sorts', 'sortstwin';
+$node->safe_psql('sorts', "CREATE EXTENSION risky_migrations; $late");
+# what the session's tables would get is not for those that are there
+$node->safe_psql('sorts', qq{SET default_tablespace = far;
+	CALL rm_alter_types('s.$sorts', '{$number: "bigint", "id": "bigint", "up": "bigint", "txt": "varchar"}', method => 'online_rewrite')});
+$node->safe_psql('sortstwin', "SET search_path = s; ALTER TABLE $sorts ALTER $number TYPE bigint, ALTER id TYPE bigint, ALTER up TYPE bigint, ALTER txt TYPE varchar");
+$node->safe_psql('sortstwin', $late);
+is(dump_in('sorts', '-n', 's'), dump_in('sortstwin', '-n', 's'), 'all sorts: the catalogs say what they do after ALTER TABLE');
+is($node->safe_psql('sorts', $_), $node->safe_psql('sortstwin', $_), 'all sorts: so do those that are not dumped')
+  foreach qq{SELECT attname, attstorage, attcompression, attstattarget, attmissingval FROM pg_attribute WHERE attrelid = 's.$sorts'::regclass ORDER BY attnum},
+	qq{SELECT relname ~ '^pg_toast_', relname = 'pg_toast_' || 's.$sorts'::regclass::oid, t.reloptions, spcname, t.relrewrite FROM pg_class t JOIN pg_tablespace s ON s.oid = reltablespace
+		WHERE t.oid = (SELECT reltoastrelid FROM pg_class WHERE oid = 's.$sorts'::regclass)},
+	qq{SELECT md5(string_agg(t::text, '-' ORDER BY s)) FROM s.$sorts t};
+
+# Statistics as detailed as the table's, with what is known better than by ANALYZE; those of
+# what ALTER TABLE leaves alone stay.  An index that is moved in between stays where it is.
+sql(q{
+	CREATE TABLE known (id int PRIMARY KEY, v int, w int);
+	INSERT INTO known SELECT g, g, g FROM generate_series(1, 5000) g;
+	CREATE INDEX known_v ON known (v);
+	CREATE INDEX known_w ON known ((w + 1));
+	ALTER TABLE known ALTER v SET STATISTICS 300, ALTER v SET (n_distinct = -0.5);
+	ALTER INDEX known_w ALTER COLUMN 1 SET STATISTICS 200;
+	ANALYZE known;
+	CALL rm_alter_type('known', 'v', 'bigint', method => 'online_rewrite', cut_over => 'manual');
+	ALTER INDEX known_v SET TABLESPACE near;
+	ALTER INDEX known_pkey SET TABLESPACE far;
+	UPDATE known SET v = v + 1;
+	CALL rm_cut_over();
+});
+is(sql(q{SELECT string_agg(concat_ws(' ', attname, n_distinct, array_length(histogram_bounds::text::text[], 1)), ', ' ORDER BY tablename)
+	FROM pg_stats WHERE tablename ~ '^known' AND attname IN ('v', 'expr')}), 'v -0.5 301, expr -1 201', 'statistics are as detailed as those of the table');
+is(sql(q{SELECT string_agg(relname || ' ' || coalesce(spcname, '-'), ', ' ORDER BY relname) FROM pg_class c LEFT JOIN pg_tablespace s ON s.oid = c.reltablespace
+	WHERE relname ~ '^known_'}), 'known_pkey far, known_v near, known_w -', 'an index that was moved stays there');
+
+# ---------------------------------------------------------------------------
 # Values that do not convert
 # ---------------------------------------------------------------------------
 
