@@ -126,6 +126,24 @@ CALL rm_alter_type('odd2', 'v', 'int', 'v::int', 'online_rewrite', on_error => '
 SELECT id, v FROM odd2 ORDER BY id;
 SELECT row_key, value, sqlstate FROM rm_conversion_errors WHERE relation = 'rewriting.odd2';
 
+-- what is recorded of rows goes with a table that is dropped
+CREATE TABLE dropped (id int PRIMARY KEY, v text);
+INSERT INTO dropped VALUES (1, 'one');
+CALL rm_alter_type('dropped', 'v', 'int', 'v::int', 'online_rewrite');
+SELECT id AS dropped FROM rm_migrations WHERE state = 'open' \gset
+SELECT count(*) FROM rm_conversion_errors WHERE migration = :dropped;
+DROP TABLE dropped;
+CALL rm_rollback();
+SELECT count(*) FROM risky_migrations.conversion_error WHERE migration_id = :dropped;
+CREATE TABLE dropped (id int PRIMARY KEY, v text NOT NULL);
+INSERT INTO dropped VALUES (1, 'one');
+CALL rm_alter_type('dropped', 'v', 'int', 'v::int', 'three_step');
+SELECT id AS dropped FROM rm_migrations WHERE state = 'open' \gset
+SELECT count(*) FROM rm_conversion_errors WHERE migration = :dropped;
+DROP TABLE dropped;
+CALL rm_rollback();
+SELECT count(*) FROM risky_migrations.conversion_error WHERE migration_id = :dropped;
+
 -- what was unique is not any more
 CREATE TABLE twice (id int PRIMARY KEY, v text UNIQUE);
 INSERT INTO twice VALUES (1, '1'), (2, '1.0');

@@ -208,9 +208,21 @@ nothing_is_left('given up');
 is(sql(q{SELECT pg_typeof((SELECT v FROM busy LIMIT 1)), count(*) FROM busy}), 'character varying|15000', 'and the rows are what they were');
 sql('DROP TABLE busy3 CASCADE');
 
-# without the table
+# without the table: whoever is at work on a shadow is waited for, not for ever, and keeps
+# nobody from what was taken away
 up_to_cut_over();
-sql("ALTER TABLE busy2 NO INHERIT busy; DROP TABLE busy CASCADE; CALL rm_rollback($id)");
+my $shadow = sql(q{SELECT shadow::regclass FROM risky_migrations.rewrite WHERE relid = 'busy2'::regclass});
+my $worker = $node->background_psql('postgres');
+$worker->query_safe("BEGIN; LOCK TABLE $shadow IN ACCESS SHARE MODE");
+sql('ALTER TABLE busy2 NO INHERIT busy; DROP TABLE busy CASCADE');
+($status, $out, $err) = $node->psql('postgres', "\\set VERBOSITY verbose
+	SET risky_migrations.lock_timeout = 50; SET risky_migrations.lock_retries = 2; CALL rm_rollback($id)");
+like($err, qr/55P03.*not to be had in 3 tries/s, 'without the table: the wait for a shadow has an end');
+my $back = start_call('back', q{SET risky_migrations.lock_timeout = '60s'}, "CALL rm_rollback($id)");
+becomes("EXISTS (SELECT FROM pg_locks WHERE relation = '$shadow'::regclass AND NOT granted)", 'without the table: it waits for a shadow');
+is(sql("SET lock_timeout = '10s'; SELECT count(*) FROM busy2"), 5000, 'nobody else waits meanwhile');
+$worker->quit;
+ends_well($back, 'then it goes on');
 nothing_is_left('without the table');
 sql('DROP TABLE busy2 CASCADE');
 
