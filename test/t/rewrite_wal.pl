@@ -1,8 +1,8 @@
 # online_rewrite, and what becomes of its storage elsewhere than in memory: after a
 # crash with wal_level = minimal, where a file that a transaction has made is not in
 # the WAL; on a standby that follows through the cut-over; on one that is promoted
-# in the middle, and on the old primary that pg_rewind brings back to that; and when xids
-# begin anew, so that a smaller one is not an older.
+# in the middle, and on the old primary that pg_rewind brings back to that; for a subscriber
+# of all tables; and when xids begin anew, so that a smaller one is not an older.
 
 use strict;
 use warnings;
@@ -128,6 +128,38 @@ check($primary, 'rewound', $rows - 1);
 is($primary->safe_psql('postgres', $content), $standby{heir}->safe_psql('postgres', $content), 'rewound: it is equal to the heir');
 $primary->stop;
 $standby{heir}->stop;
+
+# ---------------------------------------------------------------------------
+# A subscriber
+# ---------------------------------------------------------------------------
+
+# It subscribed to all tables before the extension came, and is told of nothing.  It is in
+# another database of the same server.
+my $publisher = new_server('publisher', '', allows_streaming => 'logical');
+$publisher->safe_psql('postgres', $_) foreach 'DROP EXTENSION risky_migrations', $setup, 'CREATE PUBLICATION everything FOR ALL TABLES',
+	q{SELECT pg_create_logical_replication_slot('far', 'pgoutput')}, 'CREATE DATABASE there';
+$publisher->safe_psql('there', 'CREATE TABLE item (id int PRIMARY KEY, v text NOT NULL, want bigint NOT NULL, big text)');
+$publisher->safe_psql('there', sprintf q{CREATE SUBSCRIPTION far CONNECTION '%s dbname=postgres' PUBLICATION everything WITH (create_slot = false)}, $publisher->connstr);
+$publisher->safe_psql('postgres', 'CREATE EXTENSION risky_migrations');
+
+sub is_there
+{
+	my ($what) = @_;
+	my $all = q{SELECT md5(string_agg(concat_ws(' ', id, v, want, big), chr(10) ORDER BY id)) FROM item};
+	my $here = $publisher->safe_psql('postgres', $all);
+	ok($publisher->poll_query_until('there', "SELECT ($all) = '$here'"), "subscriber: it has $what");
+	return;
+}
+
+is_there('all rows');
+$publisher->safe_psql('postgres', "CALL rm_alter_type($migrate, cut_over => 'manual')");
+$publisher->safe_psql('postgres', q{UPDATE item SET v = '9', want = 9 WHERE id % 30 = 0; DELETE FROM item WHERE id = 8});
+is_there('what was written before the exchange');
+$publisher->safe_psql('postgres', 'CALL rm_cut_over()');
+$publisher->safe_psql('postgres', q{UPDATE item SET v = 8000000000, want = 8000000000 WHERE id % 40 = 0; DELETE FROM item WHERE id = 9; INSERT INTO item VALUES (0, 1, 1)});
+is_there('what was written after it');
+$publisher->safe_psql('there', 'DROP SUBSCRIPTION far');
+$publisher->stop;
 
 # ---------------------------------------------------------------------------
 # Xids that begin anew
