@@ -726,7 +726,7 @@ next_leaf(RmRun *run)
 	rm_ranges_forget(m);		/* likewise */
 	rm_range_whole(run);
 	(void) begin_work(run);
-	rm_forget_skipped_rows(m);		/* of a leaf that is none any more */
+	rm_forget_skipped_rows(m);	/* of a leaf that is none any more */
 	m->phase = 0;
 	if (rm_leaves_arm(run) || rm_leaves_choose(run))
 		return end_transaction(run, RM_STEP_AGAIN);

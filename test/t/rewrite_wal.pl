@@ -135,7 +135,7 @@ $standby{heir}->stop;
 
 # It subscribed to all tables before the extension came, and is told of nothing.  It is in
 # another database of the same server.
-my $publisher = new_server('publisher', '', allows_streaming => 'logical');
+my $publisher = new_server('publisher', 'fsync = off', allows_streaming => 'logical');
 $publisher->safe_psql('postgres', $_) foreach 'DROP EXTENSION risky_migrations', $setup, 'CREATE PUBLICATION everything FOR ALL TABLES',
 	q{SELECT pg_create_logical_replication_slot('far', 'pgoutput')}, 'CREATE DATABASE there';
 $publisher->safe_psql('there', 'CREATE TABLE item (id int PRIMARY KEY, v text NOT NULL, want bigint NOT NULL, big text)');
