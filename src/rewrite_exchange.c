@@ -659,7 +659,8 @@ same_columns(Relation rel, Relation shadow)
 
 		if (x->attisdropped != y->attisdropped ||
 			(!x->attisdropped && (x->atttypid != y->atttypid || x->atttypmod != y->atttypmod ||
-								  x->attcollation != y->attcollation || x->attnotnull != y->attnotnull ||
+								  x->attcollation != y->attcollation ||
+								  rm_attribute_not_null(a, i) != rm_attribute_not_null(b, i) ||
 								  x->attstorage != y->attstorage || x->attcompression != y->attcompression)))
 			return false;
 	}
