@@ -175,6 +175,7 @@ extern void rm_rewrite_explain(RmRun *run, ErrorData *error);
 extern RmTransfer *rm_transfer_begin(RmMigration *m, RmRewrite *rw, Relation rel,
 									 LOCKMODE shadow_lock, bool indexes);
 extern void rm_transfer_end(RmTransfer *t);
+extern bool rm_transfer_is_full(const RmTransfer *t);
 extern bool rm_transfer_add(RmTransfer *t, HeapTuple tup, Buffer buf);
 extern bool rm_transfer_add_slot(RmTransfer *t, TupleTableSlot *slot);
 extern void rm_transfer_make(RmTransfer *t);

@@ -105,16 +105,20 @@ rm_transfer_end(RmTransfer *t)
 	table_close(t->shadow, NoLock);
 }
 
-/*
- * One more row of the table, in a pinned buffer, or with InvalidBuffer in made_cxt; false:
- * first make those that there are.
- */
+/* are those that there are to be made first?  We pin but a small part of shared_buffers */
+bool
+rm_transfer_is_full(const RmTransfer *t)
+{
+	return t->nrows == RM_TRANSFER_ROWS || t->npins >= Max(4, NBuffers / 64);
+}
+
+/* one more row of the table, in a pinned buffer, or with InvalidBuffer in made_cxt; false: is full */
 bool
 rm_transfer_add(RmTransfer *t, HeapTuple tup, Buffer buf)
 {
 	int			n = t->nrows;
 
-	if (n == RM_TRANSFER_ROWS)
+	if (rm_transfer_is_full(t))
 		return false;
 	if (BufferIsValid(buf) && (t->npins == 0 || t->pins[t->npins - 1] != buf))
 	{

@@ -610,7 +610,7 @@ add_version(Versions *v, const Version *version)
 	HeapTuple	tup = slot->base.tuple;
 	Buffer		buf = slot->buffer;
 
-	if (t->nrows == RM_TRANSFER_ROWS)
+	if (rm_transfer_is_full(t))
 		store_versions(v);
 	if (TransactionIdIsValid(version->xmax) && HeapTupleHasExternal(tup))
 	{

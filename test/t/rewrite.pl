@@ -606,6 +606,22 @@ foreach my $young ('frozen', 'of a subtransaction')
 }
 
 # ---------------------------------------------------------------------------
+# Few buffers
+# ---------------------------------------------------------------------------
+
+# this server has 128 of them; each of these rows lies in one of its own
+is(sql('SHOW shared_buffers'), '1MB', 'there are few buffers');
+sql(q{
+	CREATE TABLE wide (id int PRIMARY KEY, v text, want int, filler text) WITH (fillfactor = 10);
+	ALTER TABLE wide ALTER filler SET STORAGE PLAIN;
+	INSERT INTO wide SELECT g, g::text, g, repeat('x', 1900) FROM generate_series(1, 600) g;
+	CALL rm_alter_type('wide', 'v', 'int', 'v::int', method => 'online_rewrite', cut_over => 'manual');
+	UPDATE wide SET v = want + 1, want = want + 1;
+	CALL rm_cut_over();
+});
+is(sql('SELECT count(*), sum((v <> want)::int), min(pg_typeof(v)::text) FROM wide'), '600|0|integer', 'rows of many pages are replayed');
+
+# ---------------------------------------------------------------------------
 # Values that do not convert
 # ---------------------------------------------------------------------------
 
