@@ -23,6 +23,7 @@ risky_migrations.lock_timeout = 20ms
 risky_migrations.lock_retries = 100000
 risky_migrations.lock_retry_max_delay = 50ms
 risky_migrations.workers = 3
+risky_migrations.range_pages = 1024
 });
 my $dir = PostgreSQL::Test::Utils::tempdir;
 my $helpers = q{(SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'risky_migrations helper')};
