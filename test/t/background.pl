@@ -326,12 +326,12 @@ finishes($id, 'with workers again');
 # The worker waits for the transaction that has asked for it, whatever the limits
 # ---------------------------------------------------------------------------
 
-my $limits = "ALTER DATABASE postgres SET lock_timeout = '50ms'";
-$limits .= "; ALTER DATABASE postgres SET transaction_timeout = '50ms'" if $node->pg_version >= 17;
+my $limits = "ALTER DATABASE postgres SET lock_timeout = '300ms'";
+$limits .= "; ALTER DATABASE postgres SET transaction_timeout = '300ms'" if $node->pg_version >= 17;
 sql($limits);
 $id = (split /\n/, sql(($node->pg_version >= 17 ? 'SET transaction_timeout = 0; ' : '') .
-	  q{BEGIN; SELECT rm_start('other_table', 'v', 'int', 'v::int'); SELECT pg_sleep(0.5); COMMIT}))[0];
-sql($limits =~ s/ALTER DATABASE postgres SET (\w+) = '50ms'/ALTER DATABASE postgres RESET $1/gr =~ s/^/SET lock_timeout = 0; /r);
+	  q{BEGIN; SELECT rm_start('other_table', 'v', 'int', 'v::int'); SELECT pg_sleep(1); COMMIT}))[0];
+sql($limits =~ s/ALTER DATABASE postgres SET (\w+) = '300ms'/ALTER DATABASE postgres RESET $1/gr =~ s/^/SET lock_timeout = 0; /r);
 becomes("SELECT steps_done FROM rm_migrations WHERE id = $id", '5', 'a worker waits as long as its starter takes');
 sql("CALL rm_rollback($id)");
 
