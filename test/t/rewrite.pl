@@ -188,6 +188,11 @@ sub on
 	return;
 }
 
+my $toasts = q{SELECT string_agg(concat_ws(' ', t.relname = 'pg_toast_' || c.oid, t.relrewrite, t.reloptions, t.relowner::regrole,
+		(SELECT string_agg(i.relname, ' ') FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid WHERE x.indrelid = t.oid AND i.relname = t.relname || '_index') = 'pg_toast_' || c.oid || '_index'),
+		chr(10) ORDER BY c.relname)
+	FROM pg_class c LEFT JOIN pg_class t ON t.oid = c.reltoastrelid WHERE c.relkind = 'r' AND c.relname ~ '^NAME'};
+
 # The migration of "stored" stands before its cut-over while this is done, to its twin before
 # ALTER TABLE does the change.
 sub stored_as_its_twin
@@ -204,11 +209,7 @@ sub stored_as_its_twin
 	ends_well(start_call('cut over', 'CALL rm_cut_over()'), "$what: it is exchanged");
 	sql("ALTER TABLE plainly ALTER v TYPE $type USING v::$type");
 	is(definitions_of('stored', 'it'), definitions_of('plainly', 'it'), "$what: the definitions are those after ALTER TABLE");
-	my $toast = q{SELECT string_agg(concat_ws(' ', t.relname = 'pg_toast_' || c.oid, t.relrewrite, t.reloptions, t.relowner::regrole,
-			(SELECT string_agg(i.relname, ' ') FROM pg_index x JOIN pg_class i ON i.oid = x.indexrelid WHERE x.indrelid = t.oid AND i.relname = t.relname || '_index') = 'pg_toast_' || c.oid || '_index'),
-			chr(10) ORDER BY c.relname)
-		FROM pg_class c LEFT JOIN pg_class t ON t.oid = c.reltoastrelid WHERE c.relkind = 'r' AND c.relname ~ '^NAME'};
-	is(sql($toast =~ s/NAME/stored/r), sql($toast =~ s/NAME/plainly/r), "$what: and so is the TOAST table");
+	is(sql($toasts =~ s/NAME/stored/r), sql($toasts =~ s/NAME/plainly/r), "$what: and so is the TOAST table");
 	nothing_is_left($what);
 	return;
 }
@@ -241,13 +242,15 @@ my $shadow = sql('SELECT shadow::regclass FROM risky_migrations.rewrite');
 my $at_work = $node->background_psql('postgres', on_error_stop => 0);
 $at_work->query("BEGIN; SELECT count(*) FROM $shadow");
 sql('ALTER TABLE stored SET (toast.autovacuum_vacuum_threshold = 77)');
-my $follow = start_call('cut over', 'CALL rm_cut_over()');
+my $follow = start_call('cut over', "SET risky_migrations.lock_timeout = '60s'", 'CALL rm_cut_over()');
 wait_for('EXISTS (SELECT FROM rm_progress WHERE lock_retries > 0)', 'the shadow is not waited for');
-is(sql(q{SET lock_timeout = '10s'; ALTER TABLE stored SET (parallel_workers = 1); SELECT count(*) FROM stored}), '0', 'nobody waits while the shadow is waited for');
+is(sql(q{SET lock_timeout = '10s'; BEGIN; LOCK TABLE stored; COMMIT; SELECT count(*) FROM stored}), '0', 'nobody waits while the shadow is waited for');
 $at_work->query('COMMIT');
 $at_work->quit;
 ends_well($follow, 'then it goes on');
 like(definitions_of('stored', 'it'), qr/toast.autovacuum_vacuum_threshold='77'/, 'with the options');
+sql(q{CALL rm_alter_types('stored', '{}', method => 'online_rewrite')});
+is(sql($toasts =~ s/NAME/stored/r), 't 0 {autovacuum_vacuum_threshold=77} postgres t', 'without a column, too');
 
 # ---------------------------------------------------------------------------
 # Event triggers
