@@ -625,6 +625,55 @@ sql(q{
 is(sql('SELECT count(*), sum((v <> want)::int), min(pg_typeof(v)::text) FROM wide'), '600|0|integer', 'rows of many pages are replayed');
 
 # ---------------------------------------------------------------------------
+# More is written than can be replayed
+# ---------------------------------------------------------------------------
+
+# While somebody writes (and holds a lock), each round waits, with row 1, until all rows
+# have been changed once more.
+sql(q{
+	CREATE SEQUENCE rounds;
+	CREATE SEQUENCE changes;
+	CREATE FUNCTION in_step(v text) RETURNS int LANGUAGE plpgsql IMMUTABLE AS $$
+	DECLARE
+		n bigint;
+	BEGIN
+		IF v = '1' AND NOT pg_try_advisory_xact_lock_shared(6) THEN
+			n := nextval('public.rounds');
+			WHILE (SELECT last_value < n OR NOT is_called FROM public.changes) LOOP
+				PERFORM pg_sleep(0.005);
+			END LOOP;
+		END IF;
+		RETURN v::int;
+	END $$;
+	CREATE TABLE written (id int PRIMARY KEY, v text NOT NULL);
+	INSERT INTO written SELECT g, g FROM generate_series(1, 2500) g;
+});
+my $writing = start_call('writer', 'SELECT pg_advisory_lock(6)', q{DO $$
+	DECLARE
+		n bigint := 0;
+	BEGIN
+		LOOP
+			WHILE (SELECT last_value <= n OR NOT is_called FROM public.rounds) LOOP
+				IF EXISTS (SELECT FROM rm_migrations WHERE relation = 'public.written' AND last_step_state = 'failed') THEN
+					RETURN;
+				END IF;
+				PERFORM pg_sleep(0.005);
+				COMMIT;
+			END LOOP;
+			UPDATE written SET v = v;
+			COMMIT;
+			n := nextval('public.changes');
+		END LOOP;
+	END $$});
+becomes(q{EXISTS (SELECT FROM pg_locks WHERE locktype = 'advisory' AND objid = 6 AND granted)}, 'somebody writes');
+(undef, undef, $err) = $node->psql('postgres', q{\set VERBOSITY verbose
+CALL rm_alter_type('written', 'v', 'int', 'in_step(v)', method => 'online_rewrite')});
+like($err, qr/55000: the application writes public\.written faster than its changes can be replayed.*\n.*20 rounds in a row/, 'it says that it does not catch up');
+ends_well($writing, 'the writer ends then');
+sql(q{SELECT rm_resume()});
+becomes(q{(SELECT state = 'done' FROM rm_migrations WHERE relation = 'public.written')}, 'and at a quieter hour it comes to its end');
+
+# ---------------------------------------------------------------------------
 # Values that do not convert
 # ---------------------------------------------------------------------------
 
