@@ -442,7 +442,7 @@ read_then_written(q{'{}'}, 'no column');
 
 # In a database of UTF-8, with names of 63 bytes whose last character has two.  What is
 # "late" forbids ALTER TABLE, and comes after it in the twin's database.
-my $long = sub { my ($first) = @_; return '"' . $first . "\xC5\x9E" x 31 . '"' };
+$long = sub { my ($first) = @_; return '"' . $first . "\xC5\x9E" x 31 . '"' };
 my ($sorts, $number, $sorts_index) = map { $long->($_) } 't', 'n', 'i';
 
 sub make_sorts
@@ -748,7 +748,7 @@ ends_well($cut_over, 'then it goes on');
 
 # the same when it is given up
 sql(q{CALL rm_alter_type('logged', 'v', 'bigint', method => 'online_rewrite', cut_over => 'manual')});
-my $shadow = sql('SELECT shadow::regclass FROM risky_migrations.rewrite');
+$shadow = sql('SELECT shadow::regclass FROM risky_migrations.rewrite');
 $log_reader->query("BEGIN; LOCK TABLE $shadow IN ACCESS SHARE MODE");
 my $rollback = start_call('rollback', "SET risky_migrations.lock_timeout = '60s'", 'CALL rm_rollback()');
 becomes("EXISTS (SELECT FROM pg_locks WHERE relation = '$shadow'::regclass AND mode = 'AccessExclusiveLock' AND NOT granted)", 'the way back waits for the shadow');
