@@ -315,7 +315,8 @@ rm_transaction(void (*work) (void *arg), void *arg)
 
 /*
  * Runs SQL of ours on the user's objects, as the current role.  All names in
- * it are qualified; search_path is pinned.  Needs SPI.
+ * it are qualified; search_path is pinned, and where no tablespace is named the
+ * database's is meant.  Needs SPI.
  */
 void
 rm_execute(const char *sql)
@@ -325,6 +326,8 @@ rm_execute(const char *sql)
 
 	(void) set_config_option("search_path", "pg_catalog, pg_temp", PGC_USERSET,
 							 PGC_S_SESSION, GUC_ACTION_SAVE, true, 0, false);
+	(void) set_config_option("default_tablespace", "", PGC_USERSET, PGC_S_SESSION,
+							 GUC_ACTION_SAVE, true, 0, false);
 	/* what it says to us is not for the user */
 	if (client_min_messages < WARNING)
 		(void) set_config_option("client_min_messages", "warning", PGC_USERSET,

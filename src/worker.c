@@ -747,6 +747,8 @@ rm_worker_main(Datum main_arg)
 		RmLockNotes *notes = (RmLockNotes *) ((char *) segment + segment->locks);
 
 		rm_worker_become(segment->role, settings_of_starter(), ERROR);
+		/* as in rm_execute() */
+		SetConfigOption("default_tablespace", "", PGC_USERSET, PGC_S_SESSION);
 		pgstat_report_activity(STATE_RUNNING, sql);
 		if (notes->size > 0)
 			rm_lock_watch(notes);
