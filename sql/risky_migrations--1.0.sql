@@ -1865,14 +1865,14 @@ BEGIN ATOMIC
 		-- then the parent's is set in all below it, and where a child has it of
 		-- its own too it is told so
 		SELECT 0, 0, 'not null', coalesce(k.conname, a.attname)::text, me.oid, NULL,
-			CASE WHEN z.missing THEN dependents.prefix || '0' END,
+			CASE WHEN z.missing THEN z.proof END,
 			CASE WHEN z.missing
 				THEN format('%s ADD CONSTRAINT %I CHECK (%I IS NOT NULL)%s NOT VALID', me.alter,
-					dependents.prefix || '0', dependents.build_column,
+					z.proof, dependents.build_column,
 					CASE WHEN me.parted OR me.part THEN '' ELSE ' NO INHERIT' END) END,
 			false,
 			CASE WHEN z.missing AND NOT me.parted
-				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, dependents.prefix || '0') END,
+				THEN format('ALTER TABLE ONLY %s VALIDATE CONSTRAINT %I', me.sql, z.proof) END,
 			-- before the primary key of a partitioned table
 			CASE WHEN z.missing AND me.parted AND NOT me.part
 				THEN format('%s ALTER COLUMN %I SET NOT NULL', me.alter, dependents.build_column) END,
@@ -1886,7 +1886,7 @@ BEGIN ATOMIC
 						ELSE format('ALTER TABLE %s%s ADD CONSTRAINT %I NOT NULL %I%s',
 							CASE WHEN k.connoinherit THEN 'ONLY ' ELSE '' END, me.sql, k.conname, dependents.final_column,
 							CASE WHEN k.connoinherit THEN ' NO INHERIT' ELSE '' END) END,
-					format('%s DROP CONSTRAINT %I', me.alter, dependents.prefix || '0')], NULL)
+					format('%s DROP CONSTRAINT %I', me.alter, z.proof)], NULL)
 				-- members may have other names: see rm_name_not_null()
 				WHEN k.conname IS NOT NULL AND kb.conname IS NOT NULL AND NOT me.parted AND NOT me.related
 				THEN ARRAY[format('%s RENAME CONSTRAINT %I TO %I', me.alter, kb.conname, k.conname)]
@@ -1896,7 +1896,10 @@ BEGIN ATOMIC
 		JOIN pg_attribute a ON a.attrelid = me.oid AND a.attnum = dependents.attnum AND a.attnotnull
 		LEFT JOIN pg_attribute b ON b.attrelid = me.oid AND b.attnum = dependents.shadow AND b.attnotnull
 			AND dependents.prefix LIKE 'rm!_n!_%' ESCAPE '!'
-		CROSS JOIN LATERAL (SELECT b.attnotnull IS NULL AS missing) z
+		-- a child that has a constraint of the same name as its parent could not be taken
+		-- away from it, whatever they have to do with each other
+		CROSS JOIN LATERAL (SELECT b.attnotnull IS NULL AS missing, dependents.prefix || '0'
+			|| CASE WHEN me.parted OR me.part THEN '' ELSE '_' || me.oid END AS proof) z
 		LEFT JOIN pg_constraint k ON k.conrelid = me.oid AND k.contype = 'n' AND k.conkey = ARRAY[dependents.attnum]
 		LEFT JOIN pg_constraint kb ON kb.conrelid = me.oid AND kb.contype = 'n' AND kb.conkey = ARRAY[dependents.shadow]
 	)
