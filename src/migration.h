@@ -118,6 +118,8 @@ typedef struct RmStep
 	bool		on_request;
 	/* cut_over => 'manual' stops before it */
 	bool		cuts_over;
+	/* no lock that blocks others follows the one that it takes */
+	bool		locks_once;
 	/* in a helper, which has taken run->range: as apply, see crew.h */
 	void		(*help) (RmRun *run);
 } RmStep;

@@ -1754,6 +1754,7 @@ begin_abandon(RmMigration *m)
 
 const RmStep rm_step_rewrite_begin = {
 	.name = "begin",
+	.locks_once = true,
 	.apply = begin_apply,
 	.revert = begin_revert,
 	.abandon = begin_abandon,

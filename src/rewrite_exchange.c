@@ -1279,6 +1279,7 @@ cut_over_revert(RmRun *run)
 const RmStep rm_step_rewrite_cut_over = {
 	.name = "cut_over",
 	.cuts_over = true,
+	.locks_once = true,
 	.apply = cut_over_apply,
 	.revert = cut_over_revert,
 	.committed = cut_over_committed,

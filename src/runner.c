@@ -922,7 +922,8 @@ after_commit(RmRun *run, RmStepResult result)
 	{
 		if (synchronous_commit > SYNCHRONOUS_COMMIT_OFF)
 			XLogFlush(XactLastCommitEnd);
-		if (run->locks.queued)
+		/* where more of these follow, also for whoever comes just now */
+		if (run->locks.queued || !run->step->locks_once)
 			let_through_until = TimestampTzPlusMilliseconds(GetCurrentTimestamp(), LET_THROUGH);
 	}
 	run->duration_ms = rm_elapsed_ms(run->started);
