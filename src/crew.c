@@ -532,21 +532,26 @@ rm_crew_size(const RmRun *run)
 	return n;
 }
 
-/* wakes the helpers that rest */
+/* wakes a process if it rests, and is there */
 static void
-wake(RmCrew *crew)
+wake(pid_t pid)
+{
+	PGPROC	   *proc = BackendPidGetProc(pid);
+
+	if (proc)
+		SetLatch(&proc->procLatch);
+}
+
+static void
+wake_helpers(RmCrew *crew)
 {
 	for (int i = 0; i < RM_MAX_WORKERS - 1; i++)
 	{
 		pid_t		pid;
-		PGPROC	   *proc;
 
-		if (crew->handles[i] == NULL ||
-			GetBackgroundWorkerPid(crew->handles[i], &pid) != BGWH_STARTED)
-			continue;
-		proc = BackendPidGetProc(pid);
-		if (proc)
-			SetLatch(&proc->procLatch);
+		if (crew->handles[i] &&
+			GetBackgroundWorkerPid(crew->handles[i], &pid) == BGWH_STARTED)
+			wake(pid);
 	}
 }
 
@@ -787,7 +792,7 @@ rm_crew_tend(RmRun *run)
 	if (crew->holding || run->ranges_new)
 	{
 		pg_atomic_fetch_add_u32(&crew->shared->news, 1);
-		wake(crew);
+		wake_helpers(crew);
 	}
 	crew->holding = run->ranges_new = false;
 	return NULL;
@@ -845,7 +850,7 @@ rm_crew_dismiss(RmRun *run)
 	for (int i = 0; i < RM_MAX_WORKERS - 1; i++)
 		if (crew->handles[i])
 			pg_atomic_write_u32(&crew->shared->berths[i].stop, 1);
-	wake(crew);
+	wake_helpers(crew);
 	if (!wait_for_all(crew, STOP_PATIENCE))
 	{
 		for (int i = 0; i < RM_MAX_WORKERS - 1; i++)
@@ -916,16 +921,13 @@ rm_crew_may_go_on(RmRun *run, bool idle, ErrorData **error)
 void
 rm_crew_publish(RmRun *run)
 {
-	PGPROC	   *runner = BackendPidGetProc(segment->runner_pid);
-
 	pg_atomic_write_u64(&berth->sums[SUM_TRANSACTIONS], run->transactions);
 	pg_atomic_write_u64(&berth->sums[SUM_BATCHES], run->batches);
 	pg_atomic_write_u64(&berth->sums[SUM_ROWS_CHANGED], run->rows_changed);
 	pg_atomic_write_u64(&berth->sums[SUM_ROWS_HOT], run->rows_hot);
 	pg_atomic_write_u64(&berth->sums[SUM_LOCK_RETRIES], run->lock_retries);
 	pg_atomic_write_u64(&berth->sums[SUM_WAL_BYTES], pgWalUsage.wal_bytes - run->wal_started);
-	if (runner)
-		SetLatch(&runner->procLatch);
+	wake(segment->runner_pid);
 }
 
 /*

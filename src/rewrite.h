@@ -73,9 +73,9 @@ typedef struct RmRewrite
 
 /* pages of the shadow in one chunk */
 #define RM_CHUNK_PAGES 128
-/* a step is shared out in multiples of so many pages */
+/* so many pages are worth a process, and what is offered to helpers has multiples of them */
 #define RM_REWRITE_RANGE_PAGES 1024
-/* where so many are worth a process; and of so many otherwise */
+/* what is shared out among workers has multiples of so many */
 #define RM_REWRITE_RANGE_UNIT 256
 
 /* a place in the table as the chunks have it, and the first one of a page */

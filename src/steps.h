@@ -32,6 +32,7 @@ extern void rm_forget_skipped_rows(const RmMigration *m);
 #define RM_PHASE_LATE_LEAVES	5
 
 extern RmStepResult rm_backfill_revert(RmRun *run);
+extern void rm_forget_rows(RmMigration *m);
 extern void rm_three_step_refuse(Relation rel, const RmConversionDef *def,
 								 const char *new_column);
 extern bool rm_is_not_null(Oid relid, AttrNumber attnum);

@@ -24,7 +24,6 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "compat.h"
-#include "crew.h"
 #include "dependents.h"
 #include "executor/spi.h"
 #include "fmgr.h"
@@ -752,9 +751,7 @@ close_migration(void *arg)
 		refuse_wrong_state(m, "the rollback",
 						   "Another session has gone on with it meanwhile; call it again.");
 	rm_rewrite_clear(m);
-	rm_ranges_forget(m);
-	rm_forget_skipped_rows(m);
-	rm_forget_failures(m);
+	rm_forget_rows(m);
 	rm_leaves_forget(m);
 	rm_dependents_save(m, true, NIL);
 	rm_dependents_save(m, false, NIL);

@@ -560,8 +560,8 @@ drop_column_and_trigger(RmRun *run)
 }
 
 /* what earlier tries have written down about rows is of no use any more */
-static void
-forget_rows(RmMigration *m)
+void
+rm_forget_rows(RmMigration *m)
 {
 	rm_ranges_forget(m);
 	rm_forget_skipped_rows(m);
@@ -668,7 +668,7 @@ add_column_revert(RmRun *run)
 	rm_check_owner(run->m->relid, run->m->relation);
 	run->old_storage = rm_relation_storage(run->m->relid);
 	drop_column_and_trigger(run);
-	forget_rows(run->m);
+	rm_forget_rows(run->m);
 	rm_leaves_forget(run->m);
 	return RM_STEP_DONE;
 }
@@ -703,7 +703,7 @@ rm_backfill_revert(RmRun *run)
 	rm_check_owner(run->m->relid, run->m->relation);
 	run->old_storage = rm_relation_storage(run->m->relid);
 	drop_column_and_trigger(run);
-	forget_rows(run->m);
+	rm_forget_rows(run->m);
 	make_column_and_trigger(run);
 	if (m->reverse_tree && m->server_version == PG_VERSION_NUM / 10000)
 	{
@@ -1024,7 +1024,7 @@ refuse_wrong_rows(RmRun *run)
 				 errhint("SELECT * FROM rm_conversion_errors; mend these rows, they are converted as they are written, then call it again.")));
 }
 
-/* has a writer recorded a value that does not convert, since forget_rows()? */
+/* has a writer recorded a value that does not convert, since rm_forget_rows()? */
 static bool
 failures_recorded(const RmMigration *m)
 {
@@ -1053,7 +1053,7 @@ begin_verification(RmRun *run)
 
 	e->nullable = !rm_is_not_null(m->relid, m->attnum);
 	m->trigger_xmin = rm_trigger_xmin(m);
-	forget_rows(m);
+	rm_forget_rows(m);
 	if (m->by_leaf)
 		rm_leaves_reset(m);
 	e->checked = e->failures = e->nulled = e->mended = 0;

@@ -76,8 +76,6 @@ prepare(Oid relid)
 	table_close(rel, NoLock);
 	(void) set_config_option("default_table_access_method", am, PGC_USERSET, PGC_S_SESSION,
 							 GUC_ACTION_LOCAL, true, 0, false);
-	(void) set_config_option("default_tablespace", "", PGC_USERSET, PGC_S_SESSION,
-							 GUC_ACTION_LOCAL, true, 0, false);
 	return owner;
 }
 
