@@ -14,6 +14,7 @@
 #include "migration.h"
 #include "nodes/execnodes.h"
 #include "storage/itemptr.h"
+#include "twin.h"
 #include "utils/snapshot.h"
 
 /* positions in the list of steps */
@@ -144,6 +145,8 @@ extern void rm_rewrite_save(const RmRewrite *rw);
 extern void rm_rewrite_rehearse(RmMigration *m);
 extern void rm_rewrite_refuse(Relation rel, List *columns);
 extern void rm_rewrite_refuse_obstacles(Relation rel, List *columns);
+extern char *rm_rewrite_shadow_name(int64 id, Oid original);
+extern RmTwin rm_rewrite_make_twin(RmMigration *m, Oid relid);
 extern Oid	rm_rewrite_shadow_index(const RmRewrite *rw, Oid original);
 extern Oid	rm_rewrite_shadow_key(const RmRewrite *rw);
 extern bool rm_rewrite_key_converts(const RmRewrite *rw);
@@ -167,6 +170,8 @@ extern RmStepResult rm_rewrite_table_done(RmRun *run, RmRewrite *rw);
 extern RmStepResult rm_rewrite_back_to(RmRun *run, RmRewrite *rw, RmRewriteStep step);
 extern RmStepResult rm_rewrite_start_over(RmRun *run, Oid relid, const char *why);
 extern void rm_rewrite_progress(RmRun *run, RmRewrite *rw);
+
+/* rewrite_index.c */
 extern bool rm_rewrite_indexes_complete(const RmRewrite *rw);
 extern void rm_rewrite_analyze(RmRewrite *rw);
 extern void rm_rewrite_explain(RmRun *run, ErrorData *error);

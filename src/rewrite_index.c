@@ -1,0 +1,399 @@
+/*-------------------------------------------------------------------------
+ *
+ * rewrite_index.c
+ *	  online_rewrite: the step "index".
+ *
+ * The shadow gets the indexes that PostgreSQL would make for the changed table, built
+ * by sort.  A twin tells how they are defined; the table's own are compared with them
+ * once more when all are there, and what somebody has made, moved or dropped meanwhile
+ * is made, moved or dropped here too.
+ *
+ * One index each transaction, so after a crash an index is there or not.  What locks the
+ * table is gone before the building begins: nobody's DDL waits for it.  Helpers verify
+ * the shadow beside it (rewrite_verify.c).
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#include "postgres.h"
+
+#include "access/attmap.h"
+#include "access/genam.h"
+#include "access/table.h"
+#include "catalog/dependency.h"
+#include "catalog/namespace.h"
+#include "commands/tablespace.h"
+#include "compat.h"
+#include "crew.h"
+#include "dependents.h"
+#include "executor/spi.h"
+#include "nodes/makefuncs.h"
+#include "parser/parse_utilcmd.h"
+#include "rewrite.h"
+#include "state.h"
+#include "steps.h"
+#include "storage/lmgr.h"
+#include "throttle.h"
+#include "twin.h"
+#include "utils/builtins.h"
+#include "utils/lsyscache.h"
+#include "utils/memutils.h"
+#include "utils/rel.h"
+#include "utils/timestamp.h"
+
+/* one index that the changed table will have */
+typedef struct Wanted
+{
+	Oid			original;
+	IndexStmt  *stmt;			/* for the shadow */
+} Wanted;
+
+/* what the twin is asked */
+typedef struct Indexes
+{
+	RmMigration *m;
+	RmRewrite  *rw;
+	MemoryContext cxt;
+	List	   *wanted;			/* the key first */
+	bool		changed;		/* by somebody, since the twin was made */
+} Indexes;
+
+/*
+ * The twin's index as one of the shadow, as plain as its storage is: that it
+ * belongs to a constraint is the table's matter.  Only what an exclusion
+ * constraint forbids is looked for while the index is built.
+ */
+static IndexStmt *
+statement_for_shadow(Indexes *i, Oid original, Relation index)
+{
+	IndexStmt  *stmt;
+	Relation	twin = table_open(index->rd_index->indrelid, NoLock);
+	AttrMap    *map = make_attrmap(RelationGetDescr(twin)->natts);
+	MemoryContext oldcxt;
+
+	for (int a = 0; a < map->maplen; a++)
+		map->attnums[a] = get_attnum(i->rw->relid,
+									 NameStr(TupleDescAttr(RelationGetDescr(twin), a)->attname));
+	table_close(twin, NoLock);
+	oldcxt = MemoryContextSwitchTo(i->cxt);
+	stmt = generateClonedIndexStmt(makeRangeVar(RM_SCHEMA, rm_rewrite_shadow_name(i->rw->id, i->rw->relid), -1),
+								   index, map, NULL);
+	stmt->idxname = rm_rewrite_shadow_name(i->rw->id, original);
+	stmt->isconstraint = stmt->excludeOpNames != NIL;
+	stmt->primary = false;
+	stmt->deferrable = stmt->initdeferred = false;
+	/* as in ALTER TABLE: without a tablespace of its own it is in the database's */
+	stmt->reset_default_tblspc = true;
+	MemoryContextSwitchTo(oldcxt);
+	free_attrmap(map);
+	return stmt;
+}
+
+static void
+ask_for_indexes(void *arg)
+{
+	Indexes    *i = arg;
+	RmTwin		twin = rm_rewrite_make_twin(i->m, i->rw->relid);
+	Oid			nspid = get_rel_namespace(twin.relid);
+	Relation	rel = table_open(i->rw->relid, NoLock);
+	ListCell   *lc;
+
+	foreach(lc, RelationGetIndexList(rel))
+	{
+		Oid			original = lfirst_oid(lc);
+		Oid			oid = get_relname_relid(psprintf("rm_x_%lld_%u", (long long) i->m->id, original),
+											nspid);
+		MemoryContext oldcxt;
+		Relation	index;
+		Wanted	   *w;
+
+		if (!OidIsValid(oid))
+		{
+			/* the lock on the table lets CREATE INDEX pass */
+			i->changed = true;
+			break;
+		}
+		index = index_open(oid, AccessShareLock);
+		oldcxt = MemoryContextSwitchTo(i->cxt);
+		w = palloc(sizeof(Wanted));
+		w->original = original;
+		w->stmt = statement_for_shadow(i, original, index);
+		i->wanted = original == i->rw->key_index ? lcons(w, i->wanted) : lappend(i->wanted, w);
+		MemoryContextSwitchTo(oldcxt);
+		index_close(index, NoLock);
+	}
+	table_close(rel, NoLock);
+}
+
+/*
+ * The indexes that the shadow is to have (in cxt), NIL if somebody has just made one.  The
+ * columns are locked.
+ */
+static List *
+wanted_indexes(RmMigration *m, RmRewrite *rw, MemoryContext cxt)
+{
+	Indexes		i = {.m = m,.rw = rw,.cxt = cxt};
+	ErrorData  *error = rm_rehearse(ask_for_indexes, &i, CurrentMemoryContext);
+
+	if (error)
+		ReThrowError(error);
+	return i.changed ? NIL : i.wanted;
+}
+
+/* is that index in the tablespace of that name, NULL: the database's? */
+static bool
+is_in_tablespace(Oid index, const char *name)
+{
+	Oid			tablespace = get_rel_tablespace(index);
+
+	return tablespace == (name ? get_tablespace_oid(name, true) : InvalidOid);
+}
+
+/*
+ * Drops those of the shadow's indexes whose original is not there any more, or has been
+ * moved: in the exchange it would get back to where it was.  True if one of these was
+ * among them, which has to be built again.
+ */
+static bool
+drop_stale_indexes(RmRewrite *rw, List *wanted)
+{
+	Relation	shadow = table_open(rw->shadow, AccessExclusiveLock);
+	List	   *indexes = list_copy(RelationGetIndexList(shadow));
+	bool		moved = false;
+	ListCell   *li;
+	ListCell   *lw;
+
+	table_close(shadow, NoLock);
+	foreach(li, indexes)
+	{
+		bool		needed = false;
+
+		foreach(lw, wanted)
+		{
+			Wanted	   *w = lfirst(lw);
+
+			if (rm_rewrite_shadow_index(rw, w->original) != lfirst_oid(li))
+				continue;
+			needed = is_in_tablespace(lfirst_oid(li), w->stmt->tableSpace);
+			moved |= !needed;
+		}
+		if (needed)
+			continue;
+		if (OidIsValid(get_index_constraint(lfirst_oid(li))))
+			rm_execute(psprintf("ALTER TABLE %s DROP CONSTRAINT %s",
+								rm_relation_sql(rw->shadow), quote_identifier(get_rel_name(lfirst_oid(li)))));
+		else
+			rm_execute(psprintf("DROP INDEX %s", rm_relation_sql(lfirst_oid(li))));
+	}
+	return moved;
+}
+
+/* does the shadow have all indexes, and are they those of the present definitions? */
+bool
+rm_rewrite_indexes_complete(const RmRewrite *rw)
+{
+	return rw->fingerprint != NULL &&
+		strcmp(rw->fingerprint, rm_catalog_fingerprint(rw->relid, CurrentMemoryContext)) == 0;
+}
+
+/* building; lives across transactions */
+typedef struct IndexWork
+{
+	Oid			verified;		/* the table whose chunks helpers have been given */
+	/* what it is to have, as long as that is its fingerprint */
+	MemoryContext cxt;
+	Oid			relid;
+	char	   *fingerprint;
+	List	   *wanted;
+} IndexWork;
+
+/*
+ * The same as wanted_indexes(), but the twin is not asked again where nobody has changed
+ * anything.
+ */
+static List *
+known_indexes(IndexWork *work, RmMigration *m, RmRewrite *rw, const char *fingerprint)
+{
+	if (work->relid == rw->relid && work->wanted != NIL && strcmp(work->fingerprint, fingerprint) == 0)
+		return work->wanted;
+	work->wanted = NIL;
+	MemoryContextReset(work->cxt);
+	work->relid = rw->relid;
+	work->fingerprint = MemoryContextStrdup(work->cxt, fingerprint);
+	work->wanted = wanted_indexes(m, rw, work->cxt);
+	return work->wanted;
+}
+
+/*
+ * Has helpers verify the shadow while its indexes are built, beginning with the
+ * next transaction; false if not so much is left of it that this would be worth the while.
+ */
+static bool
+verify_beside(RmRun *run, const RmRewrite *rw)
+{
+	int			helpers = rm_rewrite_verifiers(rm_chunks_unverified(rw->shadow));
+
+	if (helpers == 0)
+		return false;
+	run->m->relfilenode = rw->relfilenode;
+	run->helpers = helpers;
+	run->aside = true;
+	rm_ranges_offer(run, rw->relid, 0, rm_chunks_end(rw->shadow), RM_REWRITE_RANGE_PAGES);
+	return true;
+}
+
+/* as detailed as the table's, and with what somebody knows better than ANALYZE */
+static void
+take_statistics_settings(const RmRewrite *rw)
+{
+	char	   *clauses;
+
+	rm_execute(psprintf("SELECT pg_catalog.string_agg(pg_catalog.format("
+						"'ALTER %%1$I SET STATISTICS %%2$s, ALTER %%1$I %%3$s', s.attname, coalesce(a.attstattarget, -1),"
+						" coalesce('SET (' || d.mine || ')', 'RESET (n_distinct)')), ', ')"
+						" FROM pg_catalog.pg_attribute a JOIN pg_catalog.pg_attribute s USING (attnum),"
+						" LATERAL (SELECT (SELECT o FROM pg_catalog.unnest(a.attoptions) o WHERE o LIKE 'n\\_distinct=%%'),"
+						" (SELECT o FROM pg_catalog.unnest(s.attoptions) o WHERE o LIKE 'n\\_distinct=%%')) d (mine, its)"
+						" WHERE a.attrelid = %u AND s.attrelid = %u AND a.attnum > 0 AND NOT a.attisdropped"
+						" AND (coalesce(a.attstattarget, -1) <> coalesce(s.attstattarget, -1)"
+						" OR d.mine IS DISTINCT FROM d.its)", rw->relid, rw->shadow));
+	clauses = rm_result_text(0, 1);
+	if (clauses)
+		rm_execute(psprintf("ALTER TABLE %s %s", rm_relation_sql(rw->shadow), clauses));
+}
+
+/* statistics for the shadow, so that plans are good from the first moment */
+void
+rm_rewrite_analyze(RmRewrite *rw)
+{
+	take_statistics_settings(rw);
+	rm_execute(psprintf("ANALYZE %s", rm_relation_sql(rw->shadow)));
+	rw->analyzed = GetCurrentTimestamp();
+	rm_rewrite_save(rw);
+}
+
+/*
+ * One index each transaction.  What was mended since one could not be built is
+ * in the log, so that is replayed first.
+ */
+static RmStepResult
+index_apply(RmRun *run)
+{
+	RmMigration *m = run->m;
+	IndexWork  *work = run->work;
+	RmStepResult result;
+	Relation	rel;
+	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
+	List	   *wanted;
+	ListCell   *lc;
+	char	   *fingerprint;
+	int			built = 0;
+
+	if (rw == NULL)
+		return result;
+	/* what changes after this is seen by those who compare it */
+	fingerprint = rm_catalog_fingerprint(rw->relid, CurrentMemoryContext);
+	if (work == NULL)
+	{
+		bool		has_key = OidIsValid(rm_rewrite_shadow_index(rw, rw->key_index));
+
+		/* helpers of an earlier run have gone, or find nothing any more */
+		rm_ranges_forget(m);
+		if (has_key)
+			(void) rm_replay(run, rw, rel, NULL);
+		work = run->work = MemoryContextAllocZero(run->cxt, sizeof(IndexWork));
+		work->cxt = AllocSetContextCreate(run->cxt, "rm wanted indexes", ALLOCSET_SMALL_SIZES);
+		if (has_key)
+		{
+			table_close(rel, NoLock);
+			rm_rewrite_save(rw);
+			return RM_STEP_AGAIN;
+		}
+	}
+	table_close(rel, NoLock);
+	if (work->verified != rw->relid)
+	{
+		work->verified = rw->relid;
+		if (verify_beside(run, rw))
+			return RM_STEP_AGAIN;
+	}
+	wanted = known_indexes(work, m, rw, fingerprint);
+	if (wanted == NIL)
+		return RM_STEP_AGAIN;
+	run->progress.blocks_total = list_length(wanted);
+	foreach(lc, wanted)
+	{
+		Wanted	   *w = lfirst(lc);
+
+		if (OidIsValid(rm_rewrite_shadow_index(rw, w->original)))
+		{
+			run->progress.blocks_done = ++built;
+			continue;
+		}
+		/* nobody's DDL is to wait for the building */
+		UnlockRelationOid(rw->relid, AccessShareLock);
+		rm_throttle_building();
+		(void) rm_define_index(rw->shadow, copyObject(w->stmt));
+		if (rw->analyzed)
+		{
+			rw->analyzed = 0;	/* not with this index's expressions */
+			rm_rewrite_save(rw);
+		}
+		return RM_STEP_AGAIN;
+	}
+	if (run->helpers > 0)
+	{
+		UnlockRelationOid(rw->relid, AccessShareLock);
+		/* what else there is to do beside them; without any the cut-over does it */
+		if (!rw->analyzed)
+			rm_rewrite_analyze(rw);
+		/* what they have not done by now is left for the verification */
+		run->helpers = 0;
+		return RM_STEP_AGAIN;
+	}
+	rm_ranges_forget(m);
+	if (drop_stale_indexes(rw, wanted))
+		return RM_STEP_AGAIN;
+	rw->fingerprint = fingerprint;
+	return rm_rewrite_table_done(run, rw);
+}
+
+/*
+ * For the steps that may find that new values are not unique, or conflict: tells it of
+ * the table's index, not of the shadow's.
+ */
+void
+rm_rewrite_explain(RmRun *run, ErrorData *error)
+{
+	char	   *prefix = psprintf("shadow_%lld_", (long long) run->migration_id);
+	MemoryContext oldcxt;
+	char	   *name;
+
+	if ((error->sqlerrcode != ERRCODE_UNIQUE_VIOLATION &&
+		 error->sqlerrcode != ERRCODE_EXCLUSION_VIOLATION) ||
+		error->constraint_name == NULL ||
+		strncmp(error->constraint_name, prefix, strlen(prefix)) != 0)
+		return;
+	oldcxt = MemoryContextSwitchTo(run->cxt);
+	name = get_rel_name((Oid) strtoul(error->constraint_name + strlen(prefix), NULL, 10));
+	if (name)
+	{
+		error->message = psprintf("the new values do not fit index \"%s\"", name);
+		error->constraint_name = name;
+		error->hint = psprintf("The old type tells rows apart that the new one does not: mend them, then SELECT rm_resume(%lld); or give it up with CALL rm_rollback(%lld).",
+							   (long long) run->migration_id, (long long) run->migration_id);
+	}
+	MemoryContextSwitchTo(oldcxt);
+}
+
+const RmStep rm_step_rewrite_index = {
+	.name = "index",
+	.throttled = true,
+	.writes_pages = true,
+	.apply = index_apply,
+	.revert = rm_rewrite_nothing,
+	.explain = rm_rewrite_explain,
+	.help = rm_verify_beside,
+};
+
