@@ -512,7 +512,7 @@ COMMENT ON FUNCTION risky_migrations.members(oid) IS
 	'the table and all that is below it, partitions or children';
 
 CREATE FUNCTION risky_migrations.ancestors(relid oid) RETURNS SETOF oid
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH RECURSIVE ancestor (oid) AS (
 		SELECT ancestors.relid
@@ -538,7 +538,7 @@ COMMENT ON FUNCTION risky_migrations.column_origin(oid, text) IS
 
 CREATE FUNCTION risky_migrations.member_columns(relid oid, attnums smallint[])
 RETURNS TABLE (member oid, number smallint)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	SELECT m.oid, b.attnum
 	FROM risky_migrations.members(member_columns.relid) m (oid)
@@ -590,7 +590,7 @@ COMMENT ON FUNCTION risky_migrations.locks_needed(text, oid, smallint[], boolean
 
 CREATE FUNCTION risky_migrations.column_foreign_keys(relid oid, attnums smallint[])
 RETURNS TABLE (relid oid, peer oid, drop_sql text, add_sql text, comment_sql text, validate_sql text)
-LANGUAGE sql VOLATILE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql VOLATILE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	SELECT k.conrelid, k.confrelid,
 		format('ALTER TABLE ONLY %s DROP CONSTRAINT %I', r.name, k.conname),
@@ -613,7 +613,7 @@ COMMENT ON FUNCTION risky_migrations.column_foreign_keys(oid, smallint[]) IS
 
 CREATE FUNCTION risky_migrations.column_dependents(relid oid, attnums smallint[])
 RETURNS TABLE (classid oid, objid oid, relation oid, depth integer)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH RECURSIVE target AS (
 		SELECT c.oid, m.number AS attnum,
@@ -715,7 +715,7 @@ COMMENT ON FUNCTION risky_migrations.column_left_behind(oid, smallint) IS
 	'views (by their rule), rules, triggers, policies, functions, publications and generated columns that still refer to a column; after the swap there must be none on the old one';
 
 CREATE FUNCTION risky_migrations.column_relations(relid oid, attnums smallint[]) RETURNS SETOF oid
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	SELECT DISTINCT d.relation FROM risky_migrations.column_dependents(column_relations.relid, column_relations.attnums) d
 	WHERE d.relation <> column_relations.relid
@@ -985,7 +985,7 @@ COMMENT ON FUNCTION risky_migrations.make_policy(oid) IS
 
 CREATE FUNCTION risky_migrations.column_publications(relid oid, attnums smallint[])
 RETURNS TABLE (kind text, objid oid, publication name, owner oid, drop_sql text, make_sql text[])
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 SET datestyle = 'ISO' SET intervalstyle = 'postgres' SET extra_float_digits = 1
 BEGIN ATOMIC
 	SELECT DISTINCT ON (r.oid) x.kind, r.oid, p.pubname, p.pubowner,
@@ -1014,7 +1014,7 @@ COMMENT ON FUNCTION risky_migrations.column_publications(oid, smallint[]) IS
 
 CREATE FUNCTION risky_migrations.column_objects(relid oid, attnums smallint[])
 RETURNS TABLE (ord integer, kind text, name text, drop_sql text, make_sql text[], relation oid)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH used AS MATERIALIZED (
 		SELECT u.classid, u.objid, u.depth FROM risky_migrations.column_dependents(column_objects.relid, column_objects.attnums) u
@@ -1150,7 +1150,7 @@ COMMENT ON FUNCTION risky_migrations.copies_there(oid, text) IS
 
 CREATE FUNCTION risky_migrations.column_obstacles(relid oid, attnum smallint)
 RETURNS TABLE (kind text, name text, reason text, hint text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH target AS (
 		SELECT c.oid, c.relnamespace, c.reltype, y.typarray, c.reloftype, c.relkind, c.relispartition,
@@ -1420,7 +1420,7 @@ COMMENT ON FUNCTION risky_migrations.column_obstacles(oid, smallint) IS
 
 CREATE FUNCTION risky_migrations.column_coercions(relid oid, attnum smallint, new_type oid)
 RETURNS TABLE (kind text, name text, reason text, hint text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	-- PostgreSQL writes out the casts that it has put in by itself, and so they
 	-- stay when a definition is made again, where the new type needs none, or
@@ -1482,7 +1482,7 @@ COMMENT ON FUNCTION risky_migrations.column_coercions(oid, smallint, oid) IS
 
 CREATE FUNCTION risky_migrations.rewrite_obstacles(relid oid, attnums smallint[], new_types oid[])
 RETURNS TABLE (kind text, name text, reason text, hint text)
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp
+LANGUAGE sql STABLE ROWS 10 SET search_path = pg_catalog, pg_temp
 BEGIN ATOMIC
 	WITH change (attnum, new_type) AS (
 		SELECT c.attnum, c.new_type FROM unnest(rewrite_obstacles.attnums, rewrite_obstacles.new_types) c (attnum, new_type)
