@@ -75,6 +75,7 @@
 #include "crew.h"
 #include "executor/spi.h"
 #include "miscadmin.h"
+#include "pages.h"
 #include "rewrite.h"
 #include "rows.h"
 #include "risky_migrations.h"
@@ -542,44 +543,6 @@ judge(const RmRewrite *rw, HeapTupleHeader tup)
 	return rw->overflowed ? UNKNOWN : OLD;
 }
 
-/* offsets of the versions on a pinned page that are to be copied, or logged */
-static int
-rows_on_page(RmTransfer *t, Buffer buf, OffsetNumber *offsets, bool *unknown)
-{
-	Page		page;
-	BlockNumber block = BufferGetBlockNumber(buf);
-	OffsetNumber max;
-	bool		all_visible;
-	int			n = 0;
-
-	LockBuffer(buf, BUFFER_LOCK_SHARE);
-	page = BufferGetPage(buf);
-	max = PageGetMaxOffsetNumber(page);
-	all_visible = PageIsAllVisible(page);
-	for (OffsetNumber off = FirstOffsetNumber; off <= max; off = OffsetNumberNext(off))
-	{
-		ItemId		lp = PageGetItemId(page, off);
-		HeapTupleData tup;
-		Verdict		verdict;
-
-		if (!ItemIdIsNormal(lp))
-			continue;
-		tup.t_data = (HeapTupleHeader) PageGetItem(page, lp);
-		tup.t_len = ItemIdGetLength(lp);
-		tup.t_tableOid = RelationGetRelid(t->rel);
-		ItemPointerSet(&tup.t_self, block, off);
-		if (!all_visible && !HeapTupleSatisfiesVisibility(&tup, t->snapshot, buf))
-			continue;
-		verdict = judge(t->rw, tup.t_data);
-		if (verdict == LOGGED)
-			continue;
-		unknown[n] = verdict == UNKNOWN;
-		offsets[n++] = off;
-	}
-	LockBuffer(buf, BUFFER_LOCK_UNLOCK);
-	return n;
-}
-
 /* makes and appends the rows under way; returns how many could be made */
 static int
 copy_rows(RmTransfer *t, PageWriter *w, Relation log)
@@ -599,30 +562,27 @@ copy_rows(RmTransfer *t, PageWriter *w, Relation log)
 	return copied;
 }
 
-/* one page of the table; returns the rows that were copied */
+/* the page of the table that has been read; returns the rows that were copied */
 static int
-copy_page(RmTransfer *t, PageWriter *w, Relation log, Buffer buf)
+copy_page(RmTransfer *t, PageWriter *w, Relation log, const RmPages *pages)
 {
-	OffsetNumber offsets[MaxHeapTuplesPerPage];
-	bool		unknown[MaxHeapTuplesPerPage];
-	int			n = rows_on_page(t, buf, offsets, unknown);
 	int			copied = 0;
 
-	for (int i = 0; i < n; i++)
+	for (int i = 0; i < pages->nrows; i++)
 	{
-		ItemId		lp = PageGetItemId(BufferGetPage(buf), offsets[i]);
 		HeapTupleData tup;
+		Verdict		verdict;
 
-		tup.t_data = (HeapTupleHeader) PageGetItem(BufferGetPage(buf), lp);
-		tup.t_len = ItemIdGetLength(lp);
-		tup.t_tableOid = RelationGetRelid(t->rel);
-		ItemPointerSet(&tup.t_self, BufferGetBlockNumber(buf), offsets[i]);
-		if (!rm_transfer_add(t, &tup, buf))
+		rm_pages_row(pages, i, &tup);
+		verdict = judge(t->rw, tup.t_data);
+		if (verdict == LOGGED)
+			continue;
+		if (!rm_transfer_add(t, &tup, pages->buf))
 		{
 			copied += copy_rows(t, w, log);
-			(void) rm_transfer_add(t, &tup, buf);
+			(void) rm_transfer_add(t, &tup, pages->buf);
 		}
-		if (unknown[i])
+		if (verdict == UNKNOWN)
 			rm_log_key(log, t->rows[--t->nrows]);
 	}
 	return copied + copy_rows(t, w, log);
@@ -753,26 +713,24 @@ copy_range(RmRun *run, RmRewrite *rw, Relation rel)
 	BlockNumber end = Min(range->end_block, RelationGetNumberOfBlocks(rel));
 	BlockNumber block = range->next_block;
 	BlockNumber stop = Min((int64) end, range->next_block + COPY_PAGES);
-	BufferAccessStrategy strategy = GetAccessStrategy(BAS_BULKREAD);
+	RmPages		pages;
 	PageWriter	w;
 	int64		copied = 0;
 	instr_time	started;
 
+	rm_pages_begin(&pages, rel, t->snapshot);
 	writer_begin(&w, t->shadow, work, RM_PAGE_PLACE(block));
 	INSTR_TIME_SET_CURRENT(started);
 	while (block < stop && copied < run->batch && !writer_full(&w))
 	{
-		Buffer		buf;
-
 		CHECK_FOR_INTERRUPTS();
-		buf = ReadBufferExtended(rel, MAIN_FORKNUM, block++, RBM_NORMAL, strategy);
-		copied += copy_page(t, &w, log, buf);
-		ReleaseBuffer(buf);
+		rm_pages_read(&pages, block++);
+		copied += copy_page(t, &w, log, &pages);
 		if (block % 64 == 0 && rm_elapsed_ms(started) > COPY_TIME)
 			break;
 	}
 	writer_flush(&w, RM_PAGE_PLACE(block));
-	FreeAccessStrategy(strategy);
+	rm_pages_end(&pages);
 	table_close(log, NoLock);
 	rm_transfer_end(t);
 	save_chunks(work);

@@ -62,6 +62,7 @@
 #include "executor/spi.h"
 #include "leaves.h"
 #include "miscadmin.h"
+#include "pages.h"
 #include "replay.h"
 #include "risky_migrations.h"
 #include "rewrite.h"
@@ -161,10 +162,15 @@ typedef struct Verify
 	RmLookup   *source;			/* the table, by key */
 	bool		key_converts;	/* the column is part of the key */
 	TupleTableSlot *made_slot;	/* what a row should be */
+	/* the table's rows that belong to the chunk, and their place in the order of its pages */
+	RmPages		rows;
+	BlockNumber rel_blocks;
 	/* the next row of the shadow's pages that belong to the chunk, in their order */
+	RmPages		pages;
+	int			next_row;		/* the one behind it, on the page that was read */
 	BlockNumber end_block;
 	BlockNumber shadow_blocks;
-	TableScanDesc scan;
+	HeapTupleData next_tuple;
 	TupleTableSlot *next;
 	bool		at_end;
 	int			astray;			/* rows in a row that were found elsewhere */
@@ -288,29 +294,40 @@ suspect(Verify *v, TupleTableSlot *row, bool surplus)
  * The shadow, in the order of its pages
  */
 
+/* the row behind the next one becomes the next one */
+static void
+read_on(Verify *v)
+{
+	while (!v->at_end && v->next_row >= v->pages.nrows)
+	{
+		if (v->pages.block + 1 >= v->end_block)
+			v->at_end = true;
+		else
+			rm_pages_read(&v->pages, v->pages.block + 1);
+		v->next_row = 0;
+	}
+	if (v->at_end)
+	{
+		ExecClearTuple(v->next);
+		return;
+	}
+	rm_pages_row(&v->pages, v->next_row++, &v->next_tuple);
+	ExecStoreHeapTuple(&v->next_tuple, v->next, false);
+}
+
 /* of the rows on these pages the first becomes the next one */
 static void
 read_from(Verify *v, const Chunk *c)
 {
-	ItemPointerData first;
-	ItemPointerData last;
-
 	v->end_block = (BlockNumber) Min(c->end_block, v->shadow_blocks);
 	v->at_end = c->first_block >= v->end_block;
 	v->astray = 0;
+	ExecClearTuple(v->next);
 	if (v->at_end)
 		return;
-	ItemPointerSet(&first, (BlockNumber) c->first_block, FirstOffsetNumber);
-	ItemPointerSet(&last, v->end_block - 1, MaxOffsetNumber);
-	v->scan = table_beginscan_tidrange(v->t->shadow, v->t->snapshot, &first, &last);
-	v->at_end = !table_scan_getnextslot_tidrange(v->scan, ForwardScanDirection, v->next);
-}
-
-static void
-read_on(Verify *v)
-{
-	if (!v->at_end)
-		v->at_end = !table_scan_getnextslot_tidrange(v->scan, ForwardScanDirection, v->next);
+	rm_pages_read(&v->pages, (BlockNumber) c->first_block);
+	v->next_row = 0;
+	read_on(v);
 }
 
 /* a row of the shadow that is not the next one of the table: is it one too many? */
@@ -336,9 +353,6 @@ pass_over_rest(Verify *v)
 		check_passed_over(v);
 		read_on(v);
 	}
-	if (v->scan)
-		table_endscan(v->scan);
-	v->scan = NULL;
 }
 
 /* reads on until the row at tid is behind us */
@@ -381,7 +395,7 @@ verify_row(Verify *v, int i)
 	{
 		ExecStoreHeapTuple(t->made[i], v->made_slot, false);
 		if (!v->at_end &&
-			(same_bytes(t->made[i], ((BufferHeapTupleTableSlot *) v->next)->base.tuple) ||
+			(same_bytes(t->made[i], &v->next_tuple) ||
 			 same_row(desc, v->made_slot, v->next)))
 		{
 			read_on(v);
@@ -429,8 +443,11 @@ verify_begin(RmRewrite *rw, RmTransfer *t, bool in_order)
 	v->t = t;
 	v->in_order = in_order;
 	v->shadow_blocks = RelationGetNumberOfBlocks(t->shadow);
+	v->rel_blocks = RelationGetNumberOfBlocks(t->rel);
 	v->made_slot = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
-	v->next = table_slot_create(t->shadow, NULL);
+	v->next = MakeSingleTupleTableSlot(RelationGetDescr(t->shadow), &TTSOpsHeapTuple);
+	rm_pages_begin(&v->pages, t->shadow, t->snapshot);
+	rm_pages_begin(&v->rows, t->rel, t->snapshot);
 	if (in_order)
 		return v;
 	v->shadow = rm_lookup_begin(t->shadow, rm_rewrite_shadow_key(rw), t->snapshot);
@@ -449,6 +466,8 @@ verify_end(Verify *v)
 	judge_suspects(v);
 	ExecDropSingleTupleTableSlot(v->next);
 	ExecDropSingleTupleTableSlot(v->made_slot);
+	rm_pages_end(&v->pages);
+	rm_pages_end(&v->rows);
 	if (!v->in_order)
 	{
 		rm_lookup_end(v->shadow);
@@ -465,46 +484,36 @@ verify_end(Verify *v)
  *-------------------------------------------------------------------------
  */
 
-/* the rows of the table from that place to before the other */
-static TableScanDesc
-begin_scan(Relation rel, Snapshot snapshot, int64 first_row, int64 end_row)
-{
-	ItemPointerData first;
-	ItemPointerData last;
-	int64		last_row = end_row - 1;
-
-	ItemPointerSet(&first, (BlockNumber) (first_row >> 16), (OffsetNumber) first_row);
-	if ((end_row & 0xFFFF) == 0)
-		last_row = RM_ROW_PLACE((end_row >> 16) - 1, MaxOffsetNumber);
-	ItemPointerSet(&last, (BlockNumber) (last_row >> 16), (OffsetNumber) last_row);
-	return table_beginscan_tidrange(rel, snapshot, &first, &last);
-}
-
 /* all rows of a chunk, of both sides; returns how many of the table there were */
 static int64
-verify_chunk(Verify *v, const Chunk *c, TupleTableSlot *slot)
+verify_chunk(Verify *v, const Chunk *c)
 {
 	RmTransfer *t = v->t;
 	int64		checked = 0;
 
 	v->differs = false;
 	read_from(v, c);
-	if (c->first_row < c->end_row)
+	for (int64 block = c->first_row >> 16; RM_PAGE_PLACE(block) < c->end_row && block < v->rel_blocks; block++)
 	{
-		TableScanDesc scan = begin_scan(t->rel, t->snapshot, c->first_row, c->end_row);
-
-		while (!v->differs && table_scan_getnextslot_tidrange(scan, ForwardScanDirection, slot))
+		CHECK_FOR_INTERRUPTS();
+		rm_pages_read(&v->rows, (BlockNumber) block);
+		for (int i = 0; i < v->rows.nrows && !v->differs; i++)
 		{
-			if (rm_transfer_add_slot(t, slot))
+			int64		place = RM_ROW_PLACE(block, v->rows.rows[i]);
+			HeapTupleData tup;
+
+			if (place < c->first_row || place >= c->end_row)
 				continue;
-			CHECK_FOR_INTERRUPTS();
+			rm_pages_row(&v->rows, i, &tup);
+			if (rm_transfer_add(t, &tup, v->rows.buf))
+				continue;
 			checked += verify_rows(v);
-			(void) rm_transfer_add_slot(t, slot);
+			(void) rm_transfer_add(t, &tup, v->rows.buf);
 		}
-		table_endscan(scan);
-		checked += verify_rows(v);
-		ExecClearTuple(slot);
+		if (v->differs)
+			break;
 	}
+	checked += verify_rows(v);
 	pass_over_rest(v);
 	return checked;
 }
@@ -575,7 +584,6 @@ verify_range(RmRun *run, RmRewrite *rw, Relation rel, bool in_order)
 	int			n = next_chunks(rw, range, chunks);
 	RmTransfer *t = rm_transfer_begin(run->m, rw, rel, AccessShareLock, false);
 	Verify	   *v = verify_begin(rw, t, in_order);
-	TupleTableSlot *slot = table_slot_create(rel, NULL);
 	instr_time	started;
 	int64		rows[MANY_CHUNKS];
 	int64		checked = 0;
@@ -584,7 +592,7 @@ verify_range(RmRun *run, RmRewrite *rw, Relation rel, bool in_order)
 	INSTR_TIME_SET_CURRENT(started);
 	while (i < n && (i == 0 || rm_elapsed_ms(started) < (in_order ? VERIFY_TIME_BESIDE : VERIFY_TIME)))
 	{
-		rows[i] = verify_chunk(v, &chunks[i], slot);
+		rows[i] = verify_chunk(v, &chunks[i]);
 		checked += rows[i];
 		if (v->differs)
 			rows[i] = -1;
@@ -593,7 +601,6 @@ verify_range(RmRun *run, RmRewrite *rw, Relation rel, bool in_order)
 			break;
 	}
 	range->next_block = i < n || n == MANY_CHUNKS ? chunks[i - 1].end_block : range->end_block;
-	ExecDropSingleTupleTableSlot(slot);
 	verify_end(v);
 	rm_transfer_end(t);
 	if (in_order)

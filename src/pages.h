@@ -1,0 +1,36 @@
+/*-------------------------------------------------------------------------
+ *
+ * pages.h
+ *	  A table page by page, past shared_buffers.
+ *
+ * Copyright (c) 2026, risky_migrations contributors
+ *
+ *-------------------------------------------------------------------------
+ */
+#ifndef RM_PAGES_H
+#define RM_PAGES_H
+
+#include "access/htup_details.h"
+#include "storage/buf.h"
+#include "utils/relcache.h"
+#include "utils/snapshot.h"
+
+/* one page, pinned, and the rows on it that the snapshot sees */
+typedef struct RmPages
+{
+	Relation	rel;
+	Snapshot	snapshot;
+	BufferAccessStrategy strategy;
+	Buffer		buf;			/* or InvalidBuffer */
+	BlockNumber block;
+	bool		all_visible;	/* to every snapshot */
+	int			nrows;
+	OffsetNumber rows[MaxHeapTuplesPerPage];
+} RmPages;
+
+extern void rm_pages_begin(RmPages *p, Relation rel, Snapshot snapshot);
+extern void rm_pages_read(RmPages *p, BlockNumber block);
+extern void rm_pages_row(const RmPages *p, int i, HeapTuple tup);
+extern void rm_pages_end(RmPages *p);
+
+#endif							/* RM_PAGES_H */
