@@ -295,16 +295,16 @@ rm_assume_old_storage(Relation rel)
 #endif
 }
 
-/* defines and builds an index, without checks of privileges */
+/* defines an index that is still to be built, without checks of privileges */
 static inline Oid
-rm_define_index(Oid relid, IndexStmt *stmt)
+rm_define_empty_index(Oid relid, IndexStmt *stmt)
 {
 #if PG_VERSION_NUM < 160000
 	return DefineIndex(relid, stmt, InvalidOid, InvalidOid, InvalidOid,
-					   false, false, false, false, true).objectId;
+					   false, false, false, true, true).objectId;
 #else
 	return DefineIndex(relid, stmt, InvalidOid, InvalidOid, InvalidOid, -1,
-					   false, false, false, false, true).objectId;
+					   false, false, false, true, true).objectId;
 #endif
 }
 

@@ -12,6 +12,21 @@
  * table is gone before the building begins: nobody's DDL waits for it.  Helpers verify
  * the shadow beside it (rewrite_verify.c).
  *
+ * An index is built as CREATE INDEX builds it, but for the reading of the shadow.
+ * heap's function for that (heapam_index_build_range_scan) has to reckon with rows of which
+ * nobody knows yet whether they stay, and with chains of versions on a page, and reads a
+ * table of up to a quarter of shared_buffers into these.  Hardly anything of it is so here:
+ * nobody writes the shadow beside SHARE, only we do otherwise, and not by updating; and nearly
+ * all of its pages are known to be visible to everybody.  So while an index is built, the shadow has an access
+ * method of this process's own, which is heap's with another such function (build_scan).
+ * That is in the relcache entry alone: whatever makes that be read again, as an
+ * invalidation does, puts heap's function back in its place, which gives the same index.
+ * Parallel workers have entries of their own, and take their share of the pages with heap's
+ * function.
+ *
+ * Easy to get wrong: index_create() changes the table's row in pg_class, which reads the
+ * entry again.  So the index is defined first, empty, and then built, as REINDEX does it.
+ *
  * Copyright (c) 2026, risky_migrations contributors
  *
  *-------------------------------------------------------------------------
@@ -20,26 +35,37 @@
 
 #include "access/attmap.h"
 #include "access/genam.h"
+#include "access/heapam.h"
+#include "access/relscan.h"
 #include "access/table.h"
+#include "access/tableam.h"
 #include "catalog/dependency.h"
+#include "catalog/index.h"
 #include "catalog/namespace.h"
+#include "commands/progress.h"
 #include "commands/tablespace.h"
 #include "compat.h"
 #include "crew.h"
 #include "dependents.h"
+#include "executor/executor.h"
 #include "executor/spi.h"
+#include "miscadmin.h"
 #include "nodes/makefuncs.h"
+#include "pages.h"
 #include "parser/parse_utilcmd.h"
 #include "rewrite.h"
 #include "state.h"
 #include "steps.h"
+#include "storage/bufmgr.h"
 #include "storage/lmgr.h"
 #include "throttle.h"
 #include "twin.h"
+#include "utils/backend_progress.h"
 #include "utils/builtins.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/snapmgr.h"
 #include "utils/timestamp.h"
 
 /* one index that the changed table will have */
@@ -273,6 +299,176 @@ rm_rewrite_analyze(RmRewrite *rw)
 	rm_rewrite_save(rw);
 }
 
+/*-------------------------------------------------------------------------
+ * Building
+ *-------------------------------------------------------------------------
+ */
+
+/* is what core asks for more than is here? */
+static bool
+is_special(IndexInfo *info, bool anyvisible, BlockNumber first, BlockNumber numblocks)
+{
+	return info->ii_Concurrent || anyvisible || first != 0 || numblocks != InvalidBlockNumber;
+}
+
+static void
+report_done(bool progress, BlockNumber blocks)
+{
+	if (progress)
+		pgstat_progress_update_param(PROGRESS_SCAN_BLOCKS_DONE, blocks);
+}
+
+/* a version that some snapshot may see: does everybody see it from now on? */
+static bool
+is_alive(const RmPages *pages, HeapTuple tup)
+{
+	bool		alive;
+
+	if (pages->all_visible)
+		return true;
+	LockBuffer(pages->buf, BUFFER_LOCK_SHARE);
+	alive = HeapTupleSatisfiesVisibility(tup, SnapshotSelf, pages->buf);
+	LockBuffer(pages->buf, BUFFER_LOCK_UNLOCK);
+	return alive;
+}
+
+/* a heap-only version, as somebody's UPDATE of the shadow makes one, is found by its chain */
+static void
+point_at_root(const RmPages *pages, HeapTuple tup)
+{
+	OffsetNumber roots[MaxHeapTuplesPerPage];
+
+	if (!HeapTupleIsHeapOnly(tup))
+		return;
+	LockBuffer(pages->buf, BUFFER_LOCK_SHARE);
+	heap_get_root_tuples(BufferGetPage(pages->buf), roots);
+	LockBuffer(pages->buf, BUFFER_LOCK_UNLOCK);
+	ItemPointerSetOffsetNumber(&tup->t_self, roots[ItemPointerGetOffsetNumber(&tup->t_self) - 1]);
+}
+
+/*
+ * As TableAmRoutine.index_build_range_scan, of a table that nobody writes.  scan: of the
+ * leader of a parallel building; its pages are shared out.
+ */
+static double
+build_scan(Relation rel, Relation index, IndexInfo *info, bool allow_sync, bool anyvisible,
+		   bool progress, BlockNumber first, BlockNumber numblocks,
+		   IndexBuildCallback callback, void *state, TableScanDesc scan)
+{
+	ParallelBlockTableScanDesc shared;
+	ParallelBlockTableScanWorker mine;
+	EState	   *estate;
+	ExprContext *econtext;
+	ExprState  *predicate;
+	TupleTableSlot *slot;
+	SnapshotData anybody;
+	RmPages		pages;
+	BlockNumber nblocks;
+	BlockNumber block = 0;
+	BlockNumber done = 0;
+	double		rows = 0;
+
+	if (is_special(info, anyvisible, first, numblocks))
+	{
+		rel->rd_tableam = GetHeapamTableAmRoutine();
+		return rel->rd_tableam->index_build_range_scan(rel, index, info, allow_sync, anyvisible, progress,
+													   first, numblocks, callback, state, scan);
+	}
+	shared = scan ? (ParallelBlockTableScanDesc) scan->rs_parallel : NULL;
+	mine = scan ? ((HeapScanDesc) scan)->rs_parallelworkerdata : NULL;
+	nblocks = scan ? shared->phs_nblocks : RelationGetNumberOfBlocks(rel);
+	estate = CreateExecutorState();
+	econtext = GetPerTupleExprContext(estate);
+	slot = MakeSingleTupleTableSlot(RelationGetDescr(rel), &TTSOpsHeapTuple);
+	econtext->ecxt_scantuple = slot;
+	predicate = ExecPrepareQual(info->ii_Predicate, estate);
+	if (progress)
+		pgstat_progress_update_param(PROGRESS_SCAN_BLOCKS_TOTAL, nblocks);
+	InitNonVacuumableSnapshot(anybody, GlobalVisTestFor(rel));
+	rm_pages_begin(&pages, rel, &anybody);
+	if (scan)
+	{
+		table_block_parallelscan_startblock_init(rel, mine, shared);
+		block = table_block_parallelscan_nextpage(rel, mine, shared);
+	}
+	while (block < nblocks)
+	{
+		CHECK_FOR_INTERRUPTS();
+		rm_pages_read(&pages, block);
+		for (int i = 0; i < pages.nrows; i++)
+		{
+			HeapTupleData tup;
+			Datum		values[INDEX_MAX_KEYS];
+			bool		isnull[INDEX_MAX_KEYS];
+			bool		alive;
+
+			MemoryContextReset(econtext->ecxt_per_tuple_memory);
+			rm_pages_row(&pages, i, &tup);
+			alive = is_alive(&pages, &tup);
+			if (alive)
+				rows++;
+			else if (HeapTupleIsHotUpdated(&tup))
+				continue;		/* the chain has one entry, for the version that is alive */
+			ExecStoreHeapTuple(&tup, slot, false);
+			if (predicate && !ExecQual(predicate, econtext))
+				continue;
+			FormIndexDatum(info, slot, estate, values, isnull);
+			point_at_root(&pages, &tup);
+			callback(index, &tup.t_self, values, isnull, alive, state);
+		}
+		if (++done % 64 == 0)
+			report_done(progress, done);
+		/* InvalidBlockNumber when there is none left */
+		block = scan ? table_block_parallelscan_nextpage(rel, mine, shared) : block + 1;
+	}
+	report_done(progress, nblocks);
+	rm_pages_end(&pages);
+	if (scan)
+		table_endscan(scan);
+	ExecDropSingleTupleTableSlot(slot);
+	FreeExecutorState(estate);
+	/* they were of that executor state */
+	info->ii_ExpressionsState = NIL;
+	info->ii_PredicateState = NULL;
+	return rows;
+}
+
+/* defines and builds an index of the shadow; errors of unique and exclusion constraints */
+static void
+build_index(const RmRewrite *rw, IndexStmt *stmt)
+{
+	static TableAmRoutine routine;
+	Oid			id = rm_define_empty_index(rw->shadow, stmt);
+	Relation	shadow = table_open(rw->shadow, ShareLock);
+	Relation	index = index_open(id, AccessExclusiveLock);
+	const int	told[] = {PROGRESS_CREATEIDX_COMMAND, PROGRESS_CREATEIDX_INDEX_OID,
+	PROGRESS_CREATEIDX_ACCESS_METHOD_OID};
+	const int64 values[] = {PROGRESS_CREATEIDX_COMMAND_CREATE, id, index->rd_rel->relam};
+
+	pgstat_progress_start_command(PROGRESS_COMMAND_CREATE_INDEX, rw->shadow);
+	pgstat_progress_update_multi_param(lengthof(told), told, values);
+	routine = *GetHeapamTableAmRoutine();
+	routine.index_build_range_scan = build_scan;
+	shadow->rd_tableam = &routine;
+	PG_TRY();
+	{
+		index_build(shadow, index, BuildIndexInfo(index), false, true);
+	}
+	PG_FINALLY();
+	{
+		shadow->rd_tableam = GetHeapamTableAmRoutine();
+	}
+	PG_END_TRY();
+	pgstat_progress_end_command();
+	index_close(index, NoLock);
+	table_close(shadow, NoLock);
+}
+
+/*-------------------------------------------------------------------------
+ * The step
+ *-------------------------------------------------------------------------
+ */
+
 /*
  * One index each transaction.  What was mended since one could not be built is
  * in the log, so that is replayed first.
@@ -334,7 +530,7 @@ index_apply(RmRun *run)
 		/* nobody's DDL is to wait for the building */
 		UnlockRelationOid(rw->relid, AccessShareLock);
 		rm_throttle_building();
-		(void) rm_define_index(rw->shadow, copyObject(w->stmt));
+		build_index(rw, copyObject(w->stmt));
 		if (rw->analyzed)
 		{
 			rw->analyzed = 0;	/* not with this index's expressions */

@@ -17,6 +17,7 @@ use Time::HiRes qw(usleep);
 my $rows = 21000;
 my $node = start_server('rewrite_beside', q{
 autovacuum = off
+shared_buffers = 128MB
 max_worker_processes = 5
 max_parallel_maintenance_workers = 0
 risky_migrations.range_pages = 128
@@ -31,6 +32,7 @@ my $chunks = 'risky_migrations.rewrite_chunk';
 # gate 1 is in the index, gate 2 in the expression
 sql(q{
 CREATE EXTENSION amcheck;
+CREATE EXTENSION pg_buffercache;
 CREATE FUNCTION gate(id int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
 BEGIN
 	IF id = 1 THEN
@@ -221,6 +223,49 @@ is(sql("SELECT message = 'row (id)=(' || $broken || ') of public.t is not what i
 	'and found wrong');
 sql("CALL rm_rollback($id)");
 make_table();
+
+# ---------------------------------------------------------------------------
+# Indexes are built with what is there
+# ---------------------------------------------------------------------------
+
+# Versions that a snapshot may still see are no reason to find values that are not unique; one
+# that somebody has updated where it lies is found by its chain.
+sql("UPDATE t SET filler = repeat('x', 200) WHERE id % 1000 = 550");
+$gate = close_gate(1);
+$call = start_migration();
+all_verified('with versions');
+$id = id_of();
+my $reader = $node->background_psql('postgres');
+$reader->query_safe('BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM pg_class');
+$shadow = shadow_of();
+sql("UPDATE $shadow SET v = v WHERE id % 1000 = 550");
+is(sql(qq{CREATE EXTENSION pageinspect; SELECT count(*) > 0 FROM $shadow, LATERAL heap_page_items(get_raw_page('$shadow', (ctid::text::point)[0]::int)) i
+	WHERE id = 19550 AND (i.t_infomask2 & 32768) <> 0}), 't', 'with versions: some are heap-only');
+$gate->quit;
+stops_before_cut_over('with versions', $id);
+ends_well($call, 'with versions: the index is built');
+sql("UPDATE t SET v = v WHERE id % 100 < 10; CREATE UNIQUE INDEX t_unique ON t (v, id)");
+$call = start_call('cut_over', "CALL rm_cut_over($id)");
+becomes("(SELECT waiting_for = 'snapshot' FROM rm_progress)", 'with versions: one more index is built, and the snapshot waited for');
+is(sql(qq{SELECT count(*) FROM pg_index WHERE indrelid = '$shadow'::regclass}), 3, 'with versions: it is there');
+$reader->query_safe('COMMIT');
+$reader->quit;
+ends_well($call, 'with versions: it is cut over');
+is(sql(q{SELECT count(bt_index_check(indexrelid, true)::text) FROM pg_index WHERE indrelid = 't'::regclass}), 3, 'with versions: every row is in every index');
+is(sql('SELECT sum((v <> id)::int) FROM t'), 0, 'with versions: and right');
+
+# Nobody's pages have to leave shared_buffers for those of the shadow.
+make_table();
+$call = start_migration('SET risky_migrations.workers = 1');
+ends_well($call, 'it is copied, indexed and verified');
+$id = id_of();
+$shadow = shadow_of();
+my $pages = sql("SELECT pg_relation_size('$shadow') / 8192");
+my $there = sql("SELECT count(*) FROM pg_buffercache WHERE relfilenode = pg_relation_filenode('$shadow')");
+is(sql("SELECT $pages BETWEEN 2500 AND setting::int / 4 FROM pg_settings WHERE name = 'shared_buffers'"), 't', 'a scan of PostgreSQL would read all of the shadow into shared_buffers');
+# each transaction has a few of its own
+cmp_ok($there, '<', $pages / 2, 'ours do not');
+all_is_right('with few buffers', $id);
 
 # ---------------------------------------------------------------------------
 # Helpers, and the runner, that go
