@@ -295,6 +295,17 @@ rm_assume_old_storage(Relation rel)
 #endif
 }
 
+/* the 256 kB that a sequential scan has; from 18 on it is mostly ten times as much */
+static inline BufferAccessStrategy
+rm_small_ring(void)
+{
+#if PG_VERSION_NUM < 160000
+	return GetAccessStrategy(BAS_BULKREAD);
+#else
+	return GetAccessStrategyWithSize(BAS_BULKREAD, 256);
+#endif
+}
+
 /* defines an index that is still to be built, without checks of privileges */
 static inline Oid
 rm_define_empty_index(Oid relid, IndexStmt *stmt)

@@ -22,6 +22,7 @@
 #include "postgres.h"
 
 #include "access/heapam.h"
+#include "compat.h"
 #include "pages.h"
 #include "storage/bufmgr.h"
 #include "utils/rel.h"
@@ -32,7 +33,7 @@ rm_pages_begin(RmPages *p, Relation rel, Snapshot snapshot)
 {
 	p->rel = rel;
 	p->snapshot = snapshot;
-	p->strategy = GetAccessStrategy(BAS_BULKREAD);
+	p->strategy = rm_small_ring();
 	p->buf = InvalidBuffer;
 	p->nrows = 0;
 }
