@@ -295,6 +295,24 @@ rm_assume_old_storage(Relation rel)
 #endif
 }
 
+/* for expressions of indexes and the like, from 17 on; until the GUC nest level ends */
+static inline void
+rm_restrict_search_path(void)
+{
+#if PG_VERSION_NUM >= 170000
+	RestrictSearchPath();
+#endif
+}
+
+/* 72000 if what the snapshot should see may be gone (old_snapshot_threshold, up to 16) */
+static inline void
+rm_test_for_old_snapshot(Snapshot snapshot, Relation rel, Page page)
+{
+#if PG_VERSION_NUM < 170000
+	TestForOldSnapshot(snapshot, rel, page);
+#endif
+}
+
 /* the 256 kB that a sequential scan has; from 18 on it is mostly ten times as much */
 static inline BufferAccessStrategy
 rm_small_ring(void)

@@ -62,6 +62,7 @@
 #include "twin.h"
 #include "utils/backend_progress.h"
 #include "utils/builtins.h"
+#include "utils/guc.h"
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
@@ -337,13 +338,21 @@ static void
 point_at_root(const RmPages *pages, HeapTuple tup)
 {
 	OffsetNumber roots[MaxHeapTuplesPerPage];
+	OffsetNumber root;
 
 	if (!HeapTupleIsHeapOnly(tup))
 		return;
 	LockBuffer(pages->buf, BUFFER_LOCK_SHARE);
 	heap_get_root_tuples(BufferGetPage(pages->buf), roots);
 	LockBuffer(pages->buf, BUFFER_LOCK_UNLOCK);
-	ItemPointerSetOffsetNumber(&tup->t_self, roots[ItemPointerGetOffsetNumber(&tup->t_self) - 1]);
+	root = roots[ItemPointerGetOffsetNumber(&tup->t_self) - 1];
+	if (!OffsetNumberIsValid(root))
+		ereport(ERROR,
+				(errcode(ERRCODE_DATA_CORRUPTED),
+				 errmsg("version (%u,%u) of table \"%s\" is not in any chain",
+						pages->block, ItemPointerGetOffsetNumber(&tup->t_self),
+						RelationGetRelationName(pages->rel))));
+	ItemPointerSetOffsetNumber(&tup->t_self, root);
 }
 
 /*
@@ -408,7 +417,11 @@ build_scan(Relation rel, Relation index, IndexInfo *info, bool allow_sync, bool 
 			if (alive)
 				rows++;
 			else if (HeapTupleIsHotUpdated(&tup))
-				continue;		/* the chain has one entry, for the version that is alive */
+			{
+				/* its chain has one entry, of the version that is alive; see core's README.HOT */
+				info->ii_BrokenHotChain = true;
+				continue;
+			}
 			ExecStoreHeapTuple(&tup, slot, false);
 			if (predicate && !ExecQual(predicate, econtext))
 				continue;
@@ -444,7 +457,15 @@ build_index(const RmRewrite *rw, IndexStmt *stmt)
 	const int	told[] = {PROGRESS_CREATEIDX_COMMAND, PROGRESS_CREATEIDX_INDEX_OID,
 	PROGRESS_CREATEIDX_ACCESS_METHOD_OID};
 	const int64 values[] = {PROGRESS_CREATEIDX_COMMAND_CREATE, id, index->rd_rel->relam};
+	Oid			save_userid;
+	int			save_sec_context;
+	int			save_nestlevel;
 
+	/* its expressions are run already when constants in them are folded */
+	GetUserIdAndSecContext(&save_userid, &save_sec_context);
+	SetUserIdAndSecContext(shadow->rd_rel->relowner, save_sec_context | SECURITY_RESTRICTED_OPERATION);
+	save_nestlevel = NewGUCNestLevel();
+	rm_restrict_search_path();
 	pgstat_progress_start_command(PROGRESS_COMMAND_CREATE_INDEX, rw->shadow);
 	pgstat_progress_update_multi_param(lengthof(told), told, values);
 	routine = *GetHeapamTableAmRoutine();
@@ -460,6 +481,8 @@ build_index(const RmRewrite *rw, IndexStmt *stmt)
 	}
 	PG_END_TRY();
 	pgstat_progress_end_command();
+	AtEOXact_GUC(false, save_nestlevel);
+	SetUserIdAndSecContext(save_userid, save_sec_context);
 	index_close(index, NoLock);
 	table_close(shadow, NoLock);
 }

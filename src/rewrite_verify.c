@@ -57,6 +57,7 @@
 #include "access/tableam.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
+#include "compat.h"
 #include "crew.h"
 #include "executor/executor.h"
 #include "executor/spi.h"
@@ -294,6 +295,14 @@ suspect(Verify *v, TupleTableSlot *row, bool surplus)
  * The shadow, in the order of its pages
  */
 
+/* what a snapshot does not see any more is not to be taken for what is not there */
+static void
+read_page(RmPages *pages, BlockNumber block)
+{
+	rm_pages_read(pages, block);
+	rm_test_for_old_snapshot(pages->snapshot, pages->rel, BufferGetPage(pages->buf));
+}
+
 /* the row behind the next one becomes the next one */
 static void
 read_on(Verify *v)
@@ -303,7 +312,7 @@ read_on(Verify *v)
 		if (v->pages.block + 1 >= v->end_block)
 			v->at_end = true;
 		else
-			rm_pages_read(&v->pages, v->pages.block + 1);
+			read_page(&v->pages, v->pages.block + 1);
 		v->next_row = 0;
 	}
 	if (v->at_end)
@@ -325,7 +334,7 @@ read_from(Verify *v, const Chunk *c)
 	ExecClearTuple(v->next);
 	if (v->at_end)
 		return;
-	rm_pages_read(&v->pages, (BlockNumber) c->first_block);
+	read_page(&v->pages, (BlockNumber) c->first_block);
 	v->next_row = 0;
 	read_on(v);
 }
@@ -496,7 +505,7 @@ verify_chunk(Verify *v, const Chunk *c)
 	for (int64 block = c->first_row >> 16; RM_PAGE_PLACE(block) < c->end_row && block < v->rel_blocks; block++)
 	{
 		CHECK_FOR_INTERRUPTS();
-		rm_pages_read(&v->rows, (BlockNumber) block);
+		read_page(&v->rows, (BlockNumber) block);
 		for (int i = 0; i < v->rows.nrows && !v->differs; i++)
 		{
 			int64		place = RM_ROW_PLACE(block, v->rows.rows[i]);

@@ -160,5 +160,16 @@ as($superuser, 'GRANT TEMPORARY ON DATABASE postgres TO app');
 as('app', $rewrite->('closed'));
 is(as('app', 'SELECT sum(v), min(pg_typeof(v)::text) FROM closed.t'), '5050|integer', 'with TEMPORARY it may');
 
+# What an index of the owner's runs, it runs as the owner, also constants in it, whoever migrates.
+as('app', q{
+CREATE FUNCTION app.who(i int) RETURNS int IMMUTABLE LANGUAGE plpgsql AS $$
+BEGIN IF current_user <> 'app' THEN RAISE EXCEPTION 'run as %', current_user; END IF; RETURN i; END $$;
+CREATE TABLE app.watched (id int PRIMARY KEY, v text);
+INSERT INTO app.watched SELECT g, g FROM generate_series(1, 100) g;
+CREATE INDEX ON app.watched ((id + app.who(1)), app.who(id)) WHERE id > app.who(2) AND id < app.who(id) + 1;
+});
+as($superuser, "CALL rm_alter_type('app.watched', 'v', 'int', 'v::int', method => 'online_rewrite')");
+is(as('app', q{SELECT count(*), sum(v), min(pg_typeof(v)::text) FROM app.watched}), '100|5050|integer', 'functions in indexes run as the owner');
+
 $node->stop;
 done_testing();
