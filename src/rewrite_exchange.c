@@ -916,6 +916,45 @@ make_empty(Oid relid)
 	CommandCounterIncrement();
 }
 
+/* are there more changes than so many? */
+static bool
+logs_are_long(List *tables, int64 limit)
+{
+	int64		n = 0;
+	ListCell   *lc;
+
+	PushActiveSnapshot(GetTransactionSnapshot());
+	foreach(lc, tables)
+	{
+		Relation	log = table_open(((RmRewrite *) lfirst(lc))->log, AccessShareLock);
+
+		n += rm_log_count(log, GetActiveSnapshot(), limit + 1 - n);
+		table_close(log, NoLock);
+		if (n > limit)
+			break;
+	}
+	PopActiveSnapshot();
+	return n > limit;
+}
+
+/* what was written since the last round would be lost */
+static void
+refuse_written(RmMigration *m, List *tables)
+{
+	ListCell   *lc;
+
+	foreach(lc, tables)
+	{
+		RmRewrite  *rw = lfirst(lc);
+		Relation	rel = table_open(rw->relid, NoLock);
+		bool		missed = rm_rewrite_missed(m, rw, rel) != NULL;
+
+		table_close(rel, NoLock);
+		if (missed || logs_are_long(list_make1(rw), 0))
+			refuse_changed_table(rw, "Rows were written to it.");
+	}
+}
+
 /* everything of the exchange; the locks are held, the logs are empty */
 static void
 exchange(RmRun *run, ExchangePlan *plan)
@@ -926,11 +965,12 @@ exchange(RmRun *run, ExchangePlan *plan)
 	rm_definitions_drop(plan->definitions);
 	foreach(lc, plan->keys)
 		rm_execute(((ForeignKey *) lfirst(lc))->drop_sql);
-	rm_rewrite_drop_trigger(m);
-	note_proofs(m, plan->keys);
-
+	refuse_written(m, plan->tables);
 	foreach(lc, plan->tables)
 		make_empty(((RmRewrite *) lfirst(lc))->relid);
+	/* what is written from here on is on pages where there should be none */
+	rm_rewrite_drop_trigger(m);
+	note_proofs(m, plan->keys);
 	alter_type(m, plan->exchanges);
 	foreach(lc, plan->exchanges)
 		if (!((Exchange *) lfirst(lc))->done)
@@ -1051,27 +1091,6 @@ replay_rest(RmRun *run, List *tables)
 				(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
 				 errmsg("rows that cannot be made have to be recorded")));
 	}
-}
-
-/* are there more changes than so many? */
-static bool
-logs_are_long(List *tables, int64 limit)
-{
-	int64		n = 0;
-	ListCell   *lc;
-
-	PushActiveSnapshot(GetTransactionSnapshot());
-	foreach(lc, tables)
-	{
-		Relation	log = table_open(((RmRewrite *) lfirst(lc))->log, AccessShareLock);
-
-		n += rm_log_count(log, GetActiveSnapshot(), limit + 1 - n);
-		table_close(log, NoLock);
-		if (n > limit)
-			break;
-	}
-	PopActiveSnapshot();
-	return n > limit;
 }
 
 /*

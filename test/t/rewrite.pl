@@ -314,6 +314,11 @@ foreach my $case (
 	[ 'ddl_command_end', 'DROP VIEW', 'CREATE INDEX @_more ON @ (b)', 'Index "met_more"' ],
 	[ 'ddl_command_end', 'DROP VIEW', 'ALTER TABLE @ ADD n int', 'other columns' ],
 	[ 'ddl_command_end', 'DROP VIEW', 'ALTER TABLE @ SET (toast.autovacuum_enabled = off)', 'other options' ],
+	[ 'ddl_command_end', 'DROP VIEW', q{INSERT INTO @ VALUES (1000, 1000, 'y', 1)}, 'Rows were written' ],
+	[ 'ddl_command_end', 'DROP VIEW', 'DELETE FROM @ WHERE id = 5', 'Rows were written' ],
+	[ 'ddl_command_end', 'DROP VIEW', 'TRUNCATE @', 'Rows were written' ],
+	[ 'ddl_command_start', 'DROP TRIGGER', q{INSERT INTO @ VALUES (1000, 1000, 'y', 1)}, 'Rows were written' ],
+	[ 'ddl_command_end', 'DROP TRIGGER', q{INSERT INTO @ VALUES (1000, 1000, 'y', 1)}, 'Rows were written' ],
 	[ 'ddl_command_start', 'ALTER TABLE', 'ALTER TABLE @ ADD CHECK (k < 1000)', 'CHECK constraints' ],
 	[ 'ddl_command_start', 'ALTER TABLE', 'ALTER TABLE @ ALTER b SET STORAGE PLAIN', 'other columns' ],
 	[ 'ddl_command_start', 'ALTER TABLE', q{INSERT INTO @ VALUES (1000, 1000, 'y', 1)}, 'Rows were written' ])
