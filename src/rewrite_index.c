@@ -16,13 +16,13 @@
  * heap's function for that (heapam_index_build_range_scan) has to reckon with rows of which
  * nobody knows yet whether they stay, and with chains of versions on a page, and reads a
  * table of up to a quarter of shared_buffers into these.  Hardly anything of it is so here:
- * nobody writes the shadow beside SHARE, only we do otherwise, and not by updating; and nearly
- * all of its pages are known to be visible to everybody.  So while an index is built, the shadow has an access
- * method of this process's own, which is heap's with another such function (build_scan).
- * That is in the relcache entry alone: whatever makes that be read again, as an
- * invalidation does, puts heap's function back in its place, which gives the same index.
- * Parallel workers have entries of their own, and take their share of the pages with heap's
- * function.
+ * nobody writes the shadow beside SHARE, only we do otherwise, and not by updating; and
+ * nearly all of its pages are known to be visible to everybody.  So while an index is built,
+ * the shadow has an access method of this process's own, which is heap's with another such
+ * function (build_scan).  That is in the relcache entry alone: whatever makes that be read
+ * again, as an invalidation does, puts heap's function back in its place, which gives the
+ * same index.  Parallel workers have entries of their own, and take their share of the pages
+ * with heap's function.
  *
  * Easy to get wrong: index_create() changes the table's row in pg_class, which reads the
  * entry again.  So the index is defined first, empty, and then built, as REINDEX does it.
