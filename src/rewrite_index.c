@@ -564,7 +564,7 @@ index_apply(RmRun *run)
 	if (run->helpers > 0)
 	{
 		UnlockRelationOid(rw->relid, AccessShareLock);
-		/* what else there is to do beside them; without any the cut-over does it */
+		/* what else there is to do beside them; without any the step verify does it */
 		if (!rw->analyzed)
 			rm_rewrite_analyze(rw);
 		/* what they have not done by now is left for the verification */

@@ -94,7 +94,8 @@ enum
 {
 	VERIFY_BEGIN,
 	VERIFY_ROWS,
-	VERIFY_COUNT
+	VERIFY_COUNT,
+	VERIFY_ANALYZE				/* if nobody has done that yet */
 };
 
 /* are the two rows of the shadow equal, to the letter? */
@@ -722,12 +723,18 @@ verify_apply(RmRun *run)
 	Relation	rel;
 	RmStepResult result;
 	RmRewrite  *rw = rm_rewrite_next(run, &rel, &result);
-	bool		done = false;
 
 	if (rw == NULL)
 	{
 		run->helpers = 0;
 		return result;
+	}
+	if (m->phase == VERIFY_ANALYZE)
+	{
+		/* nobody's DDL is to wait for it */
+		table_close(rel, AccessShareLock);
+		rm_rewrite_analyze(rw);
+		return rm_rewrite_table_done(run, rw);
 	}
 	if (m->phase == VERIFY_BEGIN)
 	{
@@ -737,14 +744,12 @@ verify_apply(RmRun *run)
 	if (m->phase == VERIFY_COUNT)
 	{
 		verify_count(run, rw, rel);
-		done = true;
+		m->phase = VERIFY_ANALYZE;
 	}
 	else if (m->next_block < m->end_block)
 		verify_chunks(run, rw, rel);
-	else if (!rm_rewrite_key_converts(rw))
-		done = true;
 	else
-		m->phase = VERIFY_COUNT;
+		m->phase = rm_rewrite_key_converts(rw) ? VERIFY_COUNT : VERIFY_ANALYZE;
 	table_close(rel, NoLock);
 	/* they have gone when the next transaction begins */
 	if (m->next_block >= m->end_block)
@@ -754,7 +759,7 @@ verify_apply(RmRun *run)
 	run->progress.blocks_total = m->end_block;
 	run->progress.rows_done = m->rows_done + run->range_sums.rows_checked;
 	rm_rewrite_progress(run, rw);
-	return done ? rm_rewrite_table_done(run, rw) : RM_STEP_AGAIN;
+	return m->phase == VERIFY_ANALYZE && rw->analyzed ? rm_rewrite_table_done(run, rw) : RM_STEP_AGAIN;
 }
 
 /* one transaction's worth of a range, in a helper */
