@@ -399,6 +399,7 @@ my ($status, $out, $err) = $node->psql('postgres',
 is($status, 0, 'without background workers it works');
 unlike($err, qr/helper|workers/, 'and nobody is told');
 is(sql("SELECT count(rows_verified) FROM $chunks"), 0, 'nothing was verified beside');
+is(sql("SELECT count(*) FROM pg_statistic WHERE starelid = '" . shadow_of() . "'::regclass"), 3, 'the shadow has statistics before the cut-over nevertheless');
 all_is_right('alone', id_of());
 
 $node->stop;
