@@ -25,7 +25,6 @@
 #include "compat.h"
 #include "pages.h"
 #include "storage/bufmgr.h"
-#include "utils/rel.h"
 
 /* the caller has locked rel, and keeps the snapshot */
 void
@@ -36,19 +35,6 @@ rm_pages_begin(RmPages *p, Relation rel, Snapshot snapshot)
 	p->strategy = rm_small_ring();
 	p->buf = InvalidBuffer;
 	p->nrows = 0;
-}
-
-/* without asking whether the snapshot sees it */
-static void
-set_row(const RmPages *p, OffsetNumber off, HeapTuple tup)
-{
-	Page		page = BufferGetPage(p->buf);
-	ItemId		lp = PageGetItemId(page, off);
-
-	tup->t_data = (HeapTupleHeader) PageGetItem(page, lp);
-	tup->t_len = ItemIdGetLength(lp);
-	tup->t_tableOid = RelationGetRelid(p->rel);
-	ItemPointerSet(&tup->t_self, p->block, off);
 }
 
 /* which has to be there */
@@ -75,7 +61,7 @@ rm_pages_read(RmPages *p, BlockNumber block)
 			continue;
 		if (!p->all_visible)
 		{
-			set_row(p, off, &tup);
+			rm_tuple_on_page(p->rel, page, block, off, &tup);
 			if (!HeapTupleSatisfiesVisibility(&tup, p->snapshot, p->buf))
 				continue;
 		}
@@ -88,7 +74,7 @@ rm_pages_read(RmPages *p, BlockNumber block)
 void
 rm_pages_row(const RmPages *p, int i, HeapTuple tup)
 {
-	set_row(p, p->rows[i], tup);
+	rm_tuple_on_page(p->rel, BufferGetPage(p->buf), p->block, p->rows[i], tup);
 }
 
 void

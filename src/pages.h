@@ -12,7 +12,8 @@
 
 #include "access/htup_details.h"
 #include "storage/buf.h"
-#include "utils/relcache.h"
+#include "storage/bufpage.h"
+#include "utils/rel.h"
 #include "utils/snapshot.h"
 
 /* one page, pinned, and the rows on it that the snapshot sees */
@@ -27,6 +28,18 @@ typedef struct RmPages
 	int			nrows;
 	OffsetNumber rows[MaxHeapTuplesPerPage];
 } RmPages;
+
+/* the row version there */
+static inline void
+rm_tuple_on_page(Relation rel, Page page, BlockNumber block, OffsetNumber off, HeapTuple tup)
+{
+	ItemId		lp = PageGetItemId(page, off);
+
+	tup->t_data = (HeapTupleHeader) PageGetItem(page, lp);
+	tup->t_len = ItemIdGetLength(lp);
+	tup->t_tableOid = RelationGetRelid(rel);
+	ItemPointerSet(&tup->t_self, block, off);
+}
 
 extern void rm_pages_begin(RmPages *p, Relation rel, Snapshot snapshot);
 extern void rm_pages_read(RmPages *p, BlockNumber block);

@@ -25,13 +25,14 @@
  * and with its snapshot.
  *
  * Most of it is done before, while one process copies and while the indexes are built: the
- * runner is busy with that, and helpers compare the chunks as they were copied (rm_verify_beside).  They have
- * no index yet to look anything up, so a chunk counts only if its rows are, one
- * after the other, what those of the table become, and no row is left over on either
- * side.  A round of catching up that changes a row in it, of the shadow or of the table,
+ * runner is busy with that, and helpers compare the chunks as they were copied
+ * (rm_verify_beside).  They have no index yet to look anything up, so a chunk counts only if
+ * its rows are, one after the other, what those of the table become, and no row is left over
+ * on either side.  A round of catching up that changes a row in it, of the shadow or of the table,
  * takes that back (rm_chunks_changed).  So what is verified already when the step
  * begins is still so, and what is not is compared now: on a quiet table that is nothing,
- * on a busy one it may be all.
+ * on a busy one it may be all.  So the statistics of the shadow, which are gathered beside
+ * those helpers, are gathered at the end of this step where there were none.
  *
  * For what is in no chunk (pages that table and shadow have got since, pages of which no
  * row was copied) chunks are made up when the verification begins, of some pages of
@@ -503,7 +504,8 @@ verify_chunk(Verify *v, const Chunk *c)
 
 	v->differs = false;
 	read_from(v, c);
-	for (int64 block = c->first_row >> 16; RM_PAGE_PLACE(block) < c->end_row && block < v->rel_blocks; block++)
+	for (int64 block = c->first_row >> 16;
+		 RM_PAGE_PLACE(block) < c->end_row && block < v->rel_blocks && !v->differs; block++)
 	{
 		CHECK_FOR_INTERRUPTS();
 		read_page(&v->rows, (BlockNumber) block);
@@ -520,8 +522,6 @@ verify_chunk(Verify *v, const Chunk *c)
 			checked += verify_rows(v);
 			(void) rm_transfer_add(t, &tup, v->rows.buf);
 		}
-		if (v->differs)
-			break;
 	}
 	checked += verify_rows(v);
 	pass_over_rest(v);

@@ -40,6 +40,7 @@
 #include "executor/executor.h"
 #include "leaves.h"
 #include "miscadmin.h"
+#include "pages.h"
 #include "rows.h"
 #include "storage/bufmgr.h"
 #include "utils/guc.h"
@@ -140,15 +141,11 @@ rm_rows_on_page(RmRows *rows, Buffer buf, bool missing_only,
 	max = PageGetMaxOffsetNumber(page);
 	for (OffsetNumber off = FirstOffsetNumber; off <= max; off = OffsetNumberNext(off))
 	{
-		ItemId		lp = PageGetItemId(page, off);
 		HeapTupleData tup;
 
-		if (!ItemIdIsNormal(lp))
+		if (!ItemIdIsNormal(PageGetItemId(page, off)))
 			continue;
-		tup.t_data = (HeapTupleHeader) PageGetItem(page, lp);
-		tup.t_len = ItemIdGetLength(lp);
-		tup.t_tableOid = RelationGetRelid(rows->rel);
-		ItemPointerSet(&tup.t_self, block, off);
+		rm_tuple_on_page(rows->rel, page, block, off, &tup);
 		/* the cheaper question first */
 		if (missing_only && !heap_attisnull(&tup, rows->target, desc))
 			continue;
@@ -165,16 +162,11 @@ rm_rows_on_page(RmRows *rows, Buffer buf, bool missing_only,
 void
 rm_row_get(RmRows *rows, Buffer buf, OffsetNumber offset)
 {
-	Page		page = BufferGetPage(buf);
-	ItemId		lp = PageGetItemId(page, offset);
 	BufferHeapTupleTableSlot *bslot = (BufferHeapTupleTableSlot *) rows->slot;
 
 	MemoryContextReset(rows->row_cxt);
 	rows->block = BufferGetBlockNumber(buf);
-	bslot->base.tupdata.t_data = (HeapTupleHeader) PageGetItem(page, lp);
-	bslot->base.tupdata.t_len = ItemIdGetLength(lp);
-	bslot->base.tupdata.t_tableOid = RelationGetRelid(rows->rel);
-	ItemPointerSet(&bslot->base.tupdata.t_self, rows->block, offset);
+	rm_tuple_on_page(rows->rel, BufferGetPage(buf), rows->block, offset, &bslot->base.tupdata);
 	ExecStoreBufferHeapTuple(&bslot->base.tupdata, rows->slot, buf);
 }
 
