@@ -184,6 +184,12 @@ for my $old ('f', 't')
 	make_table();
 }
 
+# Where nobody verifies beside, the step verify does that too.
+$call = start_migration('SET risky_migrations.verify_beside = off');
+ends_well($call, 'statistics: verified by the step');
+is(sql("SELECT count(*) FROM pg_statistic WHERE starelid = '" . shadow_of() . "'::regclass"), 3, 'the shadow has statistics then too');
+sql('CALL rm_rollback(' . id_of() . ')');
+
 # ---------------------------------------------------------------------------
 # What is wrong is found: where it was so before, and where a change takes back what
 # was verified
