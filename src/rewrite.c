@@ -88,6 +88,7 @@
 #include "catalog/partition.h"
 #include "catalog/pg_am.h"
 #include "catalog/pg_extension.h"
+#include "catalog/pg_inherits.h"
 #include "catalog/pg_type.h"
 #include "catalog/toasting.h"
 #include "commands/extension.h"
@@ -572,21 +573,21 @@ refuse_leaf(Relation part, Oid root, List *columns)
 }
 
 /*
- * And of all of them.  They are opened with a lock that whoever refuses before
- * anything begins may wait for.
+ * And of all of them, with a lock that whoever refuses before anything begins may wait
+ * for; those that are dropped meanwhile are no obstacle.
  */
 static void
 refuse_leaves(Relation root, List *columns)
 {
 	ListCell   *lc;
 
-	foreach(lc, rm_tree(RelationGetRelid(root)))
+	foreach(lc, find_all_inheritors(RelationGetRelid(root), AccessShareLock, NULL))
 	{
 		Relation	part;
 
 		if (lfirst_oid(lc) == RelationGetRelid(root))
 			continue;
-		part = relation_open(lfirst_oid(lc), AccessShareLock);
+		part = relation_open(lfirst_oid(lc), NoLock);
 		refuse_leaf(part, RelationGetRelid(root), columns);
 		relation_close(part, NoLock);
 	}
