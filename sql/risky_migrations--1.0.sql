@@ -902,6 +902,9 @@ BEGIN ATOMIC
 			(SELECT '.' || pg_catalog.quote_ident(a.attname) FROM att a WHERE a.attnum = l.objsubid), l.label)
 		FROM rel r JOIN pg_catalog.pg_seclabel l ON l.classoid = 'pg_catalog.pg_class'::regclass AND l.objoid = r.oid
 		UNION ALL
+		SELECT 9, 0, pg_catalog.format('SECURITY LABEL FOR %I ON TYPE %s IS %L', l.provider, r.name, l.label)
+		FROM rel r JOIN pg_catalog.pg_seclabel l ON l.classoid = 'pg_catalog.pg_type'::regclass AND l.objoid = r.reltype
+		UNION ALL
 		SELECT 9, 0, pg_catalog.format('ALTER MATERIALIZED VIEW %s DEPENDS ON EXTENSION %I', r.name, e.extname)
 		FROM rel r JOIN pg_catalog.pg_depend d ON d.classid = 'pg_catalog.pg_class'::regclass AND d.objid = r.oid AND d.objsubid = 0
 			AND d.refclassid = 'pg_catalog.pg_extension'::regclass AND d.deptype = 'x'
