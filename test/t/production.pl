@@ -1,8 +1,8 @@
 # What happens to three_step on a machine as it is in production: no worker is
-# free, an index cannot be built or its building is cancelled, the disk is full,
-# the role has settings of its own, others change the table in between.  Each
-# time: is the state true, can the table be used, does it go on, and is nothing
-# left when it is taken back?
+# free, an index cannot be built or its building is cancelled, the disk is full
+# (with online_rewrite too), the role has settings of its own, others change the
+# table in between.  Each time: is the state true, can the table be used, does it
+# go on, and is nothing left when it is taken back?
 #
 # The full disk is a small tmpfs, mounted in a namespace of this test's own, for
 # which nobody needs to be root.  Where that is not allowed that part is skipped.
@@ -306,7 +306,7 @@ SKIP:
 {
 	my $disk = PostgreSQL::Test::Utils::tempdir();
 
-	skip 'no tmpfs can be mounted here', 12
+	skip 'no tmpfs can be mounted here', 62
 	  if !$ENV{RM_OWN_MOUNTS} || system("mount -t tmpfs -o size=12M,mode=0700 tmpfs '$disk' 2>/dev/null");
 	# fills the disk but for so many bytes
 	my $ballast = sub {
@@ -358,6 +358,80 @@ CALL rm_enforce_not_null();
 	is(sql('SELECT v FROM full_index WHERE id = 1'), -1, 'with room again, it goes on');
 	sql('UPDATE full_index SET v = 1 WHERE id = 1; CALL rm_rollback()');
 	is(shape('full_index'), $shape, 'taken back, nothing is left');
+	sql('DROP TABLE full_index');
+
+	# online_rewrite, in the step where the disk gets full
+	my $call = q{CALL rm_alter_type('full_rewrite', 'v', 'bigint', 'v::bigint', 'online_rewrite', cut_over => 'manual')};
+	my $files = q{SELECT string_agg(relname, ' ') FROM pg_class c JOIN pg_tablespace t ON t.oid = c.reltablespace
+		WHERE spcname = 'small' AND relname !~ 'toast'};
+	my $make_table = sub {
+		my ($heap, $index) = @_;
+		sql(qq{
+CREATE TABLE full_rewrite (id int PRIMARY KEY USING INDEX TABLESPACE $index, v text NOT NULL, filler text)
+	WITH (fillfactor = 60) TABLESPACE $heap;
+INSERT INTO full_rewrite SELECT g, g, repeat(' ', 60) FROM generate_series(1, 20000) g;
+});
+		return shape('full_rewrite');
+	};
+	my $rows_are = sub {
+		my ($changed, $name) = @_;
+		is(sql('SELECT count(*), count(*) FILTER (WHERE v::int = -id) FROM full_rewrite'), "20000|$changed", $name);
+		return;
+	};
+
+	foreach my $step (qw(copy index cut_over))
+	{
+		foreach my $back (0, 1)
+		{
+			my $shape = $make_table->($step eq 'index' ? qw(pg_default small) : qw(small pg_default));
+			my $every = $step eq 'cut_over' ? 1 : 200;
+			my $change = "UPDATE full_rewrite SET v = -v::int WHERE id % $every = 0";
+
+			if ($step eq 'cut_over')
+			{
+				sql($call);
+				sql($change);
+			}
+			$ballast->(200_000);
+			($state, $detail, $hint) = error_of($step eq 'cut_over' ? 'CALL rm_cut_over()' : $call);
+			is($state, '53100', "the disk is full in $step of online_rewrite");
+			like($hint, qr/disk space/, 'what to do is said');
+			is(sql($last), "$step|failed|53100", 'the state is true');
+			sql($change) if $step ne 'cut_over';
+			$rows_are->(20000 / $every, 'the table can be used');
+			sql('DROP TABLE ballast');
+			if ($back)
+			{
+				sql('CALL rm_rollback()');
+				is(shape('full_rewrite'), $shape, 'taken back, nothing is left');
+			}
+			else
+			{
+				sql('SELECT rm_resume(max(id)) FROM rm_migrations');
+				if ($step ne 'cut_over')
+				{
+					becomes(q{SELECT next_call ~ '^CALL rm_cut_over' FROM rm_migrations ORDER BY id DESC LIMIT 1}, 't',
+						'with room again, it goes on');
+					sql('CALL rm_cut_over()');
+				}
+				becomes($last, 'finish|done|', 'with room again, it comes to its end');
+				is(shape('full_rewrite'), $shape =~ s/v text/v bigint/r, 'with what ALTER TABLE makes');
+			}
+			$rows_are->(20000 / $every, 'no row is lost');
+			is(sql($files), $step eq 'index' ? 'full_rewrite_pkey' : 'full_rewrite', 'nothing of it is left on the disk');
+			sql('DROP TABLE full_rewrite');
+		}
+	}
+
+	# what is exchanged is there already
+	$make_table->(qw(small small));
+	sql($call);
+	sql('CREATE TABLE ballast (x text) TABLESPACE small');
+	is((error_of(q{INSERT INTO ballast SELECT repeat('x', 1900) FROM generate_series(1, 10000)}))[0], '53100', 'not a page is free');
+	sql('CALL rm_cut_over()');
+	is(sql($last), 'finish|done|', 'the cut-over of online_rewrite needs none');
+	$rows_are->(0, 'every row is there');
+	sql('DROP TABLE full_rewrite, ballast');
 }
 
 # ---------------------------------------------------------------------------
