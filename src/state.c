@@ -20,6 +20,7 @@
 #include "postgres.h"
 
 #include "access/relation.h"
+#include "access/xact.h"
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
@@ -32,9 +33,13 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
+#include "utils/resowner.h"
 
 /* longest command of ours, and then some */
 #define MAX_SQL 1536
+
+/* how often others may drop something while one query describes it */
+#define MAX_CATALOG_TRIES 10
 
 static void
 refuse_without_tables(const char *relname)
@@ -122,20 +127,59 @@ without_jit(void)
 							 true, 0, false);
 }
 
-void
-rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
+static void
+run_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
 {
 	int			save_nestlevel = NewGUCNestLevel();
-	MemoryContext oldcxt = CurrentMemoryContext;
 	int			rc;
 
 	without_jit();
 	rc = SPI_execute_with_args(sql, nargs, argtypes, values, NULL, false, 0);
-	/* SPI leaves its own behind */
-	MemoryContextSwitchTo(oldcxt);
 	AtEOXact_GUC(false, save_nestlevel);
 	if (rc != SPI_OK_SELECT)
 		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
+}
+
+/*
+ * The same in a subtransaction.  NULL, or the error: another try begins with what it
+ * has found then.
+ */
+static ErrorData *
+try_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
+{
+	MemoryContext oldcxt = CurrentMemoryContext;
+	ResourceOwner oldowner = CurrentResourceOwner;
+	ErrorData  *volatile error = NULL;
+
+	BeginInternalSubTransaction(NULL);
+	MemoryContextSwitchTo(oldcxt);
+	PG_TRY();
+	{
+		run_catalog_query(sql, nargs, argtypes, values);
+		ReleaseCurrentSubTransaction();
+	}
+	PG_CATCH();
+	{
+		MemoryContextSwitchTo(oldcxt);
+		error = CopyErrorData();
+		FlushErrorState();
+		RollbackAndReleaseCurrentSubTransaction();
+	}
+	PG_END_TRY();
+	/* SPI leaves its own behind */
+	MemoryContextSwitchTo(oldcxt);
+	CurrentResourceOwner = oldowner;
+	return error;
+}
+
+void
+rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
+{
+	ErrorData  *error;
+
+	for (int tries = 1; (error = try_catalog_query(sql, nargs, argtypes, values)) != NULL; tries++)
+		if (error->sqlerrcode != ERRCODE_INTERNAL_ERROR || tries == MAX_CATALOG_TRIES)
+			ReThrowError(error);
 }
 
 void

@@ -42,6 +42,10 @@ extern void rm_state_execute(const char *sql, int nargs, Oid *argtypes,
  * read them, through SPI as the current role and with the current search_path.
  * Needs what rm_state_execute needs, and leaves its result there; the memory context
  * stays the caller's.
+ *
+ * What others drop is found by the query's snapshot, and then not by PostgreSQL's
+ * functions that describe it (pg_get_viewdef() waits for the lock of who drops a view):
+ * they fail with XX000.  It is asked again then.
  */
 extern void rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values);
 

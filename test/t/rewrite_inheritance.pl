@@ -123,30 +123,6 @@ is(sql("SELECT string_agg(DISTINCT tablename || inherited, ',' ORDER BY tablenam
 	$only ? 'busy1false,busy1true,busy2false,busy3false,busyfalse,busytrue' : 'busy1false,busy2false,busy3false,busyfalse,busytrue', 'there are statistics of the column in each, and of all');
 
 # ---------------------------------------------------------------------------
-# A child that is being dropped when somebody asks for a migration
-# ---------------------------------------------------------------------------
-
-foreach my $method (qw(online_rewrite three_step direct))
-{
-	sql(q{CREATE TABLE family (id int PRIMARY KEY, v text NOT NULL);
-		CREATE TABLE family1 (PRIMARY KEY (id)) INHERITS (family);
-		CREATE TABLE family2 (PRIMARY KEY (id)) INHERITS (family);
-		INSERT INTO family1 VALUES (1, '1')});
-	my $dropper = $node->background_psql('postgres');
-	$dropper->query_safe('BEGIN; DROP TABLE family2');
-	$call = start_call('migration', 'SET risky_migrations.lock_timeout = 20000',
-		"CALL rm_alter_type('family', 'v', 'bigint', 'v::bigint', method => '$method')");
-	becomes(q{(SELECT count(*) = 1 FROM pg_stat_activity WHERE application_name = 'migration' AND wait_event_type = 'Lock')},
-		"$method waits for it");
-	$dropper->query_safe('COMMIT');
-	$dropper->quit;
-	ends_well($call, "$method goes on without it");
-	is(sql('SELECT pg_typeof(v), v FROM family'), 'bigint|1', 'to its end');
-	sql('CALL rm_cleanup()') if $method eq 'three_step';
-	sql('DROP TABLE family CASCADE');
-}
-
-# ---------------------------------------------------------------------------
 # Up to the cut-over, and what happens then
 # ---------------------------------------------------------------------------
 
