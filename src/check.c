@@ -239,7 +239,7 @@ rm_first_failure(Oid relid, const char *column, const char *new_type,
 				 const char *using_expr, ErrorData **error)
 {
 	Check		check = {.cxt = CurrentMemoryContext,.limit = 1,.first_only = true};
-	Relation	rel = relation_open(relid, AccessShareLock);
+	Relation	rel = rm_open_found(relid);
 	FailedRow  *row;
 
 	run_check(&check, rel, column, new_type, using_expr);
@@ -271,7 +271,7 @@ rm_check_conversion(PG_FUNCTION_ARGS)
 	Relation	rel;
 
 	check.limit = rm_count_argument(fcinfo, 4, "max_rows", 1, 1000000);
-	rel = relation_open(relid, AccessShareLock);
+	rel = rm_open_found(relid);
 	rm_check_owner(relid, RelationGetRelationName(rel));
 	if (rel->rd_rel->relkind != RELKIND_RELATION ||
 		rel->rd_rel->relam != HEAP_TABLE_AM_OID)

@@ -84,10 +84,15 @@ rm_is_parted(const RmMigration *m)
 	return get_rel_relkind(m->relid) == RELKIND_PARTITIONED_TABLE;
 }
 
-/* OIDs of the table and of all below it, parents before their children; no locks */
+/*
+ * OIDs of the table and of all below it, parents before their children; no locks.
+ * 42P01 if it is gone.
+ */
 List *
 rm_tree(Oid relid)
 {
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		rm_refuse_missing(relid);
 	return find_all_inheritors(relid, NoLock, NULL);
 }
 
@@ -247,7 +252,7 @@ number_of_columns(Oid relid)
 	int			n;
 
 	if (!HeapTupleIsValid(tup))
-		elog(ERROR, "cache lookup failed for relation %u", relid);
+		rm_refuse_missing(relid);
 	n = ((Form_pg_class) GETSTRUCT(tup))->relnatts;
 	ReleaseSysCache(tup);
 	return n;

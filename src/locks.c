@@ -818,11 +818,7 @@ void
 rm_lock_relation(RmLockAccount *account, Oid relid, LOCKMODE mode)
 {
 	if (!rm_lock_relation_if_there(account, relid, mode))
-		ereport(ERROR,
-				(errcode(ERRCODE_UNDEFINED_TABLE),
-				 errmsg("the table of this migration does not exist any more"),
-				 errdetail("It had the OID %u.", relid),
-				 errhint("Close the migration with CALL rm_rollback() and its id; SELECT * FROM rm_migrations shows it.")));
+		rm_refuse_missing(relid);
 }
 
 /* one of several relations that are needed together was dropped: try again */

@@ -403,10 +403,24 @@ rm_open_migration(const char *method)
 			 errhint("Give the id of the one that is meant.")));
 }
 
+/* a table that was there when the migration began, or when it was planned */
+void
+rm_refuse_missing(Oid relid)
+{
+	ereport(ERROR,
+			(errcode(ERRCODE_UNDEFINED_TABLE),
+			 errmsg("the table of this migration does not exist any more"),
+			 errdetail("It had the OID %u.", relid),
+			 errhint("Close the migration with CALL rm_rollback() and its id; SELECT * FROM rm_migrations shows it.")));
+}
+
 /* 42501 unless the current role owns the table */
 void
 rm_check_owner(Oid relid, const char *relation)
 {
+	/* of a superuser nothing is asked */
+	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
+		rm_refuse_missing(relid);
 	if (!rm_owns_relation(relid, GetUserId()))
 		ereport(ERROR,
 				(errcode(ERRCODE_INSUFFICIENT_PRIVILEGE),
@@ -426,12 +440,15 @@ rm_trigger_name(int64 id)
 	return psprintf("~rm_sync_%lld", (long long) id);
 }
 
-/* the table's present name, quoted, for SQL */
+/* the table's present name, quoted, for SQL; 42P01 if it is gone */
 const char *
 rm_relation_sql(Oid relid)
 {
-	return quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)),
-									  get_rel_name(relid));
+	const char *name = get_rel_name(relid);
+
+	if (name == NULL)
+		rm_refuse_missing(relid);
+	return quote_qualified_identifier(get_namespace_name(get_rel_namespace(relid)), name);
 }
 
 /* name of the constraint that proves NOT NULL for a while */

@@ -269,6 +269,7 @@ extern RmMigration *rm_migration_load(int64 id, bool lock, MemoryContext cxt);
 extern int64 rm_migration_insert(RmMigration *m);
 extern void rm_migration_save(const RmMigration *m);
 extern int64 rm_open_migration(const char *method);
+extern void rm_refuse_missing(Oid relid);
 extern void rm_check_owner(Oid relid, const char *relation);
 extern char *rm_trigger_name(int64 id);
 extern const char *rm_relation_sql(Oid relid);

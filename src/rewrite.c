@@ -574,7 +574,7 @@ refuse_leaf(Relation part, Oid root, List *columns)
 
 /*
  * And of all of them, with a lock that whoever refuses before anything begins may wait
- * for; those that are dropped meanwhile are no obstacle.
+ * for; those that are dropped or taken away meanwhile are no obstacle.
  */
 static void
 refuse_leaves(Relation root, List *columns)
@@ -588,7 +588,8 @@ refuse_leaves(Relation root, List *columns)
 		if (lfirst_oid(lc) == RelationGetRelid(root))
 			continue;
 		part = relation_open(lfirst_oid(lc), NoLock);
-		refuse_leaf(part, RelationGetRelid(root), columns);
+		if (rm_is_leaf_of(part, RelationGetRelid(root)))
+			refuse_leaf(part, RelationGetRelid(root), columns);
 		relation_close(part, NoLock);
 	}
 }
@@ -1528,7 +1529,10 @@ rm_rewrite_rehearse(RmMigration *m)
 	(void) rehearse_on_twin(m, m->relid);
 }
 
-/* shadow and log of a table, beside everybody; false if it is no partition any more */
+/*
+ * Shadow and log of a table, beside everybody; false if it is no partition any more.
+ * 42P01 if it is the migration's own, and gone.
+ */
 static bool
 make_tables(RmRun *run, Oid relid)
 {
@@ -1538,7 +1542,9 @@ make_tables(RmRun *run, Oid relid)
 	Relation	rel;
 	Relation	key;
 
-	if (!rm_lock_relation_if_there(&run->locks, relid, AccessShareLock))
+	if (relid == m->relid)
+		rm_lock_relation(&run->locks, relid, AccessShareLock);
+	else if (!rm_lock_relation_if_there(&run->locks, relid, AccessShareLock))
 		return false;
 	rel = table_open(relid, NoLock);
 	rm_check_owner(relid, m->relation);

@@ -1028,13 +1028,13 @@ replay_all(RmRun *run, List *tables, RmStepResult *result)
 {
 	CutOver    *c = run->work;
 	Snapshot	snapshot;
-	List	   *relids = NIL;
+	/* the first is the one that must be there */
+	List	   *relids = list_make1_oid(run->m->relid);
 	ListCell   *lc;
 
 	foreach(lc, tables)
-		relids = lappend_oid(relids, ((RmRewrite *) lfirst(lc))->relid);
-	if (relids != NIL)
-		rm_lock_relations(&run->locks, relids, AccessShareLock, run->tries);
+		relids = list_append_unique_oid(relids, ((RmRewrite *) lfirst(lc))->relid);
+	rm_lock_relations(&run->locks, relids, AccessShareLock, run->tries);
 	if (!tables_stand(run, tables, result))
 		return false;
 	/* the keys of all rows that could not be made are in the logs: they are met again */

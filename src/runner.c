@@ -866,18 +866,31 @@ end_blockers(void *arg)
 	}
 }
 
-/* records the failure, if that can be done, and raises it */
+/*
+ * Records the failure, if that can be done, and raises it.  A cancellation that comes
+ * meanwhile, also of rm_cancel() that the runner has seen before its signal came, is
+ * no reason not to: it ends here anyway.
+ */
 static void
 fail(RmRun *run, ErrorData *error)
 {
 	Attempt		attempt = {.run = run,.error = error};
+	ErrorData  *failed;
 
 	rm_crew_dismiss(run);
 	run->duration_ms = rm_elapsed_ms(run->started);
-	if (rm_try(record_failure, &attempt, run->cxt) == NULL)
-		rm_commit();
-	else
+	for (int tries = 0; tries < 3; tries++)
+	{
+		failed = rm_try(record_failure, &attempt, run->cxt);
+		if (failed == NULL)
+		{
+			rm_commit();
+			break;
+		}
 		roll_back();
+		if (failed->sqlerrcode != ERRCODE_QUERY_CANCELED)
+			break;
+	}
 	ReThrowError(error);
 }
 

@@ -178,8 +178,16 @@ rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
 	ErrorData  *error;
 
 	for (int tries = 1; (error = try_catalog_query(sql, nargs, argtypes, values)) != NULL; tries++)
+	{
 		if (error->sqlerrcode != ERRCODE_INTERNAL_ERROR || tries == MAX_CATALOG_TRIES)
 			ReThrowError(error);
+		if (IsolationUsesXactSnapshot())
+			ereport(ERROR,
+					(errcode(ERRCODE_T_R_SERIALIZATION_FAILURE),
+					 errmsg("could not serialize access due to concurrent DROP"),
+					 errdetail("While the catalogs were read: %s.", error->message),
+					 errhint("Begin the transaction again.")));
+	}
 }
 
 void

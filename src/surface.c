@@ -381,6 +381,24 @@ refuse_column_twice(List *columns)
 }
 
 /*
+ * Opens with ACCESS SHARE what was found by its name without a lock; 42P01 if it has
+ * been dropped since, maybe by whoever that lock was waited for.
+ */
+Relation
+rm_open_found(Oid relid)
+{
+	Relation	rel = try_relation_open(relid, AccessShareLock);
+
+	if (rel == NULL)
+		ereport(ERROR,
+				(errcode(ERRCODE_UNDEFINED_TABLE),
+				 errmsg("the table does not exist any more"),
+				 errdetail("It had the OID %u, and was dropped just now.", relid),
+				 errhint("If there is another one of that name, call it again.")));
+	return rel;
+}
+
+/*
  * Opens the table, with ACCESS SHARE to be kept, and parses what is to be done
  * with it (a list of RmConversionDef): refuses what no method can do.  The method
  * need not be known yet.
@@ -388,7 +406,7 @@ refuse_column_twice(List *columns)
 Relation
 rm_migration_open(const RmMigrationSpec *spec, List **columns)
 {
-	Relation	rel = relation_open(spec->relid, AccessShareLock);
+	Relation	rel = rm_open_found(spec->relid);
 	ListCell   *lc;
 
 	rm_check_owner(spec->relid, RelationGetRelationName(rel));

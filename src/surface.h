@@ -48,6 +48,7 @@ extern int64 rm_count_argument(FunctionCallInfo fcinfo, int arg, const char *nam
 							   int64 min, int64 max);
 extern char *rm_text_argument(FunctionCallInfo fcinfo, int arg, const char *name);
 extern Oid	rm_find_relation(const char *name);
+extern Relation rm_open_found(Oid relid);
 extern char *rm_first_failure(Oid relid, const char *column,
 							  const char *new_type, const char *using_expr,
 							  ErrorData **error);

@@ -297,7 +297,9 @@ refuse_members(Relation rel, Form_pg_attribute att, const char *new_column)
 		member = try_relation_open(lfirst_oid(lc), AccessShareLock);
 		if (member == NULL)
 			continue;			/* just dropped */
-		if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+		if (!rm_is_leaf_of(member, RelationGetRelid(rel)))
+			 /* just taken away */ ;
+		else if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
 			refuse_partition(member, rel, att);
 		else
 		{

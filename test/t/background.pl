@@ -242,6 +242,25 @@ is(sql("SELECT max(lock_retries) FROM risky_migrations.step_log WHERE migration_
 release($reader);
 sql("CALL rm_rollback($id)");
 
+# another cancellation, while the first is being recorded
+$reader = read_table('t');
+$id = start($patient);
+becomes($waits, '1', 'it waits for its lock');
+{
+	my $keeper = session();
+	$keeper->query_safe('BEGIN; LOCK TABLE risky_migrations.step_log IN SHARE MODE');
+	sql("SELECT rm_cancel($id)");
+	becomes(q{SELECT count(*) FROM pg_locks WHERE relation = 'risky_migrations.step_log'::regclass AND NOT granted}, '1', 'cancelled, it cannot record that yet');
+	sql("SELECT pg_cancel_backend(running_pid) FROM rm_migrations WHERE id = $id");
+	becomes(q{SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'relation' AND query_start < clock_timestamp() - interval '300 ms'
+		AND backend_type = 'risky_migrations runner'}, '1', 'cancelled again, it goes on trying');
+	$keeper->query_safe('COMMIT');
+	$keeper->quit;
+}
+becomes("SELECT running_pid IS NULL AND last_step_state = 'failed' FROM rm_migrations WHERE id = $id", 't', 'and it is recorded');
+release($reader);
+sql("CALL rm_rollback($id)");
+
 # between two tries
 $reader = read_table('t');
 log_begins();
