@@ -27,9 +27,9 @@
 
 #include "access/heapam.h"
 #include "access/table.h"
-#include "catalog/pg_inherits.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
+#include "leaves.h"
 #include "miscadmin.h"
 #include "rows.h"
 #include "state.h"
@@ -60,7 +60,7 @@ tables_of_alter(const RmMigration *m)
 {
 	Oid			types[] = {OIDOID, INT2ARRAYOID};
 	Datum		v[] = {ObjectIdGetDatum(m->relid), rm_attnum_array(rm_attnums_of(m->columns, m->relid))};
-	List	   *relids = find_all_inheritors(m->relid, NoLock, NULL);
+	List	   *relids = rm_tree(m->relid);
 	List	   *peers = NIL;
 	ListCell   *lc;
 
@@ -75,7 +75,7 @@ tables_of_alter(const RmMigration *m)
 	for (uint64 i = 0; i < SPI_processed; i++)
 		peers = lappend_oid(peers, DatumGetObjectId(rm_result_datum(i, 1)));
 	foreach(lc, peers)
-		relids = list_concat_unique_oid(relids, find_all_inheritors(lfirst_oid(lc), NoLock, NULL));
+		relids = list_concat_unique_oid(relids, rm_tree(lfirst_oid(lc)));
 	return relids;
 }
 

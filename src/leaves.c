@@ -84,16 +84,39 @@ rm_is_parted(const RmMigration *m)
 	return get_rel_relkind(m->relid) == RELKIND_PARTITIONED_TABLE;
 }
 
+/* has it, or had it once, tables below it?  No, if it is gone. */
+static bool
+may_have_children(Oid relid)
+{
+	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
+	bool		result = false;
+
+	if (HeapTupleIsValid(tup))
+	{
+		result = ((Form_pg_class) GETSTRUCT(tup))->relhassubclass;
+		ReleaseSysCache(tup);
+	}
+	return result;
+}
+
 /*
  * OIDs of the table and of all below it, parents before their children; no locks.
- * 42P01 if it is gone.
+ * 42P01 if it is gone.  find_all_inheritors(), without locks, fails with XX000 where
+ * one below it has been dropped since its parent's children were listed.
  */
 List *
 rm_tree(Oid relid)
 {
+	List	   *tree = list_make1_oid(relid);
+	ListCell   *lc;
+
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
 		rm_refuse_missing(relid);
-	return find_all_inheritors(relid, NoLock, NULL);
+	/* it grows meanwhile */
+	foreach(lc, tree)
+		if (may_have_children(lfirst_oid(lc)))
+			tree = list_concat_unique_oid(tree, find_inheritance_children(lfirst_oid(lc), NoLock));
+	return tree;
 }
 
 /* the same, but not what inherits from an ordinary table */
