@@ -351,7 +351,7 @@ sql($limits);
 $id = (split /\n/, sql(($node->pg_version >= 17 ? 'SET transaction_timeout = 0; ' : '') .
 	  q{BEGIN; SELECT rm_start('other_table', 'v', 'int', 'v::int'); SELECT pg_sleep(1); COMMIT}))[0];
 sql($limits =~ s/ALTER DATABASE postgres SET (\w+) = '300ms'/ALTER DATABASE postgres RESET $1/gr =~ s/^/SET lock_timeout = 0; /r);
-becomes("SELECT steps_done FROM rm_migrations WHERE id = $id", '5', 'a worker waits as long as its starter takes');
+becomes("SELECT steps_done, running_pid IS NULL FROM rm_migrations WHERE id = $id", '5|t', 'a worker waits as long as its starter takes');
 sql("CALL rm_rollback($id)");
 
 # ---------------------------------------------------------------------------
