@@ -169,7 +169,6 @@ make_table('');
 	$snapshot->query_safe('COMMIT');
 	$snapshot->quit;
 	becomes(q{(SELECT paused FROM rm_progress)}, 'it is paused');
-	my $pid = sql('SELECT pid FROM rm_progress');
 	wait_for("NOT EXISTS (SELECT FROM pg_locks WHERE relation = 'family'::regclass)", 'the table is locked');
 	sql('DROP TABLE family; SELECT rm_resume(max(id)) FROM rm_migrations');
 	finish_call($call);
