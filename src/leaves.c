@@ -52,6 +52,7 @@
 #include "access/attmap.h"
 #include "access/genam.h"
 #include "access/htup_details.h"
+#include "access/relation.h"
 #include "access/table.h"
 #include "catalog/partition.h"
 #include "catalog/pg_inherits.h"
@@ -84,21 +85,6 @@ rm_is_parted(const RmMigration *m)
 	return get_rel_relkind(m->relid) == RELKIND_PARTITIONED_TABLE;
 }
 
-/* has it, or had it once, tables below it?  No, if it is gone. */
-static bool
-may_have_children(Oid relid)
-{
-	HeapTuple	tup = SearchSysCache1(RELOID, ObjectIdGetDatum(relid));
-	bool		result = false;
-
-	if (HeapTupleIsValid(tup))
-	{
-		result = ((Form_pg_class) GETSTRUCT(tup))->relhassubclass;
-		ReleaseSysCache(tup);
-	}
-	return result;
-}
-
 /*
  * OIDs of the table and of all below it, parents before their children; no locks.
  * 42P01 if it is gone.  find_all_inheritors(), without locks, fails with XX000 where
@@ -112,14 +98,35 @@ rm_tree(Oid relid)
 
 	if (!SearchSysCacheExists1(RELOID, ObjectIdGetDatum(relid)))
 		rm_refuse_missing(relid);
-	/* it grows meanwhile */
+	/* it grows meanwhile; what is asked here is in the cache when it is asked again */
 	foreach(lc, tree)
-		if (may_have_children(lfirst_oid(lc)))
+		if (SearchSysCacheExists1(RELOID, ObjectIdGetDatum(lfirst_oid(lc))))
 			tree = list_concat_unique_oid(tree, find_inheritance_children(lfirst_oid(lc), NoLock));
 	return tree;
 }
 
-/* the same, but not what inherits from an ordinary table */
+/*
+ * OIDs of all below the table, each locked with ACCESS SHARE, which may be waited for,
+ * and still there and below it then.
+ */
+List *
+rm_lock_below(Relation root)
+{
+	List	   *list = NIL;
+	ListCell   *lc;
+
+	foreach(lc, find_all_inheritors(RelationGetRelid(root), AccessShareLock, NULL))
+	{
+		Relation	rel = relation_open(lfirst_oid(lc), NoLock);
+
+		if (lfirst_oid(lc) != RelationGetRelid(root) && rm_is_leaf_of(rel, RelationGetRelid(root)))
+			list = lappend_oid(list, lfirst_oid(lc));
+		relation_close(rel, NoLock);
+	}
+	return list;
+}
+
+/* the same as rm_tree(), but not what inherits from an ordinary table */
 List *
 rm_members(Oid relid)
 {

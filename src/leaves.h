@@ -21,6 +21,7 @@ extern void rm_lock_tree(RmRun *run, LOCKMODE mode);
 extern void rm_lock_tree_and(RmRun *run, LOCKMODE mode, List *others);
 extern void rm_invalidate_tree(const RmMigration *m);
 
+extern List *rm_lock_below(Relation root);
 extern bool rm_is_leaf_of(Relation rel, Oid root);
 extern uint64 rm_leaf_mark(Oid relid, Oid root);
 extern AttrNumber rm_leaf_attnum(Oid root, AttrNumber attnum, Oid leaf);

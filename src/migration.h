@@ -310,6 +310,7 @@ extern void rm_run_free_step(const char *approach, const RmStep *step,
 extern ErrorData *rm_between(RmRun *run, void (*work) (void *arg), void *arg);
 extern ErrorData *rm_rest(RmRun *run, int ms);
 extern ErrorData *rm_show_wait(RmRun *run, const char *kind, const char *reason);
+extern ErrorData *rm_try_here(void (*work) (void *arg), void *arg, MemoryContext cxt);
 extern ErrorData *rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt);
 extern ErrorData *rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt);
 extern void rm_transaction(void (*work) (void *arg), void *arg);

@@ -88,7 +88,6 @@
 #include "catalog/partition.h"
 #include "catalog/pg_am.h"
 #include "catalog/pg_extension.h"
-#include "catalog/pg_inherits.h"
 #include "catalog/pg_type.h"
 #include "catalog/toasting.h"
 #include "commands/extension.h"
@@ -572,24 +571,17 @@ refuse_leaf(Relation part, Oid root, List *columns)
 	ReleaseSysCache(tup);
 }
 
-/*
- * And of all of them, with a lock that whoever refuses before anything begins may wait
- * for; those that are dropped or taken away meanwhile are no obstacle.
- */
+/* and of all of them; before anything begins their locks may be waited for */
 static void
 refuse_leaves(Relation root, List *columns)
 {
 	ListCell   *lc;
 
-	foreach(lc, find_all_inheritors(RelationGetRelid(root), AccessShareLock, NULL))
+	foreach(lc, rm_lock_below(root))
 	{
-		Relation	part;
+		Relation	part = relation_open(lfirst_oid(lc), NoLock);
 
-		if (lfirst_oid(lc) == RelationGetRelid(root))
-			continue;
-		part = relation_open(lfirst_oid(lc), NoLock);
-		if (rm_is_leaf_of(part, RelationGetRelid(root)))
-			refuse_leaf(part, RelationGetRelid(root), columns);
+		refuse_leaf(part, RelationGetRelid(root), columns);
 		relation_close(part, NoLock);
 	}
 }

@@ -151,7 +151,7 @@ rm_procedure_end(void)
 	SPI_finish();
 }
 
-/* see rm_try(); keep: whether what it has done is to stay */
+/* see rm_try_here(); keep: whether what it has done is to stay */
 static ErrorData *
 try_work(void (*work) (void *arg), void *arg, bool keep, MemoryContext cxt)
 {
@@ -163,9 +163,7 @@ try_work(void (*work) (void *arg), void *arg, bool keep, MemoryContext cxt)
 	MemoryContextSwitchTo(oldcxt);
 	PG_TRY();
 	{
-		SPI_connect();
 		work(arg);
-		SPI_finish();
 		if (keep)
 			ReleaseCurrentSubTransaction();
 		else
@@ -184,14 +182,39 @@ try_work(void (*work) (void *arg), void *arg, bool keep, MemoryContext cxt)
 	return error;
 }
 
+typedef struct Connected
+{
+	void		(*work) (void *arg);
+	void	   *arg;
+} Connected;
+
+static void
+connected(void *arg)
+{
+	Connected  *c = arg;
+
+	SPI_connect();
+	c->work(c->arg);
+	SPI_finish();
+}
+
 /*
- * Calls work(arg) in a subtransaction with an SPI connection of its own.
+ * Calls work(arg) in a subtransaction, with the SPI connection of the caller, if any.
  * Returns NULL, or, after it has been rolled back, the error (in cxt).
  */
 ErrorData *
-rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
+rm_try_here(void (*work) (void *arg), void *arg, MemoryContext cxt)
 {
 	return try_work(work, arg, true, cxt);
+}
+
+/* the same with an SPI connection of its own */
+ErrorData *
+rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
+{
+	Connected	c = {.work = work,.arg = arg};
+
+	return try_work(connected, &c, true, cxt);
 }
 
 /*
@@ -201,7 +224,9 @@ rm_try(void (*work) (void *arg), void *arg, MemoryContext cxt)
 ErrorData *
 rm_rehearse(void (*work) (void *arg), void *arg, MemoryContext cxt)
 {
-	return try_work(work, arg, false, cxt);
+	Connected	c = {.work = work,.arg = arg};
+
+	return try_work(connected, &c, false, cxt);
 }
 
 /* one rest, to its end or until the latch is set */

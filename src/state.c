@@ -24,6 +24,7 @@
 #include "catalog/namespace.h"
 #include "catalog/pg_type.h"
 #include "executor/spi.h"
+#include "migration.h"
 #include "miscadmin.h"
 #include "state.h"
 #include "utils/array.h"
@@ -33,7 +34,6 @@
 #include "utils/lsyscache.h"
 #include "utils/memutils.h"
 #include "utils/rel.h"
-#include "utils/resowner.h"
 
 /* longest command of ours, and then some */
 #define MAX_SQL 1536
@@ -127,57 +127,36 @@ without_jit(void)
 							 true, 0, false);
 }
 
-static void
-run_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
+/* one to be tried, see there */
+typedef struct CatalogQuery
 {
+	const char *sql;
+	int			nargs;
+	Oid		   *argtypes;
+	Datum	   *values;
+} CatalogQuery;
+
+static void
+run_catalog_query(void *arg)
+{
+	CatalogQuery *q = arg;
 	int			save_nestlevel = NewGUCNestLevel();
 	int			rc;
 
 	without_jit();
-	rc = SPI_execute_with_args(sql, nargs, argtypes, values, NULL, false, 0);
+	rc = SPI_execute_with_args(q->sql, q->nargs, q->argtypes, q->values, NULL, false, 0);
 	AtEOXact_GUC(false, save_nestlevel);
 	if (rc != SPI_OK_SELECT)
-		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), sql);
-}
-
-/*
- * The same in a subtransaction.  NULL, or the error: another try begins with what it
- * has found then.
- */
-static ErrorData *
-try_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
-{
-	MemoryContext oldcxt = CurrentMemoryContext;
-	ResourceOwner oldowner = CurrentResourceOwner;
-	ErrorData  *volatile error = NULL;
-
-	BeginInternalSubTransaction(NULL);
-	MemoryContextSwitchTo(oldcxt);
-	PG_TRY();
-	{
-		run_catalog_query(sql, nargs, argtypes, values);
-		ReleaseCurrentSubTransaction();
-	}
-	PG_CATCH();
-	{
-		MemoryContextSwitchTo(oldcxt);
-		error = CopyErrorData();
-		FlushErrorState();
-		RollbackAndReleaseCurrentSubTransaction();
-	}
-	PG_END_TRY();
-	/* SPI leaves its own behind */
-	MemoryContextSwitchTo(oldcxt);
-	CurrentResourceOwner = oldowner;
-	return error;
+		elog(ERROR, "SPI returned %s for: %s", SPI_result_code_string(rc), q->sql);
 }
 
 void
 rm_catalog_query(const char *sql, int nargs, Oid *argtypes, Datum *values)
 {
+	CatalogQuery q = {.sql = sql,.nargs = nargs,.argtypes = argtypes,.values = values};
 	ErrorData  *error;
 
-	for (int tries = 1; (error = try_catalog_query(sql, nargs, argtypes, values)) != NULL; tries++)
+	for (int tries = 1; (error = rm_try_here(run_catalog_query, &q, CurrentMemoryContext)) != NULL; tries++)
 	{
 		if (error->sqlerrcode != ERRCODE_INTERNAL_ERROR || tries == MAX_CATALOG_TRIES)
 			ReThrowError(error);

@@ -288,18 +288,11 @@ refuse_members(Relation rel, Form_pg_attribute att, const char *new_column)
 {
 	ListCell   *lc;
 
-	foreach(lc, rm_tree(RelationGetRelid(rel)))
+	foreach(lc, rm_lock_below(rel))
 	{
-		Relation	member;
+		Relation	member = relation_open(lfirst_oid(lc), NoLock);
 
-		if (lfirst_oid(lc) == RelationGetRelid(rel))
-			continue;
-		member = try_relation_open(lfirst_oid(lc), AccessShareLock);
-		if (member == NULL)
-			continue;			/* just dropped */
-		if (!rm_is_leaf_of(member, RelationGetRelid(rel)))
-			 /* just taken away */ ;
-		else if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
+		if (rel->rd_rel->relkind == RELKIND_PARTITIONED_TABLE)
 			refuse_partition(member, rel, att);
 		else
 		{
